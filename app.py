@@ -1,0 +1,557 @@
+"""Gatehouse: a users table, a health check and migrations in front of an HTTP application.
+
+`Gatehouse` decides whose a request is, answers those for /users and /health, and hands every other
+one to the proxy; `main` is the command line.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
+
+import bottle
+from dotenv import dotenv_values
+
+from models import database
+from services import pool, schema, server, users
+from services.board import Board
+from services.errors import (
+    BadRequest,
+    DatabaseUnavailable,
+    InvalidQuery,
+    InvalidUser,
+    MalformedJson,
+    MethodNotAllowed,
+    NoSuchUser,
+    NotFound,
+    Problem,
+    SchemaNotMigrated,
+    Unauthorized,
+    UnsupportedMediaType,
+    UpstreamBroken,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from services.health import Health
+from services.proxy import Proxy, origin_form
+from services.upstream import ClientGone, Upstream
+from services.wire import Field, RequestParser, status_line
+from settings import Settings, SettingsError
+
+VERSION = "1.0.0"
+ROOT = Path(__file__).resolve().parent
+MIGRATIONS = ROOT / "migrations"
+
+log = logging.getLogger("gatehouse")
+
+MAX_USER_BYTES = 65536
+DEFAULT_PAGE = 50
+HEALTH_THREADS = 64
+JSON = "application/json"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
+OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
+ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# On all that Gatehouse itself answers.
+OWN_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
+
+
+class InternalError(Problem):
+    """A defect of Gatehouse's own: the log has it, the caller is told no more."""
+
+
+class Gatehouse:
+    """The application that is served: the WSGI callable, and what the server asks it before.
+
+    `ca_bundle` is a file of certificates to trust for an https upstream.
+    """
+
+    def __init__(self, settings: Settings, ca_bundle: str | None = None) -> None:
+        self.settings = settings
+        self.tokens = [] if settings.users_auth == "none" else list(settings.users_token)
+        self.board = Board(settings.workers)
+        upstream_url = urlsplit(settings.upstream_url)
+        self.proxy = Proxy(
+            Upstream(
+                settings.upstream_url,
+                connect_timeout=settings.upstream_connect_timeout,
+                read_timeout=settings.upstream_read_timeout,
+                connections=settings.upstream_max_in_flight,
+                ca_bundle=ca_bundle,
+            ),
+            host=upstream_url.netloc,
+            prefix=upstream_url.path,
+            name=f"gatehouse-{uuid.uuid4().hex[:12]}",
+            limit=settings.upstream_max_in_flight,
+            preserve_host=settings.upstream_preserve_host,
+            trusted=settings.trusted_proxies,
+            board=self.board,
+        )
+        self.health = Health(
+            version=VERSION,
+            migrations=schema.names(MIGRATIONS),
+            started=time.monotonic(),
+            board=self.board,
+            pool_size=settings.db_pool_size * settings.workers,
+        )
+        database.configure(
+            settings.postgres_uri,
+            size=settings.db_pool_size,
+            wait=settings.db_pool_timeout,
+            connect_timeout=settings.db_connect_timeout,
+            statement_timeout=settings.db_statement_timeout,
+            board=self.board,
+        )
+        self.owned = self._routes()
+
+    def _routes(self) -> bottle.Bottle:
+        routes: dict[str, dict[str, Callable[..., bottle.HTTPResponse]]] = {
+            "/health": {"GET": self.get_health},
+            "/health/live": {"GET": self.get_live},
+            "/health/ready": {"GET": self.get_ready},
+            "/users": {"GET": self.list_users, "POST": self.create_user},
+            "/users/<user_id>": {
+                "GET": self.get_user,
+                "PUT": self.put_user,
+                "PATCH": self.patch_user,
+                "DELETE": self.delete_user,
+            },
+        }
+        app = bottle.Bottle()
+        app.config["catchall"] = False  # errors are answered in __call__, all of them
+        for path, methods in routes.items():
+            allow = ", ".join(sorted([*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])]))
+            for method, handler in methods.items():
+                app.route(path, method, handler)
+            app.route(path, "OPTIONS", _options(allow))
+            app.route(path, "ANY", _refuse_method(allow))
+        app.error(404)(_not_found)
+        return app
+
+    # What the server asks.
+
+    def admit(self, request: RequestParser) -> tuple[str, int]:
+        """Whose a request is, decided on its decoded path when its head is complete: the lane that
+        serves it and the largest body it may have. Raises the Problem to refuse it with."""
+        given = _one(request, "x-request-id") or ""
+        request.id = given if REQUEST_ID.fullmatch(given) else users.new_id()
+        if request.command == "CONNECT":
+            self.proxy.admit(request)
+        request.target = origin_form(request.request_uri, request.command)
+        path, _, request.query = request.target.partition("?")
+        request.path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
+        owner = OWNED.fullmatch(request.path)
+        if owner is None:
+            self.proxy.admit(request)
+            return "proxy", self.settings.max_body_bytes
+        if owner[1] == "users":
+            self._authorize(request)
+        return owner[1], MAX_USER_BYTES
+
+    def _authorize(self, request: RequestParser) -> None:
+        if not self.tokens:
+            return
+        given = _values(request, "authorization")
+        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        token = token.strip(" ")
+        # Every token is compared, so that the time tells nothing.
+        matches = [hmac.compare_digest(token.encode(), known.encode()) for known in self.tokens]
+        if scheme.lower() == "bearer" and any(matches):
+            return
+        if given:
+            raise Unauthorized(
+                headers=[("WWW-Authenticate", 'Bearer realm="users", error="invalid_token"')]
+            )
+        raise Unauthorized(headers=[("WWW-Authenticate", 'Bearer realm="users"')])
+
+    def caller(self, request: RequestParser, peer: str) -> str:
+        """The client's address as the access log names it."""
+        return self.proxy.caller(request, peer)
+
+    def join(self, worker: int) -> None:
+        """Take part as worker number `worker`."""
+        self.board.join(worker)
+
+    def close(self) -> None:
+        """Close the connections that are open and idle."""
+        database.close_all()
+        self.proxy.upstream.close()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """The WSGI application; the one place that turns exceptions into answers."""
+        request: RequestParser = environ["gatehouse.request"]
+        try:
+            if request.error is not None:
+                raise request.error
+            if request.lane == "proxy":
+                return self.proxy.forward(environ, start_response)
+            return self._answer(request, environ, start_response)
+        except ClientGone:
+            raise
+        except Problem as problem:
+            return self._refuse(problem, request, start_response)
+        except Exception:
+            log.exception("%s request_id=%s", request.command, request.id)
+            return self._refuse(InternalError(), request, start_response)
+
+    def _answer(
+        self, request: RequestParser, environ: dict[str, Any], start_response: Any
+    ) -> Iterable[bytes]:
+        waited = time.monotonic() - request.arrived
+        if request.lane == "users" and waited > self.settings.db_pool_timeout:
+            raise DatabaseUnavailable("Too many requests wait for the database.")
+        # Bottle drops bytes that are not UTF-8 and takes any case for a method: it is given
+        # nothing of the kind. One trailing slash is ignored.
+        path = request.path
+        if not path.isascii() or not path.isprintable():
+            raise NotFound
+        environ["PATH_INFO"] = path[:-1] if path.endswith("/") else path
+        environ["REQUEST_METHOD"] = request.command if request.command in METHODS else "OTHER"
+
+        def start(status: str, headers: list[Field], exc_info: Any = None) -> Any:
+            headers = [*headers, *OWN_HEADERS, ("X-Request-Id", request.id)]
+            return start_response(status, headers, exc_info)
+
+        body: Iterable[bytes] = self.owned(environ, start)
+        return body
+
+    def _refuse(
+        self, problem: Problem, request: RequestParser, start_response: Any
+    ) -> Iterable[bytes]:
+        request.id = request.id or users.new_id()
+        if isinstance(problem, UpstreamUnreachable | UpstreamBroken | UpstreamTimeout):
+            cause = " ".join(str(problem.__cause__ or problem.detail).split())
+            log.warning("%s: %s request_id=%s", problem.name, cause, request.id)
+        document = problem.document(request.id)
+        headers = [
+            ("Content-Type", "application/problem+json"),
+            ("Content-Length", str(len(document))),
+            *problem.headers,
+            *OWN_HEADERS,
+            ("X-Request-Id", request.id),
+        ]
+        start_response(status_line(problem.status), headers)
+        return [document]
+
+    # /health
+
+    def get_health(self) -> bottle.HTTPResponse:
+        return _json(200, json.dumps(self.health.report()))
+
+    def get_live(self) -> bottle.HTTPResponse:
+        return _json(200, '{"status": "ok"}')
+
+    def get_ready(self) -> bottle.HTTPResponse:
+        match self.health.database()["status"]:
+            case "up":
+                return _json(200, '{"status": "ok"}')
+            case "unmigrated":
+                raise SchemaNotMigrated
+            case _:
+                raise DatabaseUnavailable
+
+    # /users
+
+    def list_users(self) -> bottle.HTTPResponse:
+        limit, after, email = _page_query(_request().query)
+        found, last = users.page(limit, after, email)
+        headers = {}
+        following = "null"
+        if last is not None:
+            query = {"limit": limit, "after": last} | ({} if email is None else {"email": email})
+            target = f"/users?{urlencode(query)}"
+            headers["Link"] = f'<{target}>; rel="next"'
+            following = json.dumps(target)
+        return _json(200, f'{{"users": [{", ".join(found)}], "next": {following}}}', headers)
+
+    def create_user(self) -> bottle.HTTPResponse:
+        user_id, user = users.create(_members(JSON))
+        return _user(201, user, {"Location": f"/users/{user_id}"})
+
+    def get_user(self, user_id: str) -> bottle.HTTPResponse:
+        user = users.get(_existing(user_id))
+        tags = _tags("If-None-Match", weak=True)
+        if tags is not None and (tags == users.ANY or user.version in tags):
+            return bottle.HTTPResponse(status=304, headers={"ETag": f'"{user.version}"'})
+        return _user(200, user)
+
+    def put_user(self, user_id: str) -> bottle.HTTPResponse:
+        try:
+            user_id = users.parse_id(user_id)
+        except ValueError as error:
+            raise InvalidUser(errors=[("id", str(error))]) from None
+        condition = _condition()
+        user = users.put(user_id, _members(JSON), condition)
+        if user.created:
+            return _user(201, user, {"Location": f"/users/{user_id}"})
+        return _user(200, user)
+
+    def patch_user(self, user_id: str) -> bottle.HTTPResponse:
+        user_id, condition = _existing(user_id), _condition()
+        members = _members(JSON, "application/merge-patch+json")
+        return _user(200, users.patch(user_id, members, condition))
+
+    def delete_user(self, user_id: str) -> bottle.HTTPResponse:
+        users.delete(_existing(user_id), _condition())
+        return bottle.HTTPResponse(status=204)
+
+
+def _options(allow: str) -> Callable[..., bottle.HTTPResponse]:
+    return lambda **_: bottle.HTTPResponse(status=204, headers={"Allow": allow})
+
+
+def _refuse_method(allow: str) -> Callable[..., bottle.HTTPResponse]:
+    def refuse(**_: str) -> bottle.HTTPResponse:
+        raise MethodNotAllowed(headers=[("Allow", allow)])
+
+    return refuse
+
+
+def _not_found(_: bottle.HTTPError) -> str:
+    raise NotFound
+
+
+def _json(status: int, body: str, headers: dict[str, str] | None = None) -> bottle.HTTPResponse:
+    return bottle.HTTPResponse(
+        body.encode(), status_line(status), {"Content-Type": JSON, **(headers or {})}
+    )
+
+
+def _user(
+    status: int, user: users.Found, headers: dict[str, str] | None = None
+) -> bottle.HTTPResponse:
+    return _json(status, user.json, {"ETag": f'"{user.version}"', **(headers or {})})
+
+
+def _request() -> RequestParser:
+    request: RequestParser = bottle.request.environ["gatehouse.request"]
+    return request
+
+
+def _values(request: RequestParser, name: str) -> list[str]:
+    return [value for key, value in request.fields if key.lower() == name]
+
+
+def _one(request: RequestParser, name: str) -> str | None:
+    values = _values(request, name)
+    return values[0] if len(values) == 1 else None
+
+
+def _existing(user_id: str) -> str:
+    try:
+        return users.parse_id(user_id)
+    except ValueError:
+        raise NoSuchUser from None
+
+
+def _tags(name: str, *, weak: bool) -> tuple[str, ...] | None:
+    """The entity tags in a header (RFC 9110 section 13.1), None where it is absent; weak ones are
+    left out unless `weak`, for they match nothing in a strong comparison. Raises BadRequest."""
+    values = _values(_request(), name.lower())
+    if not values:
+        return None
+    text = ", ".join(values)
+    if text == "*":
+        return users.ANY
+    tags = []
+    for member in filter(None, (part.strip(" \t") for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', text))):
+        match = ENTITY_TAG.fullmatch(member)
+        if match is None:
+            raise BadRequest(f"{name} must be * or entity tags in quotes.")
+        if weak or not match[1]:
+            tags.append(match[2])
+    if not tags and not values[0].strip():
+        raise BadRequest(f"{name} must be * or entity tags in quotes.")
+    return tuple(tags)
+
+
+def _condition() -> users.Condition:
+    return users.Condition(_tags("If-Match", weak=False), _tags("If-None-Match", weak=True))
+
+
+def _members(*media_types: str) -> dict[str, Any]:
+    """The members of the JSON object in the body. Raises UnsupportedMediaType, MalformedJson, or
+    InvalidUser where it is another kind of JSON."""
+    request = _request()
+    media_type, _, parameters = (_one(request, "content-type") or "").partition(";")
+    charset = re.fullmatch(r'\s*(?:charset="?utf-8"?)?\s*;?\s*', parameters, re.IGNORECASE)
+    if media_type.strip().lower() not in media_types or charset is None:
+        raise UnsupportedMediaType(f"The body must be {' or '.join(media_types)}, in UTF-8.")
+    try:
+        body = json.loads(
+            bottle.request.environ["wsgi.input"].read().decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=float,  # no number is ever right, so none needs to be exact
+        )
+    except (ValueError, RecursionError):
+        raise MalformedJson from None
+    if not isinstance(body, dict):
+        raise InvalidUser(errors=[("body", "must be a JSON object")])
+    return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member twice")
+    return members
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _page_query(query: str) -> tuple[int, str | None, str | None]:
+    """The limit, after and email of a page. Raises InvalidQuery that names every bad parameter."""
+    limit, after, email = DEFAULT_PAGE, None, None
+    errors, seen = [], set()
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
+    except UnicodeError:
+        raise InvalidQuery(errors=[("query", "is not percent-encoded UTF-8")]) from None
+    for name, value in pairs:
+        try:
+            if name in seen:
+                raise ValueError("is given more than once")
+            seen.add(name)
+            match name:
+                case "limit":
+                    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= users.MAX_PAGE:
+                        raise ValueError(f"must be a whole number from 1 to {users.MAX_PAGE}")
+                    limit = int(value)
+                case "after":
+                    after = users.parse_id(value)
+                case "email":
+                    if "\0" in value or not value:
+                        raise ValueError("must be an email address")
+                    email = value
+                case _:
+                    raise ValueError("is not a parameter of this call")
+        except ValueError as error:
+            errors.append((name[:100], str(error)))
+    if errors:
+        raise InvalidQuery(errors=errors)
+    return limit, after, email
+
+
+def load_settings() -> Settings:
+    """The settings from the environment and, where it has none, from `.env` beside this file.
+    Raises SettingsError that names every problem."""
+    filed = {k: v for k, v in dotenv_values(ROOT / ".env", interpolate=False).items() if v}
+    environ = {**filed, **{name: value for name, value in os.environ.items() if value.strip()}}
+    problems: list[str] = []
+    settings = None
+    try:
+        settings = Settings.from_env(environ)
+    except SettingsError as error:
+        problems = error.problems
+    uri = environ.get("POSTGRES_URI", "")
+    if uri and not any(problem.startswith("POSTGRES_URI") for problem in problems):
+        wrong = pool.check_uri(re.sub(r"(?i)^\s*postgres(ql)?://", "postgresql://", uri).strip())
+        if wrong:
+            problems.append(f"POSTGRES_URI {wrong}")
+    if problems or settings is None:
+        raise SettingsError(problems)
+    return settings
+
+
+def check(settings: Settings) -> int:
+    """Say how the configuration, the database, the schema and the upstream are, in a line each;
+    returns the exit code of the first that is not as it should be."""
+    codes = [0]
+    print("configuration: ok")
+    timeout = round(settings.db_connect_timeout)
+    try:
+        pending = schema.pending(settings.postgres_uri, MIGRATIONS, timeout)
+        print("database: ok")
+        if pending:
+            codes.append(3)
+            print(f"schema: migrations pending: {', '.join(pending)}")
+        elif differences := schema.differences(settings.postgres_uri, MIGRATIONS, timeout):
+            codes.append(4)
+            print(f"schema: not what the migrations make: {'; '.join(differences)}")
+        else:
+            print("schema: ok")
+    except Exception as error:
+        codes.append(5)
+        print(f"database: unreachable: {schema.reason(error)}")
+        print("schema: unknown")
+    try:
+        Gatehouse(settings, os.environ.get("REQUESTS_CA_BUNDLE")).proxy.upstream.probe()
+        print("upstream: ok")
+    except Problem as problem:
+        codes.append(6)
+        print(f"upstream: unreachable: {problem.detail}")
+    return next((code for code in codes if code), 0)
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop; returns the exit code."""
+    try:
+        listener = server.listen(settings.host, settings.port)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        print(f"cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)
+        return 1
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    log.info(
+        "gatehouse %s listens on http://%s:%d with %d %s",
+        VERSION,
+        host,
+        listener.getsockname()[1],
+        settings.workers,
+        "worker" if settings.workers == 1 else "workers",
+    )
+    limit = settings.upstream_max_in_flight
+    health = HEALTH_THREADS
+    return server.serve(
+        Gatehouse(settings, os.environ.get("REQUESTS_CA_BUNDLE")),
+        listener,
+        workers=settings.workers,
+        lanes={
+            # One more than there are places, to tell those that find none.
+            "proxy": limit + 1,
+            # Enough to use every connection while others are told that none is free.
+            "users": max(settings.threads - limit, settings.db_pool_size + 2),
+            "health": health,
+            "quick": health,
+        },
+        shutdown_timeout=settings.shutdown_timeout,
+        access_log=settings.access_log,
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """The command line: nothing to serve, `check`, or `--dev`. Returns the exit code."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    for noisy in ("waitress", "waitress.queue", "urllib3", "peewee"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if arguments == ["--dev"]:
+        import dev
+
+        return dev.run()
+    if arguments not in ([], ["check"]):
+        print("usage: app.py [check | --dev]", file=sys.stderr)
+        return 2
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return 2
+    return check(settings) if arguments else run(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

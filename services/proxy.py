@@ -1,0 +1,307 @@
+"""Forwarding a request to the upstream and its answer back, as they came.
+
+`forward` reads as the request travels; the header rules stand beside it. RFC 9110 section 7.6 says
+what an intermediary has to do.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from services.board import IN_FLIGHT, Board
+from services.errors import (
+    BadRequest,
+    LoopDetected,
+    MethodNotAllowed,
+    Problem,
+    UpgradeNotSupported,
+    UpstreamBusy,
+)
+from services.upstream import Answer, Client, Field, Upstream
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# RFC 9110 section 7.6.1, and what applies to one hop by its own definition (section 11.7).
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# What the proxy sets, whatever was there before.
+SET = frozenset(
+    {"host", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-request-id"}
+)
+# What else says who the client is, and is believed from a trusted proxy only.
+BELIEVED = frozenset({"forwarded", "x-real-ip"})
+# Alt-Svc names ports of the upstream's own, where there is no Gatehouse.
+NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
+
+ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+
+
+def origin_form(target: str, method: str) -> str:
+    """The target as it is sent to an origin server (RFC 9112 section 3.2), otherwise byte for byte.
+
+    An absolute-form target loses its scheme and authority, so it cannot change which host is
+    called. Raises BadRequest for a target that no host but a forward proxy could serve.
+    """
+    if target.startswith("/") or (target == "*" and method == "OPTIONS"):
+        return target
+    absolute = ABSOLUTE_FORM.match(target)
+    if absolute is None:
+        raise BadRequest("The request target is malformed.")
+    rest = target[absolute.end() :]
+    return rest if rest.startswith("/") else "/" + rest
+
+
+def listed(values: Iterable[str]) -> list[str]:
+    """The members of a comma-separated header that may stand on several lines."""
+    return [member.strip(" \t") for value in values for member in value.split(",")]
+
+
+class Places:
+    """How many requests may be with the upstream at once. One whose client does not read gives up
+    its place while it waits, and gets the next free one when its client has caught up."""
+
+    def __init__(self, limit: int, board: Board) -> None:
+        self._limit = limit
+        self._board = board
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def enter(self) -> None:
+        """Take a place. Raises UpstreamBusy at once where there is none."""
+        with self._lock:
+            if self._taken >= self._limit:
+                raise UpstreamBusy
+            self._take(1)
+
+    def leave(self) -> None:
+        """Give the place back, or to one that waits for it."""
+        with self._lock:
+            if not self._waiting:
+                self._take(-1)
+                return
+            ready = self._waiting.popleft()
+        ready()
+
+    def return_when_free(self, ready: Callable[[], None]) -> None:
+        """Take a place, now or when one is free, and then call `ready`."""
+        with self._lock:
+            if self._taken >= self._limit:
+                self._waiting.append(ready)
+                return
+            self._take(1)
+        ready()
+
+    def _take(self, number: int) -> None:
+        self._taken += number
+        self._board.set(IN_FLIGHT, self._taken)
+
+
+class Body:
+    """The body of an answer on its way to the client; holds a place while it moves."""
+
+    def __init__(self, answer: Answer, places: Places) -> None:
+        self._answer = answer
+        self._places = places
+        self._placed = True
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._answer.pieces()
+
+    def pause(self) -> None:
+        """The client does not read: give up the place."""
+        self._placed = False
+        self._places.leave()
+
+    def resume(self, ready: Callable[[], None]) -> None:
+        """The client has caught up: call `ready` as soon as there is a place again."""
+
+        def go_on() -> None:
+            self._placed = True
+            ready()
+
+        self._places.return_when_free(go_on)
+
+    def close(self) -> None:
+        """Let go of the upstream's connection and of the place."""
+        self._answer.close()
+        if self._placed:
+            self._placed = False
+            self._places.leave()
+
+
+class Proxy:
+    """Forwards requests to one upstream.
+
+    `host` and `prefix` are the authority and the path of the upstream's URL, `name` is what this
+    instance calls itself in Via, and `limit` how many requests it forwards at once.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        host: str,
+        prefix: str,
+        name: str,
+        limit: int,
+        preserve_host: bool,
+        trusted: tuple[Network, ...],
+        board: Board,
+    ) -> None:
+        self.upstream = upstream
+        self.host = host
+        self.prefix = prefix.rstrip("/")
+        self.name = name
+        self.preserve_host = preserve_host
+        self.trusted = trusted
+        self.board = board
+        self.places = Places(limit, board)
+
+    def admit(self, request: Any) -> None:
+        """Refuse what can never be forwarded; called when a request's head is complete.
+
+        Raises MethodNotAllowed, UpgradeNotSupported or LoopDetected.
+        """
+        if request.command == "CONNECT":
+            raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", ANY)])
+        upgrades, via = [], []
+        for name, value in request.fields:
+            match name.lower():
+                case "upgrade":
+                    upgrades.append(value.lower())
+                case "via":
+                    via.append(value)
+        if "websocket" in listed(upgrades):
+            raise UpgradeNotSupported
+        if any(self.name in hop.split()[1:2] for hop in listed(via)):
+            raise LoopDetected
+
+    def forward(
+        self, environ: dict[str, Any], start_response: Callable[[str, list[Field]], Any]
+    ) -> Iterable[bytes]:
+        """Forward a request: a WSGI application.
+
+        Raises the Problem that its caller is to be told, or ClientGone where there is no caller
+        any more.
+        """
+        request, client = environ["gatehouse.request"], environ["gatehouse.client"]
+        self.places.enter()
+        try:
+            answer = self._exchange(request, client, environ["wsgi.input"])
+        except BaseException:
+            self.places.leave()
+            raise
+        start_response(f"{answer.status} {answer.reason}", self.answer_fields(answer, request.id))
+        return Body(answer, self.places)
+
+    def _exchange(self, request: Any, client: Client, body: Any) -> Answer:
+        head = self.request_head(request, client.addr[0])  # type: ignore[attr-defined]
+        has_body = request.body_size
+        try:
+            answer = self.upstream.exchange(
+                request.command, head, body if has_body else None, client
+            )
+        except Problem:
+            self.board.forwarded(up=False)
+            raise
+        self.board.forwarded(up=True)
+        return answer
+
+    def request_head(self, request: Any, peer: str) -> bytes:
+        """The head that is sent to the upstream: Host, the client's lines in their order less those
+        for this hop only, the length of a body that came in chunks, and what the proxy sets."""
+        fields: list[Field] = request.fields
+        trusted = self.trusts(peer)
+        own: dict[str, list[str]] = {name: [] for name in SET}
+        options = [value for name, value in fields if name.lower() == "connection"]
+        dropped = HOP_BY_HOP.union(option.lower() for option in listed(options))
+        if not trusted:
+            dropped |= BELIEVED
+        dropped -= {"content-length"}
+        lines = []
+        for name, value in fields:
+            key = name.lower()
+            # Many applications cannot tell X_Forwarded_For from X-Forwarded-For.
+            spelled = key.replace("_", "-") if "_" in key else key
+            if spelled in SET:
+                if spelled is key:
+                    own[key].append(value)
+            elif spelled not in dropped and (spelled is key or spelled not in BELIEVED):
+                lines.append(f"{name}: {value}")
+        if request.chunked:
+            lines.append(f"Content-Length: {request.body_size}")
+
+        host = own["host"][0]
+        forwarded_for, proto, forwarded_host = [peer], "http", host
+        if trusted:
+            forwarded_for = [*filter(None, listed(own["x-forwarded-for"])), peer]
+            forwarded_host = (own["x-forwarded-host"] or [host])[0]
+            if own["x-forwarded-proto"] in (["https"], ["http"]):
+                proto = own["x-forwarded-proto"][0]
+        via = [*own["via"], f"{request.version} {self.name}"]
+        target = request.target if request.target == "*" else self.prefix + request.target
+        return "\r\n".join(
+            (
+                f"{request.command} {target} HTTP/1.1",
+                f"Host: {host if self.preserve_host else self.host}",
+                *lines,
+                f"X-Forwarded-For: {', '.join(forwarded_for)}",
+                f"X-Forwarded-Proto: {proto}",
+                f"X-Forwarded-Host: {forwarded_host}",
+                f"Via: {', '.join(via)}",
+                f"X-Request-Id: {request.id}\r\n\r\n",
+            )
+        ).encode("latin-1")
+
+    def answer_fields(self, answer: Answer, request_id: str) -> list[Field]:
+        """The header lines that go back to the client: the upstream's in their order, less those
+        for its own hop only, and the request's id."""
+        options = [value for name, value in answer.fields if name.lower() == "connection"]
+        dropped = NOT_RETURNED
+        if options:
+            named = {option.lower() for option in listed(options)}
+            dropped = NOT_RETURNED.union(named) - {"content-length"}
+        fields = [field for field in answer.fields if field[0].lower() not in dropped]
+        fields.append(("X-Request-Id", request_id))
+        return fields
+
+    def trusts(self, peer: str) -> bool:
+        """Whether what `peer` says of the client is believed."""
+        if not self.trusted:
+            return False
+        address = ipaddress.ip_address(peer)
+        return any(address in network for network in self.trusted)
+
+    def caller(self, request: Any, peer: str) -> str:
+        """The address of the client: the nearest in X-Forwarded-For that is not itself a trusted
+        proxy, where the peer is one; else the peer."""
+        if self.trusts(peer):
+            lines = [v for n, v in request.fields if n.lower() == "x-forwarded-for"]
+            for hop in reversed(listed(lines)):
+                try:
+                    if not self.trusts(hop):
+                        return str(ipaddress.ip_address(hop))
+                except ValueError:
+                    break
+        return peer
+
+
+# What Allow says for a target of the upstream's, whose methods Gatehouse does not know.
+ANY = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"

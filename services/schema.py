@@ -1,0 +1,151 @@
+"""What the migrations make, what of it is applied, and how the live schema differs from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peewee
+import psycopg2
+from psycopg2.extensions import connection as Connection  # noqa: N812
+from psycopg2.extensions import cursor as Cursor  # noqa: N812
+from psycopg2.extensions import parse_dsn
+
+# One row for each part of a table: kind, name, definition. Both sides of a comparison come from
+# one server, so that they are spelled alike. NOT NULL is told with its column, as PostgreSQL 18
+# names it as a constraint too and others do not. The last argument of pg_get_indexdef keeps the
+# schema's name out, and pg_temp_3 with it.
+PARTS = """
+    SELECT 'column', attname, format_type(atttypid, atttypmod)
+        || CASE WHEN attcollation <> typcollation
+            THEN ' COLLATE ' || attcollation::regcollation ELSE '' END
+        || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+        || CASE WHEN attidentity <> '' THEN ' IDENTITY ' || attidentity::text ELSE '' END
+        || CASE WHEN attgenerated <> '' THEN ' GENERATED ' || attgenerated::text ELSE '' END
+        || coalesce(' DEFAULT ' || pg_get_expr(adbin, adrelid), '')
+    FROM pg_attribute
+    JOIN pg_type ON pg_type.oid = atttypid
+    LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+    WHERE attrelid = %(table)s AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT 'constraint', conname, pg_get_constraintdef(oid)
+    FROM pg_constraint WHERE conrelid = %(table)s AND contype <> 'n'
+    UNION ALL
+    SELECT 'index', relname, pg_get_indexdef(indexrelid, 0, true)
+        || CASE WHEN indisvalid THEN '' ELSE ' INVALID' END
+    FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    WHERE indrelid = %(table)s
+        AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = indrelid)
+"""
+
+Parts = dict[tuple[str, str], str]
+
+
+def names(directory: Path | str) -> list[str]:
+    """The names of the migrations in `directory`, in order."""
+    files = (path.stem for path in Path(directory).glob("*.py"))
+    return sorted(name for name in files if re.fullmatch(r"[0-9]{3}_[^.]+", name))
+
+
+def applied(connection: Connection) -> list[str]:
+    """The names of the migrations that the database says it has, in order."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT to_regclass('migratehistory') IS NOT NULL")
+        if not _value(cursor):
+            return []
+        cursor.execute("SELECT name FROM migratehistory ORDER BY id")
+        return [name for (name,) in cursor]
+
+
+def pending(connection_uri: str, directory: Path | str, connect_timeout: int = 5) -> list[str]:
+    """The names of the migrations in `directory` that the database does not have, in order.
+
+    `connect_timeout` is in seconds, for each host of the URI. Raises psycopg2.Error.
+    """
+    connection = psycopg2.connect(connection_uri, connect_timeout=connect_timeout)
+    try:
+        done = applied(connection)
+    finally:
+        connection.close()
+    return [name for name in names(directory) if name not in done]
+
+
+def differences(
+    connection_uri: str, directory: Path | str, connect_timeout: int = 5
+) -> list[str]:
+    """A line for each way in which the live tables are not what all migrations make.
+
+    Tables that no migration makes are left alone; a column, constraint or index that no migration
+    makes is a difference. What the migrations make is found by running them on temporary tables,
+    in a transaction that is rolled back: it asks for no privilege but TEMPORARY, and locks and
+    changes no table. `connect_timeout` is in seconds, for each host of the URI. Raises
+    psycopg2.Error or peewee.DatabaseError.
+    """
+    keywords = parse_dsn(connection_uri) | {"connect_timeout": str(connect_timeout)}
+    database = peewee.PostgresqlDatabase(keywords.pop("dbname", ""), **keywords)
+    with database.connection_context(), database.connection().cursor() as cursor:
+        with database.transaction() as transaction:
+            expected = _expected(database, cursor, directory)
+            transaction.rollback(begin=False)
+        lines = []
+        for table, parts in expected.items():
+            live = _parts(cursor, table)
+            if not live:
+                lines.append(f"table {table} is missing")
+                continue
+            for key in sorted(parts.keys() | live.keys()):
+                line = _difference(parts.get(key), live.get(key))
+                if line:
+                    lines.append(f"table {table}: {key[0]} {key[1]} {line}")
+    return lines
+
+
+def reason(error: Exception) -> str:
+    """Why a database could not be used, in a few words: no host, name or credential in them."""
+    # libpq says `connection to server at "10.0.0.1", port 5432 failed: FATAL:  role "ann" ...`,
+    # with a hint on the next line.
+    first = (str(error).strip().splitlines() or ["connection lost"])[0]
+    return re.sub(r' "[^"]*"', "", first.rpartition(": ")[2]).strip()
+
+
+def _expected(
+    database: peewee.PostgresqlDatabase, cursor: Cursor, directory: Path | str
+) -> dict[str, Parts]:
+    """The parts of each table that the migrations make; leaves the transaction to be undone."""
+    from peewee_migrate import Router  # slow to import, and nothing that serves needs it
+
+    # Unqualified names are made in, and found in, the temporary schema, and pg_catalog.
+    cursor.execute("SET LOCAL search_path TO pg_temp")
+    router = Router(database, migrate_dir=Path(directory))
+    migrator = router.migrator_class(database)
+    for name in names(directory):
+        migrate, _ = router.read(name)
+        migrate(migrator, database, fake=False)
+        migrator()
+    cursor.execute(
+        "SELECT relname FROM pg_class"
+        " WHERE relnamespace = pg_my_temp_schema() AND relkind IN ('r', 'p') ORDER BY relname"
+    )
+    return {table: _parts(cursor, table) for (table,) in cursor.fetchall()}
+
+
+def _parts(cursor: Cursor, table: str) -> Parts:
+    cursor.execute("SELECT to_regclass(quote_ident(%s))::oid", (table,))
+    cursor.execute(PARTS, {"table": _value(cursor)})
+    return {(kind, name): definition for kind, name, definition in cursor}
+
+
+def _difference(expected: str | None, live: str | None) -> str | None:
+    if expected == live:
+        return None
+    if live is None:
+        return f"is missing ({expected})"
+    if expected is None:
+        return f"is not from the migrations ({live})"
+    return f"is ({live}), not ({expected})"
+
+
+def _value(cursor: Cursor) -> Any:
+    row = cursor.fetchone()
+    return row[0] if row else None

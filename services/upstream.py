@@ -1,0 +1,424 @@
+"""The upstream's side of the wire: what is plugged into requests' HTTPAdapter to forward faithfully.
+
+requests keeps the connection pool, connecting, TLS and its CA bundle. Writing a request and reading
+an answer are done here, because the layers below change what passes through them: urllib3 encodes
+the target anew and adds User-Agent and Accept-Encoding; http.client takes a 103 for the answer and
+gives the real one to the next caller, loses every header after a malformed line, and takes a body
+that was cut inside its chunks for whole.
+"""
+
+from __future__ import annotations
+
+import re
+import select
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Protocol
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+
+from services.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+
+Field = tuple[str, str]
+
+PIECE_BYTES = 65536
+MAX_HEAD_BYTES = 262144
+MAX_CHUNK_LINE_BYTES = 65536
+# RFC 9110 section 9.2.2.
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+# A request that must not be sent twice goes on a connection that was in use this many seconds ago
+# at most: the shorter the idle time, the smaller the chance that the upstream is just closing it.
+FRESH_SECONDS = 1.0
+
+STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r]*))?")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r]*)")
+LENGTH = re.compile(r"[0-9]{1,18}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?\r?")
+
+
+class Client(Protocol):
+    """Who a request is forwarded for: `on_gone` is called, once, when they have gone."""
+
+    gone: bool
+    on_gone: Any
+
+
+class ClientGone(Exception):
+    """The client left while its request was with the upstream."""
+
+
+class Connection:
+    """A connection of urllib3's, with what a forwarder needs to know of it."""
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self.buffer = b""
+
+    @property
+    def sock(self) -> Any:
+        return self.raw.sock
+
+    def connect(self, seconds: float) -> None:
+        """Open it. Raises UpstreamUnreachable, or UpstreamTimeout after `seconds`."""
+        self.raw.timeout = seconds
+        try:
+            self.raw.connect()
+        except NewConnectionError as error:  # which is a ConnectTimeoutError too
+            raise UpstreamUnreachable from error
+        except (ConnectTimeoutError, TimeoutError):
+            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
+        except (HTTPError, OSError, ValueError) as error:
+            raise UpstreamUnreachable from error
+        if isinstance(self.sock, ssl.SSLSocket):
+            # An end of file without TLS's own would pass for the end of the body.
+            self.sock.suppress_ragged_eofs = False
+
+    def close(self) -> None:
+        self.raw.close()
+
+    def abort(self) -> None:
+        """Wake whichever thread is reading or writing; callable from any thread."""
+        sock = self.sock
+        if sock is not None:
+            try:
+                # Not SSLSocket.shutdown, which would take the TLS layer from under that thread.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def send(self, head: bytes, body: BinaryIO | None, seconds: float) -> bool:
+        """Write a request; False where the upstream stopped reading before its end, which it may
+        do after an early answer (RFC 9112 section 9.3). Raises TimeoutError after `seconds`
+        in which nothing could be written."""
+        sock = self.sock
+        sock.settimeout(seconds)
+        try:
+            if body is None:
+                sock.sendall(head)
+                return True
+            piece = body.read(PIECE_BYTES)
+            sock.sendall(head + piece)
+            while piece := body.read(PIECE_BYTES):
+                if not self._send_unless_answered(memoryview(piece), seconds):
+                    return False
+        except ConnectionError:
+            return False
+        return True
+
+    def _send_unless_answered(self, piece: memoryview, seconds: float) -> bool:
+        sock = self.sock
+        if isinstance(sock, ssl.SSLSocket):  # readable may mean a session ticket
+            sock.sendall(piece)
+            return True
+        poller = select.poll()
+        poller.register(sock, select.POLLIN | select.POLLOUT)
+        while piece:
+            events = poller.poll(seconds * 1000)
+            if not events:
+                raise TimeoutError
+            if events[0][1] & select.POLLIN:
+                return False
+            piece = piece[sock.send(piece) :]
+        return True
+
+    def receive(self) -> bool:
+        """Read what has arrived, or wait for it; False at the end of file."""
+        data = self.sock.recv(PIECE_BYTES)
+        self.buffer = self.buffer + data if self.buffer else data
+        return bool(data)
+
+    def read_head(self, seconds: float) -> tuple[str, int, str, list[Field]]:
+        """Read the head of one answer, which must be whole within `seconds`: version, status,
+        reason and header lines. Raises UpstreamBroken, EOFError, OSError or TimeoutError."""
+        deadline = time.monotonic() + seconds
+        scanned = 0
+        while True:
+            end, size = self._end_of_head(scanned)
+            if end >= 0:
+                break
+            scanned = max(0, len(self.buffer) - 3)
+            if len(self.buffer) > MAX_HEAD_BYTES:
+                raise UpstreamBroken("The head of the upstream's answer is too large.")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            # Every recv has its own time-out: a head that trickles in would outlive any of them.
+            self.sock.settimeout(left)
+            if not self.receive():
+                raise EOFError
+        head, self.buffer = self.buffer[:end], self.buffer[end + size :]
+        return parse_head(head.decode("latin-1"))
+
+    def _end_of_head(self, scanned: int) -> tuple[int, int]:
+        # Lone line feeds are taken for line ends (RFC 9112 section 2.2), the earlier end wins.
+        end, bare = self.buffer.find(b"\r\n\r\n", scanned), self.buffer.find(b"\n\n", scanned)
+        mixed = self.buffer.find(b"\n\r\n", scanned)
+        if end >= 0 and (bare < 0 or end < bare) and mixed == end + 1:
+            return end, 4
+        candidates = [(at, size) for at, size in ((bare, 2), (mixed, 3)) if at >= 0]
+        return min(candidates) if candidates else (-1, 0)
+
+
+def parse_head(head: str) -> tuple[str, int, str, list[Field]]:
+    """Version, status, reason and header lines of an answer. Raises UpstreamBroken."""
+    lines = head.replace("\r\n", "\n").removesuffix("\r").split("\n")
+    match = STATUS_LINE.fullmatch(lines[0])
+    if match is None:
+        raise UpstreamBroken("The status line of the upstream's answer is malformed.")
+    fields: list[Field] = []
+    for line in lines[1:]:
+        if line[:1] in (" ", "\t") and fields:  # obs-fold, RFC 9112 section 5.2
+            name, value = fields.pop()
+            line = name + ": " + value + " " + line.strip(" \t")
+        field = HEADER_LINE.fullmatch(line)
+        if field is None:
+            raise UpstreamBroken("A header line of the upstream's answer is malformed.")
+        fields.append((field[1], field[2].rstrip(" \t")))
+    return match[1], int(match[2]), match[3] or "", fields
+
+
+class Answer:
+    """The upstream's answer: `status`, `reason`, `fields` as they came, and the body by `pieces`."""
+
+    def __init__(
+        self, upstream: Upstream, connection: Connection, method: str, keep: bool
+    ) -> None:
+        self._upstream = upstream
+        self._connection: Connection | None = connection
+        version, self.status, self.reason, self.fields = self._final_head(connection)
+        lengths, codings, options = [], [], set()
+        for name, value in self.fields:
+            match name.lower():
+                case "content-length":
+                    lengths.append(value)
+                case "transfer-encoding":
+                    codings.append(value.lower())
+                case "connection":
+                    options.update(option.strip(" \t").lower() for option in value.split(","))
+        if any(not LENGTH.fullmatch(length) for length in lengths) or len(lengths) > 1:
+            raise UpstreamBroken("The Content-Length of the upstream's answer is malformed.")
+        if codings and (codings != ["chunked"] or lengths or version == "1.0"):
+            raise UpstreamBroken("The Transfer-Encoding of the upstream's answer is malformed.")
+        bodiless = method == "HEAD" or self.status in (204, 304)
+        # RFC 9112 section 6.3: none, by chunks, by length, or until the connection closes.
+        self._chunked = bool(codings) and not bodiless
+        self._left: int | None = 0 if bodiless else int(lengths[0]) if lengths else None
+        persistent = "keep-alive" in options if version == "1.0" else True
+        framed = self._chunked or self._left is not None
+        self._keep = keep and framed and persistent and "close" not in options
+
+    def _final_head(self, connection: Connection) -> tuple[str, int, str, list[Field]]:
+        while True:
+            head = connection.read_head(self._upstream.read_timeout)
+            if head[1] >= 200:
+                return head
+            if head[1] == 101:
+                raise UpstreamBroken("The upstream switched protocols unasked.")
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, piece by piece as it arrives; an empty piece first where none is here yet.
+        Raises UpstreamBroken where it ends before its end, UpstreamTimeout where nothing comes."""
+        connection = self._connection
+        assert connection is not None
+        connection.sock.settimeout(self._upstream.read_timeout)
+        try:
+            if self._chunked:
+                yield from self._by_chunks(connection)
+            elif self._left is not None:
+                yield from self._by_length(connection, self._left)
+            else:
+                yield from self._until_close(connection)
+        except TimeoutError:
+            raise UpstreamTimeout("The upstream stalled in the middle of a body.") from None
+        except (OSError, EOFError) as error:
+            raise UpstreamBroken("The upstream's answer was cut in its body.") from error
+        self._done()
+
+    def _by_length(self, connection: Connection, left: int) -> Iterator[bytes]:
+        while left:
+            piece, connection.buffer = connection.buffer[:left], connection.buffer[left:]
+            left -= len(piece)
+            yield piece
+            if left and not connection.receive():
+                raise EOFError
+
+    def _until_close(self, connection: Connection) -> Iterator[bytes]:
+        while True:
+            piece, connection.buffer = connection.buffer, b""
+            yield piece
+            if not connection.receive():
+                return
+
+    def _by_chunks(self, connection: Connection) -> Iterator[bytes]:
+        # What has arrived is passed on at once, as one piece however many chunks it came in.
+        ready: list[bytes] = []
+        left = 0  # bytes of the current chunk that are still to come
+        last = False
+        trailer = 0
+        ended = True  # whether the line end after the previous chunk has been read
+        while True:
+            data, at = connection.buffer, 0
+            while at < len(data):
+                if left:
+                    piece = data[at : at + left]
+                    ready.append(piece)
+                    at += len(piece)
+                    left -= len(piece)
+                    ended = bool(left)
+                    continue
+                line_end = data.find(b"\n", at)
+                if line_end < 0:
+                    break
+                line = data[at:line_end]
+                at = line_end + 1
+                if not ended:
+                    if line not in (b"\r", b""):
+                        raise EOFError("no line end after a chunk")
+                    ended = True
+                elif last:
+                    trailer += len(line)
+                    if line in (b"\r", b""):
+                        connection.buffer = data[at:]
+                        yield b"".join(ready)
+                        return
+                else:
+                    match = CHUNK_LINE.fullmatch(line)
+                    if match is None:
+                        raise EOFError("malformed chunk")
+                    left = int(match[1], 16)
+                    last = not left
+                    ended = True
+            connection.buffer = data[at:]
+            if len(connection.buffer) + trailer > MAX_CHUNK_LINE_BYTES:
+                raise EOFError("endless chunk line")
+            yield b"".join(ready)
+            ready.clear()
+            if not connection.receive():
+                raise EOFError
+
+    def _done(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # Bytes after the end belong to no request: the connection is out of step.
+            self._upstream.release(connection, keep=self._keep and not connection.buffer)
+
+    def close(self) -> None:
+        """Let the connection go; it is closed where the body was not read to its end."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._upstream.release(connection, keep=False)
+
+
+class Upstream(HTTPAdapter):
+    """requests' HTTPAdapter for one upstream, sending bytes as they are given.
+
+    `base_url` is an http or https URL, time-outs are in seconds, `connections` is how many idle ones
+    are kept at most, and `ca_bundle` a file of certificates to trust instead of requests' own.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        connect_timeout: float,
+        read_timeout: float,
+        connections: int,
+        ca_bundle: str | None = None,
+    ) -> None:
+        super().__init__(pool_connections=1, pool_maxsize=connections, max_retries=0)
+        self.connect_timeout = connect_timeout
+        self.read_timeout = read_timeout
+        request = requests.Request("GET", base_url).prepare()
+        verify = ca_bundle or True
+        self._pool: Any = self.get_connection_with_tls_context(request, verify)
+        self.cert_verify(self._pool, base_url, verify, None)
+
+    def probe(self) -> None:
+        """Connect, and close. Raises UpstreamUnreachable or UpstreamTimeout."""
+        connection = self._take(idempotent=True)
+        try:
+            connection.connect(self.connect_timeout)
+        finally:
+            self.release(connection, keep=False)
+
+    def exchange(
+        self, method: str, head: bytes, body: BinaryIO | None, client: Client
+    ) -> Answer:
+        """Send one request and read the head of its answer.
+
+        It is sent again, once, where that is safe: the method is idempotent and the connection,
+        which had been used before, closed without a byte of an answer. Raises UpstreamUnreachable,
+        UpstreamBroken, UpstreamTimeout, or ClientGone where the client left meanwhile.
+        """
+        connection = self._take(method in IDEMPOTENT)
+        if connection.sock is not None:
+            try:
+                return self._attempt(connection, method, head, body, client)
+            except EOFError:
+                if method not in IDEMPOTENT or client.gone:
+                    raise self._failure(client) from None
+            connection = Connection(self._pool._get_conn())
+            connection.close()  # not another one that may have died of the same cause
+            if body is not None:
+                body.seek(0)
+        try:
+            connection.connect(self.connect_timeout)
+        except BaseException:
+            self.release(connection, keep=False)
+            raise
+        try:
+            return self._attempt(connection, method, head, body, client)
+        except EOFError:
+            raise self._failure(client) from None
+
+    def _attempt(
+        self,
+        connection: Connection,
+        method: str,
+        head: bytes,
+        body: BinaryIO | None,
+        client: Client,
+    ) -> Answer:
+        # EOFError where the connection ended without a byte of an answer.
+        client.on_gone = connection.abort
+        try:
+            if client.gone:
+                raise ClientGone
+            whole = connection.send(head, body, self.read_timeout)
+            return Answer(self, connection, method, keep=whole)
+        except TimeoutError:
+            self.release(connection, keep=False)
+            raise UpstreamTimeout from None
+        except (EOFError, OSError):
+            nothing = not connection.buffer
+            self.release(connection, keep=False)
+            if nothing:
+                raise EOFError from None
+            raise self._failure(client) from None
+        except BaseException:
+            self.release(connection, keep=False)
+            raise
+
+    def _failure(self, client: Client) -> Exception:
+        if client.gone:
+            return ClientGone()
+        return UpstreamBroken("The upstream closed the connection without an answer.")
+
+    def _take(self, idempotent: bool) -> Connection:
+        raw = self._pool._get_conn()  # closed by urllib3 if the upstream has closed it meanwhile
+        idle = time.monotonic() - getattr(raw, "idle_since", 0.0)
+        if raw.sock is not None and not idempotent and idle > FRESH_SECONDS:
+            raw.close()
+        return Connection(raw)
+
+    def release(self, connection: Connection, keep: bool) -> None:
+        """Give a connection back to the pool, or close it."""
+        if keep:
+            connection.raw.idle_since = time.monotonic()
+        else:
+            connection.close()
+        self._pool._put_conn(connection.raw)

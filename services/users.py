@@ -1,0 +1,315 @@
+"""The rules of users, and their statements.
+
+Every statement is composed once, from the model, and PostgreSQL makes the JSON: what comes back is
+what is sent, whichever the number of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import time
+import unicodedata
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
+from peewee import EXCLUDED, SQL, Case, Query, fn
+
+from models import User, database
+from services.errors import EmailTaken, InvalidUser, NoSuchUser, PreconditionFailed
+from services.pool import unknown
+
+CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+# Internal domains such as .local and .test are as good as any; the library's own documentation
+# says to say so in this way.
+SPECIAL_USE_DOMAIN_NAMES.clear()
+
+MAX_EMAIL = 254
+MAX_NAME = 200
+MAX_PAGE = 500
+
+
+@dataclass(frozen=True)
+class Found:
+    """A user as JSON, and its version: the same until the user is changed."""
+
+    json: str
+    version: str
+    created: bool = False
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a write asks of the user's present version: one of `match`, none of `none_match`.
+    None asks for nothing; `("*",)` is any version."""
+
+    match: tuple[str, ...] | None = None
+    none_match: tuple[str, ...] | None = None
+
+    @property
+    def asks(self) -> bool:
+        return self.match is not None or self.none_match is not None
+
+
+ANY = ("*",)
+
+
+def given(name: str) -> SQL:
+    return SQL(f"%({name})s")
+
+
+def text(query: Query) -> str:
+    """The SQL of a query whose only values are given by name."""
+    sql, params = query.sql()
+    assert not params, params
+    return str(sql)
+
+
+def _time(field: Any) -> Any:
+    """A time in RFC 3339, in UTC with microseconds."""
+    utc = fn.timezone(SQL("'UTC'"), field)
+    return fn.to_char(utc, SQL("""'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""))
+
+
+VERSION = _time(User.updated_at)
+# The members of a user in their order.
+JSON = fn.json_build_object(
+    SQL("'id'"),
+    User.id,
+    SQL("'email'"),
+    User.email,
+    SQL("'name'"),
+    User.name,
+    SQL("'created_at'"),
+    _time(User.created_at),
+    SQL("'updated_at'"),
+    VERSION,
+).cast("text")
+
+THIS = User.id == given("id")
+# Microseconds may repeat, and clocks go back: a change always makes a later time.
+LATER = fn.greatest(fn.now(), User.updated_at + SQL("interval '1 microsecond'"))
+
+
+def _changed(email: Any, name: Any) -> Any:
+    differs = (User.email != email) | (User.name != name)
+    return Case(None, [(differs, LATER)], User.updated_at)
+
+
+def _allowed() -> Any:
+    # A condition that is not asked for is null.
+    match = SQL("(%(match)s IS NULL)") | (VERSION == SQL("ANY(%(match)s)"))
+    none = SQL("(%(none_match)s IS NULL)") | ~(VERSION == SQL("ANY(%(none_match)s)"))
+    return match & none
+
+
+_NEW_EMAIL = fn.coalesce(given("email"), User.email)
+_NEW_NAME = fn.coalesce(given("name"), User.name)
+_ROW = {User.id: given("id"), User.email: given("email"), User.name: given("name")}
+
+GET = text(User.select(JSON, VERSION).where(THIS))
+CREATE = text(User.insert(_ROW).on_conflict_ignore().returning(JSON, VERSION))
+PUT = text(
+    User.insert(_ROW)
+    .on_conflict(
+        conflict_target=[User.id],
+        update={
+            User.email: EXCLUDED.email,
+            User.name: EXCLUDED.name,
+            User.updated_at: _changed(EXCLUDED.email, EXCLUDED.name),
+        },
+        where=_allowed(),
+    )
+    .returning(JSON, VERSION, SQL("xmax = 0"))
+)
+UPDATE = text(
+    User.update(
+        {
+            User.email: _NEW_EMAIL,
+            User.name: _NEW_NAME,
+            User.updated_at: _changed(_NEW_EMAIL, _NEW_NAME),
+        }
+    )
+    .where(THIS & _allowed())
+    .returning(JSON, VERSION)
+)
+DELETE = text(User.delete().where(THIS & _allowed()).returning(User.id))
+
+
+@functools.cache
+def _page(after: bool, email: bool) -> str:
+    query = User.select(JSON, User.id.cast("text")).order_by(User.id).limit(SQL("%(limit)s"))
+    if after:
+        query = query.where(User.id > given("after"))
+    if email:
+        query = query.where(fn.lower(User.email) == fn.lower(given("email")))
+    return text(query)
+
+
+def new_id() -> str:
+    """A UUID version 7 (RFC 9562 section 5.7): milliseconds since 1970, then random bits."""
+    milliseconds = time.time_ns() // 1_000_000
+    number = milliseconds << 80 | int.from_bytes(os.urandom(10), "big")
+    number = number & ~(0xF000 << 64) | 0x7000 << 64
+    number = number & ~(0xC000 << 48) | 0x8000 << 48
+    return str(uuid.UUID(int=number))
+
+
+def parse_id(value: str) -> str:
+    """An id as it is stored. Raises ValueError unless it is a UUID in its usual form."""
+    if not CANONICAL_ID.fullmatch(value):
+        raise ValueError("must be a UUID")
+    return value.lower()
+
+
+def valid(
+    members: Mapping[str, Any], *, required: Sequence[str] = ("email", "name")
+) -> dict[str, str | None]:
+    """The email and name in `members`, checked and made ready to store; None for one that is
+    neither there nor required. Raises InvalidUser that names every problem."""
+    user: dict[str, str | None] = {"email": None, "name": None}
+    errors: list[tuple[str, str]] = []
+    for member, value in members.items():
+        if member not in CHECKS:
+            errors.append((member, "is not a member of a user that can be set"))
+            continue
+        try:
+            if not isinstance(value, str):
+                raise ValueError("must be a string")
+            user[member] = CHECKS[member](value)
+        except ValueError as error:
+            errors.append((member, str(error)))
+    errors += [(member, "is required") for member in required if member not in members]
+    if errors:
+        raise InvalidUser(errors=errors)
+    return user
+
+
+def valid_email(value: str) -> str:
+    """An email address as it was written. Raises ValueError that says what is wrong."""
+    if len(value) > MAX_EMAIL:
+        raise ValueError(f"must have at most {MAX_EMAIL} characters")
+    try:
+        validate_email(value, check_deliverability=False, strict=True)
+    except EmailNotValidError as error:
+        raise ValueError(f"must be an email address: {error}") from None
+    except UnicodeError:
+        raise ValueError("must be an email address") from None
+    return value
+
+
+def valid_name(value: str) -> str:
+    """A name without the white space around it. Raises ValueError that says what is wrong."""
+    name = value.strip()
+    if not 1 <= len(name) <= MAX_NAME:
+        raise ValueError(f"must have 1 to {MAX_NAME} characters besides surrounding white space")
+    categories = {unicodedata.category(character) for character in name}
+    if "Cc" in categories:
+        raise ValueError("must not contain control characters")
+    if "Cs" in categories:
+        raise ValueError("must not contain lone surrogates")
+    return name
+
+
+CHECKS = {"email": valid_email, "name": valid_name}
+
+
+def get(user_id: str) -> Found:
+    """Raises NoSuchUser."""
+    rows = database.read(GET, {"id": user_id})
+    if not rows:
+        raise NoSuchUser
+    return Found(*rows[0])
+
+
+def create(members: Mapping[str, Any]) -> tuple[str, Found]:
+    """Create a user; returns its id and the user. Raises InvalidUser or EmailTaken."""
+    user = valid(members) | {"id": new_id()}
+    rows, again = database.write(CREATE, user)
+    if not rows and again:  # perhaps by the first run
+        rows = database.read(GET, user)
+    if not rows:
+        raise EmailTaken
+    return str(user["id"]), Found(*rows[0])
+
+
+def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
+    """Create the user with this id, or replace it.
+
+    Raises InvalidUser, EmailTaken, or PreconditionFailed; a user that is not there matches nothing.
+    """
+    values = valid(members) | {"id": user_id} | _asked(condition)
+    if condition.match is not None:
+        rows, again = database.write(UPDATE, values)
+    else:
+        rows, again = database.write(PUT, values)
+    if not rows and again:
+        return _done_before(user_id, values)
+    if not rows:
+        raise PreconditionFailed
+    return Found(*rows[0])
+
+
+def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
+    """Change some of a user. Raises InvalidUser, EmailTaken, NoSuchUser or PreconditionFailed."""
+    values = valid(members, required=()) | {"id": user_id} | _asked(condition)
+    rows, again = database.write(UPDATE, values)
+    if not rows and again and condition.asks:
+        return _done_before(user_id, values)
+    if not rows:
+        raise _missing(user_id, condition)
+    return Found(*rows[0])
+
+
+def delete(user_id: str, condition: Condition) -> None:
+    """Raises NoSuchUser or PreconditionFailed."""
+    rows, again = database.write(DELETE, {"id": user_id} | _asked(condition))
+    if not rows and again:
+        raise unknown()  # gone, but whether by the first run or before it nobody can say
+    if not rows:
+        raise _missing(user_id, condition)
+
+
+def page(limit: int, after: str | None, email: str | None) -> tuple[list[str], str | None]:
+    """At most `limit` users as JSON, by id, after the id `after`, with the address `email`; and
+    the id after which the next page starts, None where this is the last."""
+    sql = _page(after is not None, email is not None)
+    rows = database.read(sql, {"limit": limit + 1, "after": after, "email": email})
+    more = len(rows) > limit
+    return [row[0] for row in rows[:limit]], rows[limit - 1][1] if more else None
+
+
+def _asked(condition: Condition) -> dict[str, Any]:
+    """A condition as parameters. Any version at all is what the statements ask for anyway, save
+    that none at all may be asked for: the empty list of versions that would do."""
+    match = None if condition.match in (None, ANY) else list(condition.match or ())
+    none_match = None if condition.none_match is None else list(condition.none_match)
+    if condition.none_match == ANY:
+        match, none_match = [], None
+    return {"match": match, "none_match": none_match}
+
+
+def _missing(user_id: str, condition: Condition) -> Exception:
+    if condition.asks and database.read(GET, {"id": user_id}):
+        return PreconditionFailed()
+    return NoSuchUser()
+
+
+def _done_before(user_id: str, values: Mapping[str, Any]) -> Found:
+    """The user, where it is what a first run whose answer was lost would have made of it: the
+    condition cannot hold a second time. Raises DatabaseUnavailable, outcome unknown, otherwise."""
+    rows = database.read(SAME, {"id": user_id, "email": values["email"], "name": values["name"]})
+    if not rows:
+        raise unknown()
+    return Found(*rows[0])
+
+
+SAME = text(
+    User.select(JSON, VERSION, SQL("created_at = updated_at")).where(
+        THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME)
+    )
+)

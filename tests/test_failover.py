@@ -1,0 +1,90 @@
+"""Crashes and failovers under write load, with an audit of every answer against the database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.audit import Audit
+from tests.harness import Service, wait_for
+from tests.pgservers import Server, Standby
+
+# Writes are taken again within two seconds; one more for a busy machine.
+RECOVERY = 2.0 + 1.0
+
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def primary() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def standby(primary: Server) -> Iterator[Standby]:
+    """A standby without which the primary acknowledges nothing."""
+    standby = Standby(primary)
+    try:
+        standby.start()
+        primary.await_standby()
+        yield standby
+    finally:
+        standby.close()
+
+
+def assert_kept(audit: Audit) -> None:
+    """Every acknowledged write is there and no refused one is; unknown ones may be."""
+    assert audit.wrong == []
+    assert audit.findings() == {"lost": [], "present": []}
+
+
+def test_no_acknowledged_write_is_lost_when_the_server_is_killed(
+    primary: Server, start: Start
+) -> None:
+    service = start(POSTGRES_URI=primary.uri(primary.create()), WORKERS=2, DB_CONNECT_TIMEOUT=1)
+    with Audit(service.port) as audit:
+        for _ in range(3):
+            audit.more(100)
+            primary.crash()
+            refused = audit.refused
+            wait_for(lambda refused=refused: audit.refused > refused + 3, 10, "refusals")
+            assert audit.resumed(primary.start()) < RECOVERY
+        audit.more(50)
+    assert_kept(audit)
+
+
+def test_no_acknowledged_write_is_lost_in_a_failover(
+    primary: Server, standby: Standby, start: Start
+) -> None:
+    """One URI names both servers; libpq finds the one that takes writes."""
+    database = primary.create()
+    hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+    uri = f"postgresql://postgres@{hosts}/{database}?target_session_attrs=read-write"
+    service = start(POSTGRES_URI=uri, DB_CONNECT_TIMEOUT=2)
+    with Audit(service.port) as audit:
+        audit.more(200)
+        primary.crash()
+        assert audit.resumed(standby.promote()) < RECOVERY
+        audit.more(100)
+    assert_kept(audit)
+
+
+def test_no_acknowledged_write_is_lost_when_the_primary_hangs_and_its_standby_is_promoted(
+    primary: Server, standby: Standby, start: Start
+) -> None:
+    """The hanging host is the first in the URI, and still accepts connections."""
+    database = primary.create()
+    hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+    uri = f"postgresql://postgres@{hosts}/{database}?target_session_attrs=read-write"
+    service = start(POSTGRES_URI=uri, DB_CONNECT_TIMEOUT=2, DB_STATEMENT_TIMEOUT=0.5)
+    with Audit(service.port) as audit:
+        audit.more(200)
+        with primary.frozen():
+            promoted = standby.promote()
+            # One deadline of a statement that hangs and one connection past the dead host.
+            assert audit.resumed(promoted) < RECOVERY + 1
+            audit.more(50)
+            audit.stop()
+            assert_kept(audit)

@@ -1,0 +1,532 @@
+"""Connections: reuse, resending, the cap, clients that leave or do not read, and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from tests.harness import (
+    DEAD_DATABASE,
+    Answer,
+    RawClient,
+    ScriptedUpstream,
+    Seen,
+    Service,
+    chunked,
+    message,
+    ok,
+    problem,
+    request,
+    wait_for,
+)
+
+OK = b"HTTP/1.1 200 OK"
+CHUNKED = b"Transfer-Encoding: chunked"
+IDEMPOTENT = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]
+# A small cap, and in one worker: the cap, like a pool of connections, is a worker's own.
+CAP = 3
+
+
+@pytest.fixture(scope="module")
+def database() -> str:
+    """No database: no proxied request may depend on one."""
+    return DEAD_DATABASE
+
+
+@pytest.fixture
+def fresh() -> Iterator[ScriptedUpstream]:
+    """An upstream of the test's own, whose first connection is number 0."""
+    server = ScriptedUpstream()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def capped(upstream: ScriptedUpstream) -> Iterator[Service]:
+    settings = {"WORKERS": 1, "THREADS": 6, "UPSTREAM_MAX_IN_FLIGHT": CAP}
+    with Service(UPSTREAM_URL=upstream.url, **settings) as running:
+        yield running
+
+
+def in_flight(service: Service) -> int:
+    return int(service.call("GET", "/health").json()["upstream"]["in_flight"])
+
+
+REUSABLE = {
+    "a length": ("GET", message(OK, b"Content-Length: 2", body=b"ok")),
+    "a length of 0": ("POST", message(OK, b"Content-Length: 0")),
+    "chunks": ("GET", message(OK, CHUNKED, body=chunked(b"o", b"k"))),
+    "chunks and trailers": (
+        "GET",
+        message(OK, CHUNKED, body=chunked(b"ok", trailer=b"X-A: 1\r\n")),
+    ),
+    "HEAD": ("HEAD", message(OK, b"Content-Length: 1000")),
+    "HEAD with a coding": ("HEAD", message(OK, CHUNKED)),
+    "a 204": ("DELETE", message(b"HTTP/1.1 204 No Content")),
+    "a 304": ("GET", message(b"HTTP/1.1 304 Not Modified", b"Content-Length: 1000")),
+    "an interim answer before": (
+        "GET",
+        message(b"HTTP/1.1 103 Early Hints") + message(OK, b"Content-Length: 0"),
+    ),
+    "an error": ("GET", message(b"HTTP/1.1 500 Oops", b"Content-Length: 0")),
+    "a Connection line of names": (
+        "GET",
+        message(OK, b"Connection: X-Hop", b"X-Hop: 1", b"Content-Length: 0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REUSABLE)
+def test_an_upstream_connection_is_used_again(
+    service: Service, upstream: ScriptedUpstream, name: str
+) -> None:
+    method, answer = REUSABLE[name]
+    upstream.script(answer)
+    # On one client connection: another might be another worker's, with a pool of its own.
+    with service.client() as client:
+        for _ in range(5):
+            client.send(request(f"{method} / HTTP/1.1".encode()))
+            client.reply(method)
+    assert len({seen.connection for seen in upstream.seen}) == 1
+
+
+CLOSING = {
+    "Connection: close": message(OK, b"Connection: close", b"Content-Length: 2", body=b"ok"),
+    "Connection: X-Hop, Close": message(
+        OK, b"Connection: X-Hop, Close", b"Content-Length: 2", body=b"ok"
+    ),
+    "close on a second line": message(
+        OK, b"Connection: X-Hop", b"Connection: close", CHUNKED, body=chunked(b"ok")
+    ),
+    "HTTP/1.0": message(b"HTTP/1.0 200 OK", b"Content-Length: 2", body=b"ok"),
+}
+
+
+@pytest.mark.parametrize("name", CLOSING)
+def test_a_connection_that_the_upstream_gives_up_is_not_used_again(
+    service: Service, upstream: ScriptedUpstream, name: str
+) -> None:
+    # The upstream announces it but leaves the connection open: only the announcement tells.
+    upstream.script(CLOSING[name])
+    with service.client() as client:
+        for _ in range(3):
+            client.send(request(b"POST / HTTP/1.1", b"Content-Length: 0"))
+            assert client.reply().body == b"ok"
+    assert len({seen.connection for seen in upstream.seen}) == 3
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_connection_that_was_closed_while_idle_is_replaced(
+    service: Service, upstream: ScriptedUpstream, method: str
+) -> None:
+    def answer(sock: socket.socket, seen: Seen) -> bool:
+        ok(sock, seen)
+        sock.shutdown(socket.SHUT_RDWR)
+        return False
+
+    upstream.script(answer)
+    with service.client() as client:
+        for _ in range(5):
+            client.send(request(f"{method} / HTTP/1.1".encode(), b"Content-Length: 0"))
+            assert client.reply().status == 200
+            wait_for(lambda: not upstream.open)
+    assert len(upstream.seen) == 5
+
+
+class FailsWhenReused:
+    """Answers the first request on its first connection, then sends `part` and closes it.
+
+    Requests on later connections are answered if `recovers`, else treated the same.
+    """
+
+    def __init__(self, part: bytes = b"", recovers: bool = True) -> None:
+        self.part = part
+        self.recovers = recovers
+        self.first: int | None = None
+
+    def __call__(self, sock: socket.socket, seen: Seen) -> bool:
+        if self.first is None or (self.recovers and seen.connection != self.first):
+            if self.first is None:
+                self.first = seen.connection
+            ok(sock, Seen(seen.head, b"", 0)) if seen.method != "HEAD" else sock.sendall(
+                message(OK)
+            )
+            return True
+        sock.sendall(self.part)
+        return False
+
+
+def failing_when_reused(
+    service: Service, upstream: ScriptedUpstream, answer: Answer, data: bytes
+) -> tuple[RawClient, list[Seen]]:
+    """Send a first request that leaves a connection to reuse, then `data`."""
+    upstream.script(answer)
+    client = service.client()
+    client.send(request(b"GET /first HTTP/1.1"))
+    assert client.reply().body == b"ok"
+    client.send(data)
+    return client, upstream.seen
+
+
+@pytest.mark.parametrize("method", IDEMPOTENT)
+def test_an_idempotent_request_is_sent_again_when_its_reused_connection_dies(
+    start: Callable[..., Service], fresh: ScriptedUpstream, method: str
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url)
+    body = b"" if method == "TRACE" else bytes(range(256)) * 4000
+    data = request(f"{method} /a?b HTTP/1.1".encode(), b"Content-Length: %d" % len(body), body=body)
+    client, seen = failing_when_reused(service, fresh, FailsWhenReused(), data)
+    with client:
+        assert client.reply(method).status == 200
+    first, died, again = seen
+    assert first.connection == died.connection != again.connection
+    assert (died.head, died.body) == (again.head, again.body)
+    assert again.body == body
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH", "CUSTOM", "get"])
+def test_any_other_request_is_never_sent_twice(
+    start: Callable[..., Service], fresh: ScriptedUpstream, method: str
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url)
+    data = request(f"{method} /a HTTP/1.1".encode(), b"Content-Length: 1", body=b"x")
+    client, seen = failing_when_reused(service, fresh, FailsWhenReused(), data)
+    with client:
+        problem(client.reply(), 502, "upstream-broken")
+    assert [one.target for one in seen] == [b"/first", b"/a"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [b"H", b"HTTP/1.1 2", message(b"HTTP/1.1 100 Continue"), b"\r\n", b"HTTP/1.1 200 OK\r\n"],
+)
+def test_nothing_is_sent_again_once_a_byte_of_an_answer_arrived(
+    start: Callable[..., Service], fresh: ScriptedUpstream, part: bytes
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url)
+    data = request(b"GET /a HTTP/1.1")
+    client, seen = failing_when_reused(service, fresh, FailsWhenReused(part), data)
+    with client:
+        problem(client.reply(), 502, "upstream-broken")
+    assert [one.target for one in seen] == [b"/first", b"/a"]
+
+
+def test_a_request_is_sent_again_only_once(
+    start: Callable[..., Service], fresh: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url)
+    answer = FailsWhenReused(recovers=False)
+    client, seen = failing_when_reused(service, fresh, answer, request(b"GET /a HTTP/1.1"))
+    with client:
+        problem(client.reply(), 502, "upstream-broken")
+    assert [one.target for one in seen] == [b"/first", b"/a", b"/a"]
+
+
+def test_nothing_is_sent_again_on_a_connection_that_was_new(
+    start: Callable[..., Service], fresh: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url)
+    fresh.script(lambda sock, seen: False)
+    problem(service.call("GET", "/a"), 502, "upstream-broken")
+    assert len(fresh.seen) == 1
+
+
+def test_a_request_sent_again_after_several_connections_died_at_once(
+    start: Callable[..., Service], fresh: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url, WORKERS=1)
+    together = threading.Barrier(4)
+    dead: set[int] = set()
+
+    def answer(sock: socket.socket, seen: Seen) -> bool:
+        if seen.target == b"/first":
+            together.wait(10)
+            dead.add(seen.connection)
+        elif seen.connection in dead:
+            return False
+        ok(sock, seen)
+        return True
+
+    fresh.script(answer)
+    clients = [service.client() for _ in range(4)]
+    for client in clients:
+        client.send(request(b"GET /first HTTP/1.1"))
+    for client in clients:
+        assert client.reply().status == 200
+    # A restarted upstream: all that the pool holds is dead, and nobody may notice.
+    for client in clients:
+        client.send(request(b"GET /second HTTP/1.1"))
+        assert client.reply().status == 200
+        client.close()
+
+
+class Held:
+    """Answers that wait until the test lets them go."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    def __call__(self, sock: socket.socket, seen: Seen) -> None:
+        self.arrived.release()
+        self.go_on.wait(20)
+        ok(sock, seen)
+
+
+def test_past_the_cap_a_caller_is_told_at_once_and_owned_paths_go_on(
+    capped: Service, upstream: ScriptedUpstream
+) -> None:
+    held = Held()
+    upstream.script(held)
+    clients = [capped.client() for _ in range(CAP)]
+    for client in clients:
+        client.send(request(b"GET /held HTTP/1.1"))
+        assert held.arrived.acquire(timeout=10)
+    began = time.monotonic()
+    for _ in range(20):
+        reply = capped.call("POST", "/more", b"x")
+        problem(reply, 503, "upstream-busy")
+        assert (reply.get("Retry-After") or "").isdigit()
+        assert capped.call("GET", "/health/live").status == 200
+    assert in_flight(capped) == CAP
+    assert capped.call("GET", "/users").status == 503
+    assert time.monotonic() - began < 10
+    held.go_on.set()
+    assert [client.reply().body for client in clients] == [b"ok"] * CAP
+    assert len(upstream.seen) == CAP
+    wait_for(lambda: in_flight(capped) == 0)
+    assert capped.call("GET", "/after").body == b"ok"
+    for client in clients:
+        client.close()
+
+
+def test_the_default_cap_leaves_threads_for_owned_paths(
+    start: Callable[..., Service], fresh: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url, WORKERS=1, THREADS=4)
+    held = Held()
+    fresh.script(held)
+    clients = [service.client() for _ in range(8)]
+    for client in clients:
+        client.send(request(b"GET /held HTTP/1.1"))
+    for _ in range(10):
+        assert service.call("GET", "/health/live").status == 200
+        assert service.call("GET", "/users").status == 503
+    held.go_on.set()
+    statuses = sorted(client.reply().status for client in clients)
+    assert statuses[0] == 200
+    assert statuses[-1] == 503
+    for client in clients:
+        client.close()
+
+
+def test_a_request_that_arrives_slowly_takes_no_place(
+    capped: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(ok)
+    slow = [capped.client() for _ in range(CAP * 4)]
+    for client in slow:
+        client.send(request(b"POST /slow HTTP/1.1", b"Content-Length: 2", body=b"x"))
+    assert capped.call("GET", "/a").body == b"ok"
+    for client in slow:
+        client.send(b"y")
+        assert client.reply().body == b"ok"
+        client.close()
+
+
+class Watched:
+    """Sends `start` of an answer, then waits for the proxy to close the connection."""
+
+    def __init__(self, start: bytes) -> None:
+        self.start = start
+        self.waiting = threading.Event()
+        self.closed = threading.Event()
+
+    def __call__(self, sock: socket.socket, seen: Seen) -> bool:
+        sock.sendall(self.start)
+        self.waiting.set()
+        with contextlib.suppress(ConnectionError):
+            sock.recv(1)
+        self.closed.set()
+        return False
+
+
+STARTS = {
+    "before the answer": b"",
+    "in its head": b"HTTP/1.1 200 OK\r\nX-A",
+    "in a body with a length": message(OK, b"Content-Length: 100", body=b"hello"),
+    "in a chunked body": message(OK, CHUNKED, body=b"5\r\nhello\r\n"),
+    "in a body until the end": message(OK, body=b"hello"),
+}
+
+
+@pytest.mark.parametrize("leaving", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("when", STARTS)
+def test_a_client_that_leaves_frees_its_upstream_connection(
+    capped: Service, upstream: ScriptedUpstream, when: str, leaving: str
+) -> None:
+    watched = Watched(STARTS[when])
+    upstream.script(watched)
+    with capped.client() as client:
+        client.send(request(b"GET /a HTTP/1.1"))
+        assert watched.waiting.wait(10)
+        if b"hello" in watched.start:
+            while b"hello" not in client.buffer:
+                client.buffer += client.sock.recv(65536)
+        left = time.monotonic()
+        if leaving == "half-close":
+            client.sock.shutdown(socket.SHUT_WR)
+        elif leaving == "reset":
+            linger = (1).to_bytes(4, "little") + bytes(4)
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            client.sock.close()
+        else:
+            client.sock.close()
+        assert watched.closed.wait(10)
+        # Two seconds is what is promised; the rest is for a busy machine.
+        assert time.monotonic() - left < 4
+    wait_for(lambda: in_flight(capped) == 0)
+
+
+def test_a_client_that_leaves_while_its_request_is_forwarded_frees_the_connection(
+    capped: Service, upstream: ScriptedUpstream
+) -> None:
+    reading = threading.Event()
+    closed = threading.Event()
+
+    def never_read(sock: socket.socket, seen: Seen) -> bool:
+        reading.set()
+        left.wait(10)
+        with contextlib.suppress(OSError):
+            while sock.recv(1 << 20):
+                pass
+        closed.set()
+        return False
+
+    left = threading.Event()
+    upstream.script(b"")
+    upstream.early = never_read
+    body = b"x" * 30_000_000
+    with capped.client() as client:
+        client.send(request(b"POST /a HTTP/1.1", b"Content-Length: %d" % len(body), body=body))
+        assert reading.wait(10)
+    left.set()
+    assert closed.wait(10)
+    wait_for(lambda: in_flight(capped) == 0)
+
+
+def pour(total: int) -> Answer:
+    """An answer of `total` bytes, with its length."""
+    block = bytes(1 << 20)
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        sock.sendall(message(OK, b"Content-Length: %d" % total))
+        for _ in range(total // len(block)):
+            sock.sendall(block)
+
+    return answer
+
+
+def memory(service: Service) -> int:
+    """Bytes of memory of the service's own, with its workers'."""
+    main = psutil.Process(service.process.pid)
+    every = [main, *main.children(recursive=True)]
+    return sum(process.memory_full_info().uss for process in every)
+
+
+def test_clients_that_do_not_read_hold_neither_a_place_nor_a_thread(
+    capped: Service, upstream: ScriptedUpstream
+) -> None:
+    size = 64 << 20
+    upstream.script(lambda sock, seen: (pour(size) if seen.target == b"/big" else ok)(sock, seen))
+    readers = []
+    for _ in range(CAP * 3):
+        client = capped.client()
+        wait_for(lambda: capped.call("GET", "/small").status == 200)
+        client.send(request(b"GET /big HTTP/1.1"))
+        readers.append(client)
+    wait_for(lambda: capped.call("GET", "/small").status == 200)
+    assert capped.call("GET", "/health/live").status == 200
+    wait_for(lambda: in_flight(capped) == 0)
+    # They are only slow, not gone: what they asked for is still theirs.
+    for client in (readers[0], readers[-1]):
+        reply = client.reply()
+        assert (reply.status, len(reply.body), reply.complete) == (200, size, True)
+    for client in readers:
+        client.close()
+
+
+def test_memory_stays_flat_for_an_answer_of_any_size(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    total = 256 << 20
+    upstream.script(pour(total))
+    with service.client() as client:
+        client.send(request(b"GET /warm HTTP/1.1"))
+        client.head()
+        before = peak = memory(service)
+        received = len(client.buffer)
+        buffer = bytearray(1 << 20)
+        while received < total:
+            if received % (8 << 20) < len(buffer):
+                peak = max(peak, memory(service))
+            size = client.sock.recv_into(buffer)
+            assert size
+            received += size
+    assert received == total
+    assert peak - before < 24 << 20
+
+
+def test_memory_stays_flat_when_the_client_does_not_read(
+    capped: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(pour(512 << 20))
+    before = memory(capped)
+    with capped.client() as client:
+        client.send(request(b"GET /big HTTP/1.1"))
+        client.head()
+        wait_for(lambda: in_flight(capped) == 0)
+        assert memory(capped) - before < 24 << 20
+    wait_for(lambda: not upstream.open or len(upstream.open) < 3)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_memory_stays_flat_for_a_request_of_any_size(
+    service: Service, upstream: ScriptedUpstream, framing: str
+) -> None:
+    total, block = 96 << 20, bytes(1 << 20)
+    received = threading.Event()
+    counted = 0
+
+    def count(sock: socket.socket, seen: Seen) -> bool:
+        nonlocal counted
+        while counted < total:
+            counted += len(sock.recv(1 << 20))
+        received.set()
+        ok(sock, seen)
+        return False
+
+    upstream.script(b"")
+    upstream.early = count
+    with service.client(timeout=60) as client:
+        client.send(request(b"GET /health/live HTTP/1.1"))
+        assert client.reply().status == 200
+        before = peak = memory(service)
+        head = b"Content-Length: %d" % total if framing == "length" else CHUNKED
+        client.send(request(b"PUT /a HTTP/1.1", head))
+        for i in range(total // len(block)):
+            client.send(block if framing == "length" else chunked(block)[:-5])
+            if i % 8 == 0:
+                peak = max(peak, memory(service))
+        client.send(b"" if framing == "length" else b"0\r\n\r\n")
+        while not received.wait(0.1):
+            peak = max(peak, memory(service))
+        assert client.reply().status == 200
+    assert counted == total
+    assert peak - before < 24 << 20

@@ -1,0 +1,642 @@
+"""What the upstream receives: request line and target, headers, bodies and their framing."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.harness import (
+    DEAD_DATABASE,
+    ScriptedUpstream,
+    Service,
+    chunked,
+    forward,
+    message,
+    problem,
+    request,
+)
+
+# What the proxy sets on every request, whatever the client sent.
+SET = ["Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Request-Id"]
+
+
+@pytest.fixture(scope="module")
+def database() -> str:
+    """No database: no proxied request may depend on one."""
+    return DEAD_DATABASE
+
+
+@pytest.fixture(scope="module")
+def limited(upstream: ScriptedUpstream) -> Iterator[Service]:
+    with Service(UPSTREAM_URL=upstream.url, MAX_BODY_BYTES=1000) as running:
+        yield running
+
+
+TARGETS = [
+    b"/",
+    b"//",
+    b"/a//b///c",
+    b"//evil.example/a",
+    b"///",
+    b"/a/../b/./c/..",
+    b"/../../a",
+    b"/./",
+    b"/?",
+    b"/a?",
+    b"/a??b=?",
+    b"/a?b=2&b=1&a=&&=;c;d",
+    b"/a?next=http://evil.example/../x",
+    b"/%7e~%7E%41",
+    b"/%2F%2f%5c%2e%2E/",
+    b"/%00%0a%0D%0AX-Injected:%20yes",
+    b"/%",
+    b"/%zz%4",
+    b"/a%20b+c",
+    b"/a|b^c`d{e}<f>\"g'h\\i[j]",
+    b"/a;v=1/b,c:d@e!$&'()*=",
+    b"/a#b",
+    b"/@evil.example",
+    b"/http://evil.example/",
+    b"/\xc3\xa9/\xff\x80?\xe9=\xa0",
+    b"/" + b"long/" * 1600,
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: repr(target[:40]))
+def test_the_target_arrives_byte_for_byte(
+    service: Service, upstream: ScriptedUpstream, target: bytes
+) -> None:
+    seen, reply = forward(service, upstream, request(b"GET %s HTTP/1.1" % target))
+    assert seen.request_line == b"GET %s HTTP/1.1" % target
+    assert (reply.status, reply.body) == (200, b"ok")
+
+
+@pytest.mark.parametrize(
+    ("target", "arrives"),
+    [
+        (b"http://other.example/a//b?c", b"/a//b?c"),
+        (b"HTTPS://other.example:444/%7e/..?", b"/%7e/..?"),
+        (b"http://user:secret@other.example/a@b", b"/a@b"),
+        (b"http://[::1]:9/a", b"/a"),
+        (b"http://other.example", b"/"),
+        (b"http://other.example?a=/b", b"/?a=/b"),
+        (b"http://other.example/users.json", b"/users.json"),
+    ],
+)
+def test_an_absolute_target_arrives_as_its_path_and_query(
+    service: Service, upstream: ScriptedUpstream, target: bytes, arrives: bytes
+) -> None:
+    seen, _ = forward(service, upstream, request(b"GET %s HTTP/1.1" % target))
+    assert seen.target == arrives
+    assert seen.get("Host") == f"127.0.0.1:{upstream.port}"
+
+
+def test_options_of_the_whole_server_keeps_its_asterisk(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    seen, _ = forward(service, upstream, request(b"OPTIONS * HTTP/1.1"))
+    assert seen.request_line == b"OPTIONS * HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/healthy",
+        b"/health.json",
+        b"/users.json",
+        b"/Users",
+        b"/usersx/1",
+        b"//users",
+        b"/a/users",
+        b"/a/../users",
+        b"/?/users",
+        b"/users%2",
+        b"/users;v=1",
+        b"/us%FFers",
+    ],
+)
+def test_paths_that_only_look_like_owned_ones_are_the_upstreams(
+    service: Service, upstream: ScriptedUpstream, target: bytes
+) -> None:
+    seen, _ = forward(service, upstream, request(b"GET %s HTTP/1.1" % target))
+    assert seen.target == target
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/users?limit=1",
+        b"/users/",
+        b"/%75sers/1",
+        b"/health/nothing",
+        b"/users%2F1",
+        b"/%68ealth/x?y",
+        b"http://other.example/users",
+    ],
+)
+def test_owned_paths_never_reach_the_upstream(
+    service: Service, upstream: ScriptedUpstream, target: bytes
+) -> None:
+    upstream.script(b"HTTP/1.1 299 Upstream\r\nContent-Length: 0\r\n\r\n")
+    assert service.exchange(request(b"GET %s HTTP/1.1" % target)).status != 299
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize("prefix", ["/base", "/base/", "/b%2Fa//se"])
+def test_the_path_of_the_upstream_url_is_a_prefix(
+    start: Callable[..., Service], upstream: ScriptedUpstream, prefix: str
+) -> None:
+    service = start(UPSTREAM_URL=upstream.url + prefix)
+    joined = prefix.rstrip("/").encode()
+    for target in (b"/", b"/a", b"//a", b"/../a", b"/?", b"/a%2fb?c=/d", b"/%zz"):
+        seen, _ = forward(service, upstream, request(b"GET %s HTTP/1.1" % target))
+        assert seen.target == joined + target
+    seen, _ = forward(service, upstream, request(b"GET http://other.example?q HTTP/1.1"))
+    assert seen.target == joined + b"/?q"
+    seen, _ = forward(service, upstream, request(b"OPTIONS * HTTP/1.1"))
+    assert seen.target == b"*"
+
+
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "PROPFIND", "M-SEARCH", "get", "!#$%&'*+-.^_`|~09"])
+def test_any_method_token_is_forwarded_as_it_is(
+    service: Service, upstream: ScriptedUpstream, method: str
+) -> None:
+    seen, reply = forward(service, upstream, request(b"%s /a HTTP/1.1" % method.encode()))
+    assert (seen.method, reply.status) == (method, 200)
+
+
+@pytest.mark.parametrize("target", [b"other.example:443", b"/a", b"http://other.example/"])
+def test_connect_is_405(service: Service, upstream: ScriptedUpstream, target: bytes) -> None:
+    upstream.script(b"")
+    reply = service.exchange(request(b"CONNECT %s HTTP/1.1" % target))
+    problem(reply, 405, "method-not-allowed")
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET a HTTP/1.1",
+        b"GET other.example HTTP/1.1",
+        b"GET other.example:80 HTTP/1.1",
+        b"GET other.example/a HTTP/1.1",
+        b"GET @other.example/ HTTP/1.1",
+        b"GET :80/ HTTP/1.1",
+        b"GET ?a HTTP/1.1",
+        b"GET #a HTTP/1.1",
+        b"GET \\\\other.example\\a HTTP/1.1",
+        b"GET %2Fa HTTP/1.1",
+        b"GET * HTTP/1.1",
+        b"OPTIONS ** HTTP/1.1",
+        b"GET ftp://other.example/ HTTP/1.1",
+        b"GET http:/a HTTP/1.1",
+        b"GET http:// HTTP/1.1",
+        b"GET http:///a HTTP/1.1",
+        b"GET /a b HTTP/1.1",
+        b"GET  /a HTTP/1.1",
+        b"GET /a  HTTP/1.1",
+        b"GET /a HTTP/1.1 ",
+        b"GET /a\tb HTTP/1.1",
+        b"GET /a\x00b HTTP/1.1",
+        b"GET /a\x01b HTTP/1.1",
+        b"GET /a\x0bb HTTP/1.1",
+        b"GET /a\x7f HTTP/1.1",
+        b"GET /a\rb HTTP/1.1",
+        b"G(ET /a HTTP/1.1",
+        b"G\xc3\x89T /a HTTP/1.1",
+        b"GET: /a HTTP/1.1",
+        b"GET /a",
+        b"GET",
+        b"GET /a HTTP/1",
+        b"GET /a HTTP/1.1x",
+        b"GET /a HTTP/1.12",
+        b"GET /a HTTP/2.0",
+        b"GET /a http/1.1",
+        b"GET /a XTTP/1.1",
+    ],
+)
+def test_a_malformed_request_line_is_400(
+    service: Service, upstream: ScriptedUpstream, line: bytes
+) -> None:
+    upstream.script(b"")
+    problem(service.exchange(request(line)), 400, "bad-request")
+    assert upstream.seen == []
+
+
+def test_header_lines_arrive_in_their_order_and_case_and_nothing_is_invented(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    lines = [
+        b"x-UPPER-lower: 1",
+        b"Cookie: a=1; b=2",
+        b"Accept: text/html, */*;q=0.1",
+        b"Cookie: c=3",
+        b"accept: text/plain",
+        b"Authorization: Basic dXNlcjpwYXNz",
+        b"X-Empty:",
+        b'X-Inner: a  b \t c, "d, e" (f)',
+        b"X-Bytes: \xc3\xa9\xff\x80",
+        b"X_Under_Score: 1",
+        b"!#$%&'*+-.^_`|~09: token",
+        b"Range: bytes=0-9",
+        b'If-None-Match: W/"a"',
+        b"Origin: null",
+        b"Date: Tue, 15 Nov 1994 08:12:31 GMT",
+        b"Max-Forwards: 0",
+        b"Trailers: not a hop-by-hop name",
+        b"Content-Type: text/plain",
+        b"Content-Encoding: br",
+    ]
+    seen, _ = forward(service, upstream, request(b"GET / HTTP/1.1", *lines))
+    head = [line.rstrip() for line in seen.head.split(b"\r\n")]
+    assert head[: len(lines) + 2] == [
+        b"GET / HTTP/1.1",
+        b"Host: 127.0.0.1:%d" % upstream.port,
+        *lines,
+    ]
+    rest = [line.partition(b":")[0].decode() for line in head[len(lines) + 2 :]]
+    assert sorted(rest) == SET
+
+
+def test_white_space_around_a_value_is_not_part_of_it(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    seen, _ = forward(
+        service, upstream, request(b"GET / HTTP/1.1", b"X-A:1", b"X-B: \t 2 \t ", b"X-C:\t")
+    )
+    assert [line for line in seen.head.split(b"\r\n") if line.startswith((b"X-A", b"X-B"))] == [
+        b"X-A: 1",
+        b"X-B: 2",
+    ]
+    assert seen.all("X-C") == [""]
+
+
+def test_many_and_long_header_lines_arrive_whole(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    lines = [b"X-%d: %s" % (i, b"v" * i) for i in range(150)] + [b"Cookie: " + b"c" * 50_000]
+    seen, _ = forward(service, upstream, request(b"GET / HTTP/1.1", *lines))
+    assert [line.rstrip() for line in seen.head.split(b"\r\n")[2:-5]] == [
+        line.rstrip() for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[b"Cookie: " + b"c" * 65_536], [b"X-A: " + b"a" * 40_000] * 2, [b"X-A: 1"] * 201],
+    ids=["a long line", "long lines", "many lines"],
+)
+def test_a_head_over_64_kib_or_200_lines_is_400(
+    service: Service, upstream: ScriptedUpstream, lines: list[bytes]
+) -> None:
+    upstream.script(b"")
+    problem(service.exchange(request(b"GET / HTTP/1.1", *lines)), 400, "bad-request")
+    assert upstream.seen == []
+
+
+HOP_BY_HOP = [
+    b"Connection: close",
+    b"Connection:",
+    b"Connection: ,, ,",
+    b"Proxy-Connection: keep-alive",
+    b"Keep-Alive: timeout=5",
+    b"TE: trailers, deflate",
+    b"Trailer: X-Sum",
+    b"Upgrade: h2c",
+    b"Upgrade: TLS/1.0, IRC/6.9",
+    b"Proxy-Authorization: Basic dXNlcjpwYXNz",
+    b"kEEP-aLIVE: 1",
+]
+
+
+@pytest.mark.parametrize("line", HOP_BY_HOP)
+def test_hop_by_hop_lines_stop_here(
+    service: Service, upstream: ScriptedUpstream, line: bytes
+) -> None:
+    seen, reply = forward(service, upstream, request(b"GET / HTTP/1.1", line, b"X-Kept: 1"))
+    assert reply.status == 200
+    assert [name for name, _ in seen.headers[:2]] == ["Host", "X-Kept"]
+    assert sorted(name for name, _ in seen.headers[2:]) == SET
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Connection: X-Hop, X-Other"],
+        [b"Connection: x-hop,close,x-OTHER"],
+        [b"Connection: X-Hop", b"Connection: keep-alive, X-Other"],
+        [b"Connection:", b"Connection: ,X-Other ,, \t X-Hop\t,"],
+        [b"connection: HTTP2-Settings, upgrade, x-hop, x-other", b"Upgrade: h2c"],
+    ],
+)
+def test_lines_that_connection_names_stop_here(
+    service: Service, upstream: ScriptedUpstream, lines: list[bytes]
+) -> None:
+    hop = [b"X-Hop: 1", b"X-OTHER: 2", b"x-hop: 3"]
+    seen, _ = forward(
+        service, upstream, request(b"GET / HTTP/1.1", b"X-Kept: 1", *hop, *lines, *hop)
+    )
+    assert [name for name, _ in seen.headers[:2]] == ["Host", "X-Kept"]
+    assert sorted(name for name, _ in seen.headers[2:]) == SET
+
+
+def test_connection_cannot_remove_the_host_the_framing_or_what_the_proxy_sets(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    named = ", ".join(["Host", "Content-Length", *SET])
+    data = request(
+        b"POST / HTTP/1.1", f"Connection: {named}".encode(), b"Content-Length: 2", body=b"hi"
+    )
+    seen, _ = forward(service, upstream, data)
+    assert seen.body == b"hi"
+    assert sorted(name for name, _ in seen.headers) == sorted(["Host", "Content-Length", *SET])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Connection: Upgrade", b"Upgrade: websocket"],
+        [b"Connection: keep-alive, upgrade", b"Upgrade: h2c, WebSocket"],
+    ],
+)
+def test_a_websocket_upgrade_is_501(
+    service: Service, upstream: ScriptedUpstream, lines: list[bytes]
+) -> None:
+    upstream.script(b"")
+    problem(service.exchange(request(b"GET /ws HTTP/1.1", *lines)), 501, "upgrade-not-supported")
+    assert upstream.seen == []
+
+
+def test_the_upstream_is_asked_for_by_its_own_host(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    seen, _ = forward(service, upstream, message(b"GET / HTTP/1.1", b"Host: shop.example:81"))
+    assert seen.all("Host") == [f"127.0.0.1:{upstream.port}"]
+    assert seen.get("X-Forwarded-Host") == "shop.example:81"
+
+
+@pytest.mark.parametrize("host", ["shop.example", "SHOP.example:81", "[::1]:8080", "127.0.0.1"])
+def test_the_clients_host_is_kept_where_the_setting_says_so(
+    preserving: Service, upstream: ScriptedUpstream, host: str
+) -> None:
+    seen, _ = forward(preserving, upstream, message(b"GET / HTTP/1.1", f"Host: {host}".encode()))
+    assert seen.all("Host") == [host]
+    assert seen.get("X-Forwarded-Host") == host
+
+
+@pytest.fixture(scope="module")
+def preserving(upstream: ScriptedUpstream) -> Iterator[Service]:
+    with Service(UPSTREAM_URL=upstream.url, UPSTREAM_PRESERVE_HOST="on") as running:
+        yield running
+
+
+@pytest.mark.parametrize(("version", "hop"), [(b"1.1", "1.1"), (b"1.0", "1.0")])
+def test_via_names_this_hop_after_those_before_it(
+    service: Service, upstream: ScriptedUpstream, version: bytes, hop: str
+) -> None:
+    line = b"GET / HTTP/%s" % version
+    seen, _ = forward(service, upstream, request(line, b"Via: 1.0 a, 2 b (c)", b"via: 1.1 d:80"))
+    entries = (seen.get("Via") or "").split(", ")
+    assert entries[:-1] == ["1.0 a", "2 b (c)", "1.1 d:80"]
+    assert entries[-1].startswith(f"{hop} gatehouse-")
+
+
+@pytest.mark.parametrize("value", ["a", "x" * 128, "01936f3e-A._~+/=:@-9"])
+def test_a_request_id_that_is_well_formed_is_kept(
+    service: Service, upstream: ScriptedUpstream, value: str
+) -> None:
+    seen, reply = forward(
+        service, upstream, request(b"GET / HTTP/1.1", f"x-request-ID: {value}".encode())
+    )
+    assert seen.all("X-Request-Id") == [value]
+    assert reply.all("X-Request-Id") == [value]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [b"X-Request-Id:"],
+        [b"X-Request-Id: " + b"x" * 129],
+        [b"X-Request-Id: a b"],
+        [b"X-Request-Id: a,b"],
+        [b'X-Request-Id: "a"'],
+        [b"X-Request-Id: <a>"],
+        [b"X-Request-Id: \xc3\xa9"],
+        [b"X-Request-Id: a", b"X-Request-Id: b"],
+    ],
+)
+def test_a_request_id_that_is_missing_or_malformed_is_made(
+    service: Service, upstream: ScriptedUpstream, lines: list[bytes]
+) -> None:
+    ids = set()
+    for _ in range(2):
+        seen, reply = forward(service, upstream, request(b"GET / HTTP/1.1", *lines))
+        assert len(seen.all("X-Request-Id")) == 1
+        assert reply.all("X-Request-Id") == seen.all("X-Request-Id")
+        ids.add(seen.get("X-Request-Id"))
+    assert len(ids) == 2
+
+
+EVERY_BYTE = bytes(range(256))
+BODIES = [b"x", EVERY_BYTE, b"\r\n0\r\n\r\n", EVERY_BYTE * 4096]
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE", "OPTIONS", "QUERY"])
+@pytest.mark.parametrize("body", BODIES, ids=len)
+def test_a_body_with_a_length_arrives_with_that_length(
+    service: Service, upstream: ScriptedUpstream, method: str, body: bytes
+) -> None:
+    line, length = f"{method} /a HTTP/1.1".encode(), b"Content-Length: %d" % len(body)
+    seen, _ = forward(service, upstream, request(line, length, body=body))
+    assert (seen.method, seen.body) == (method, body)
+    assert seen.all("Content-Length") == [str(len(body))]
+
+
+@pytest.mark.parametrize("coding", [b"chunked", b"Chunked", b" CHUNKED\t"])
+@pytest.mark.parametrize("body", BODIES, ids=len)
+def test_a_chunked_body_arrives_with_its_length(
+    service: Service, upstream: ScriptedUpstream, coding: bytes, body: bytes
+) -> None:
+    pieces = [body[i : i + 70_000] for i in range(0, len(body), 70_000)]
+    data = request(b"POST / HTTP/1.1", b"Transfer-Encoding:" + coding, body=chunked(*pieces))
+    seen, _ = forward(service, upstream, data)
+    assert seen.body == body
+    assert seen.all("Content-Length") == [str(len(body))]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"000002\r\nhi\r\n0\r\n\r\n",
+        b'2;a=b;c="d;e"\r\nhi\r\n0;last\r\n\r\n',
+        b"1\r\nh\r\n1\r\ni\r\n000\r\n\r\n",
+        b"2\r\nhi\r\n0\r\nX-Sum: 1\r\nContent-Length: 99\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_chunk_extensions_and_trailers_stop_here(
+    service: Service, upstream: ScriptedUpstream, body: bytes
+) -> None:
+    data = request(b"POST / HTTP/1.1", b"Transfer-Encoding: chunked", body=body)
+    seen, _ = forward(service, upstream, data)
+    assert seen.body == b"hi"
+    assert sorted(name for name, _ in seen.headers) == sorted(["Host", "Content-Length", *SET])
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+def test_no_framing_is_invented_where_there_is_no_body(
+    service: Service, upstream: ScriptedUpstream, method: str
+) -> None:
+    seen, _ = forward(service, upstream, request(f"{method} / HTTP/1.1".encode()))
+    assert seen.all("Content-Length") == []
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_empty_body_keeps_its_length(
+    service: Service, upstream: ScriptedUpstream, method: str
+) -> None:
+    line = f"{method} / HTTP/1.1".encode()
+    seen, _ = forward(service, upstream, request(line, b"Content-Length: 0"))
+    assert seen.all("Content-Length") == ["0"]
+    data = request(line, b"Transfer-Encoding: chunked", body=chunked())
+    seen, _ = forward(service, upstream, data)
+    assert seen.all("Content-Length") == ["0"]
+
+
+def test_a_compressed_body_is_not_touched(service: Service, upstream: ScriptedUpstream) -> None:
+    body = gzip.compress(b"hello")
+    lines = [b"Content-Encoding: gzip", b"Content-Length: %d" % len(body)]
+    seen, _ = forward(service, upstream, request(b"POST / HTTP/1.1", *lines, body=body))
+    assert (seen.body, seen.get("Content-Encoding")) == (body, "gzip")
+
+
+def test_a_body_sent_byte_by_byte_arrives_whole(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    data = request(b"POST / HTTP/1.1", b"Transfer-Encoding: chunked", body=chunked(b"ab", b"c"))
+    with service.client() as client:
+        for i in range(len(data)):
+            client.send(data[i : i + 1])
+        assert client.reply().status == 200
+    assert [seen.body for seen in upstream.seen] == [b"abc"]
+
+
+def test_pipelined_requests_are_answered_in_their_order(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(
+        lambda sock, seen: sock.sendall(
+            message(b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(seen.target), body=seen.target)
+        )
+    )
+    with service.client() as client:
+        client.send(
+            request(b"POST /1 HTTP/1.1", b"Content-Length: 3", body=b"one")
+            + request(b"GET /2 HTTP/1.1")
+            + request(b"PUT /3 HTTP/1.1", b"Transfer-Encoding: chunked", body=chunked(b"three"))
+            + request(b"GET /health/live HTTP/1.1")
+            + request(b"GET /4 HTTP/1.1")
+        )
+        replies = [client.reply() for _ in range(5)]
+    bodies = [reply.body for reply in replies]
+    assert bodies[:3] + bodies[4:] == [b"/1", b"/2", b"/3", b"/4"]
+    assert [seen.body for seen in upstream.seen] == [b"one", b"", b"three", b""]
+
+
+def test_blank_lines_before_a_request_are_ignored(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    with service.client() as client:
+        client.send(b"\r\n" + request(b"POST /1 HTTP/1.1", b"Content-Length: 1", body=b"x"))
+        assert client.reply().status == 200
+        client.send(b"\r\n" + request(b"GET /2 HTTP/1.1"))
+        assert client.reply().status == 200
+
+
+def test_an_http_1_0_request_is_forwarded_as_http_1_1(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    data = request(b"POST /a HTTP/1.0", b"Content-Length: 2", body=b"hi")
+    seen, reply = forward(service, upstream, data)
+    assert seen.request_line == b"POST /a HTTP/1.1"
+    assert (seen.body, reply.body) == (b"hi", b"ok")
+
+
+def test_expect_100_is_answered_before_the_body_is_sent(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    with service.client() as client:
+        client.send(request(b"POST / HTTP/1.1", b"Content-Length: 2", b"Expect: 100-continue"))
+        assert client.head().startswith(b"HTTP/1.1 100 ")
+        client.send(b"hi")
+        assert client.head().startswith(b"HTTP/1.1 200 ")
+    [seen] = upstream.seen
+    assert (seen.body, seen.get("Expect")) == (b"hi", "100-continue")
+
+
+@pytest.mark.parametrize("size", [999, 1000])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_up_to_the_limit_is_forwarded(
+    limited: Service, upstream: ScriptedUpstream, size: int, framing: str
+) -> None:
+    body = b"x" * size
+    data = request(b"POST / HTTP/1.1", b"Content-Length: %d" % size, body=body)
+    if framing == "chunked":
+        data = request(b"POST / HTTP/1.1", b"Transfer-Encoding: chunked", body=chunked(body))
+    seen, reply = forward(limited, upstream, data)
+    assert (seen.body, reply.status) == (body, 200)
+
+
+@pytest.mark.parametrize("expect", [[], [b"Expect: 100-continue"]])
+@pytest.mark.parametrize("length", [b"1001", b"5000000", b"9" * 40])
+def test_a_length_over_the_limit_is_413_before_the_body_is_sent(
+    limited: Service, upstream: ScriptedUpstream, expect: list[bytes], length: bytes
+) -> None:
+    upstream.script(b"")
+    with limited.client() as client:
+        client.send(request(b"POST / HTTP/1.1", b"Content-Length: " + length, *expect))
+        # Neither a 100 first: it would ask for the body.
+        assert client.head().startswith(b"HTTP/1.1 413 ")
+    reply = limited.exchange(request(b"POST / HTTP/1.1", b"Content-Length: " + length, *expect))
+    problem(reply, 413, "body-too-large")
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_client_that_sends_too_much_still_reads_its_413(
+    limited: Service, upstream: ScriptedUpstream, framing: str
+) -> None:
+    upstream.script(b"")
+    body = b"x" * 900_000
+    data = request(b"POST / HTTP/1.1", b"Content-Length: %d" % len(body), body=body)
+    if framing == "chunked":
+        data = request(b"POST / HTTP/1.1", b"Transfer-Encoding: chunked", body=chunked(body))
+    with limited.client() as client:
+        client.send(data)
+        problem(client.reply(), 413, "body-too-large")
+        assert client.closed()
+    assert upstream.seen == []
+
+
+def test_a_body_that_is_cut_never_reaches_the_upstream(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    for framing, part in (
+        (b"Content-Length: 10", b"12345"),
+        (b"Transfer-Encoding: chunked", b"5\r\n12345\r\n"),
+        (b"Transfer-Encoding: chunked", b"5\r\n12345\r\n0\r\n"),
+    ):
+        with service.client() as client:
+            client.send(request(b"POST /cut HTTP/1.1", framing, body=part))
+    # A later request shows that the service has read what came before it.
+    assert service.exchange(request(b"GET /after HTTP/1.1")).status == 200
+    assert [seen.target for seen in upstream.seen] == [b"/after"]

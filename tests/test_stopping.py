@@ -1,0 +1,378 @@
+"""How the service starts and stops as a process: draining, signals, workers that die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from tests.harness import (
+    DEAD_DATABASE,
+    ROOT,
+    Databases,
+    RawClient,
+    ScriptedUpstream,
+    Seen,
+    Service,
+    free_port,
+    wait_for,
+)
+
+Start = Callable[..., Service]
+
+both_signals = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+one_or_two_workers = pytest.mark.parametrize("workers", [1, 2])
+
+
+class HeldUpstream(ScriptedUpstream):
+    """An upstream that sends half of each answer, the other half only after `release`.
+
+    /stream is chunked, /endless is chunked and never ends, anything else has a length and
+    sends no byte before `release`.
+    """
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.waiting = 0
+        self._lock = threading.Lock()
+        super().__init__(self._hold)
+
+    def _hold(self, sock: socket.socket, seen: Seen) -> None:
+        streamed = seen.target != b"/plain"
+        if streamed:
+            sock.sendall(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"5\r\nfirst\r\n"
+            )
+        with self._lock:
+            self.waiting += 1
+        if seen.target == b"/endless":
+            while not self.release.wait(0.05):
+                sock.sendall(b"4\r\nmore\r\n")
+            return
+        assert self.release.wait(60)
+        if streamed:
+            sock.sendall(b"6\r\nsecond\r\n0\r\n\r\n")
+        else:
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\nfirstsecond")
+
+    def close(self) -> None:
+        self.release.set()
+        super().close()
+
+
+@pytest.fixture
+def held() -> Iterator[HeldUpstream]:
+    upstream = HeldUpstream()
+    yield upstream
+    upstream.close()
+
+
+@contextlib.contextmanager
+def under_way(
+    service: Service, held: HeldUpstream, targets: list[str]
+) -> Iterator[list[RawClient]]:
+    """Clients with one request each that is with the upstream."""
+    clients = [service.client(timeout=40) for _ in targets]
+    try:
+        for client, target in zip(clients, targets, strict=True):
+            client.send(f"GET {target} HTTP/1.1\r\nHost: a.example\r\n\r\n".encode())
+        wait_for(lambda: held.waiting == len(targets), 10, "the requests to be under way")
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return True
+    return False
+
+
+def workers_of(service: Service) -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process(service.process.pid).children()
+        if child.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+@both_signals
+@one_or_two_workers
+def test_requests_under_way_are_answered_and_no_new_ones_taken(
+    start: Start, held: HeldUpstream, how: signal.Signals, workers: int
+) -> None:
+    service = start(UPSTREAM_URL=held.url, WORKERS=workers)
+    idle = [service.client() for _ in range(3)]
+    for client in idle:
+        client.send(b"GET /health/live HTTP/1.1\r\nHost: a.example\r\n\r\n")
+        assert client.reply().status == 200
+    with under_way(service, held, ["/plain", "/stream"] * 6) as clients:
+        service.process.send_signal(how)
+        wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
+        for client in idle:
+            with contextlib.suppress(ConnectionError):
+                client.send(b"GET /plain HTTP/1.1\r\nHost: a.example\r\n\r\n")
+            assert client.closed()
+        held.release.set()
+        released = time.monotonic()
+        for client in clients:
+            reply = client.reply()
+            assert (reply.status, reply.body, reply.complete) == (200, b"firstsecond", True), reply
+    assert service.process.wait(30) == 0
+    # Nothing waits for idle connections, or for the rest of SHUTDOWN_TIMEOUT.
+    assert time.monotonic() - released < 5
+    assert held.waiting == 12
+
+
+@one_or_two_workers
+def test_no_request_is_lost_that_was_sent_while_the_service_stopped(
+    start: Start, upstream: ScriptedUpstream, workers: int
+) -> None:
+    """Each on a connection of its own: it is answered in full, or was refused the connection."""
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=workers, ACCESS_LOG="off")
+    answered: list[int] = []
+    lost: list[str] = []
+
+    def hammer() -> None:
+        while True:
+            try:
+                client = service.client()
+            except ConnectionRefusedError:
+                return
+            except OSError as error:
+                lost.append(repr(error))
+                return
+            with client:
+                try:
+                    client.send(b"GET /plain HTTP/1.1\r\nHost: a.example\r\n\r\n")
+                    reply = client.reply()
+                except (OSError, EOFError) as error:
+                    lost.append(repr(error))
+                    return
+                if reply.status != 200 or not reply.complete:
+                    lost.append(repr(reply))
+                answered.append(reply.status)
+
+    threads = [threading.Thread(target=hammer) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(answered) > 300, 20, "some load")
+    assert service.stop() == 0
+    for thread in threads:
+        thread.join(20)
+    assert lost == []
+
+
+def test_a_body_that_is_still_being_sent_is_a_request_under_way(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=upstream.url)
+    with service.client() as client:
+        client.send(b"POST /up HTTP/1.1\r\nHost: a.example\r\nContent-Length: 10\r\n\r\n01234")
+        # An answer on another connection: by now the service has read the bytes above.
+        assert service.call("GET", "/health/live").status == 200
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
+        client.send(b"56789")
+        reply = client.reply()
+        assert (reply.status, reply.body) == (200, b"ok"), reply
+    assert upstream.seen[-1].body == b"0123456789"
+    assert service.process.wait(10) == 0
+
+
+def test_a_write_under_way_is_answered(start: Start, databases: Databases, database: str) -> None:
+    service = start(POSTGRES_URI=database)
+    body = {"email": f"{uuid.uuid4().hex}@example.com", "name": "before"}
+    target = f"/users/{service.call('POST', '/users', body).json()['id']}"
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with databases.admin(database) as cursor, ThreadPoolExecutor(1) as thread:
+        cursor.execute("BEGIN; SELECT FROM users FOR UPDATE")
+        patched = thread.submit(service.call, "PATCH", target, {"name": "after"})
+
+        def blocked() -> bool:
+            with databases.admin(database) as other:
+                other.execute(waiting)
+                return bool(other.fetchone()[0])
+
+        wait_for(blocked, 5, "the write to wait for the lock")
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
+        cursor.execute("COMMIT")
+        reply = patched.result()
+        assert reply.status == 200 and reply.json()["name"] == "after", reply
+        assert service.process.wait(10) == 0
+        cursor.execute("SELECT name FROM users WHERE email = %s", (body["email"],))
+        assert cursor.fetchone() == ("after",)
+
+
+@one_or_two_workers
+def test_an_interrupt_that_reaches_every_process_at_once_is_one_signal(
+    start: Start, held: HeldUpstream, workers: int
+) -> None:
+    """Ctrl-C in a terminal goes to the whole process group, the workers included."""
+    service = start(UPSTREAM_URL=held.url, WORKERS=workers)
+    with under_way(service, held, ["/plain", "/stream"] * 2) as clients:
+        for process in [psutil.Process(service.process.pid), *workers_of(service)]:
+            process.send_signal(signal.SIGINT)
+        wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
+        held.release.set()
+        for client in clients:
+            reply = client.reply()
+            assert (reply.body, reply.complete) == (b"firstsecond", True), reply
+    assert service.process.wait(10) == 0
+
+
+@one_or_two_workers
+def test_a_stream_that_never_ends_is_cut_at_the_shutdown_timeout(
+    start: Start, held: HeldUpstream, workers: int
+) -> None:
+    service = start(UPSTREAM_URL=held.url, WORKERS=workers, SHUTDOWN_TIMEOUT=1)
+    with under_way(service, held, ["/endless", "/plain"]) as (stream, plain):
+        began = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        reply = stream.reply()
+        seconds = time.monotonic() - began
+        # Cut means without a valid end of message: nothing truncated looks whole.
+        assert reply.body.startswith(b"first") and not reply.complete
+        assert 0.9 < seconds < 1 + 2
+        with pytest.raises((EOFError, ConnectionError)):
+            plain.reply()
+    assert service.process.wait(5) == 0
+
+
+@both_signals
+@one_or_two_workers
+def test_a_second_signal_stops_at_once(
+    start: Start, held: HeldUpstream, how: signal.Signals, workers: int
+) -> None:
+    service = start(UPSTREAM_URL=held.url, WORKERS=workers)
+    children = workers_of(service)
+    with under_way(service, held, ["/plain", "/endless"]):
+        service.process.send_signal(how)
+        wait_for(lambda: refuses(service.port), 5, "the first signal to be noticed")
+        assert service.process.poll() is None
+        service.process.send_signal(how)
+        service.process.wait(3)
+    wait_for(lambda: not any(child.is_running() for child in children), 5, "the workers' end")
+
+
+def test_a_database_that_never_answers_does_not_hold_up_the_end(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/none"
+        service = start(POSTGRES_URI=uri)
+        with ThreadPoolExecutor(1) as thread:
+            reply = thread.submit(service.call, "GET", "/users")
+            connection, _ = silent.accept()
+            began = time.monotonic()
+            service.process.send_signal(signal.SIGTERM)
+            assert reply.result().status == 503
+            assert service.process.wait(20) == 0
+            # DB_CONNECT_TIMEOUT is 2 s.
+            assert time.monotonic() - began < 2 + 2
+            connection.close()
+
+
+def test_the_pools_are_closed_at_the_end(
+    start: Start, databases: Databases, database: str, upstream: ScriptedUpstream
+) -> None:
+    """The server would else log a lost connection for each; the upstream sees an orderly close."""
+    service = start(POSTGRES_URI=database, UPSTREAM_URL=upstream.url)
+    assert service.call("GET", "/users").status == 200
+    assert service.call("GET", "/plain").status == 200
+    assert service.stop() == 0
+    with databases.admin(database) as cursor:
+
+        def connections() -> int:
+            cursor.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            )
+            return int(cursor.fetchone()[0])
+
+        wait_for(lambda: connections() == 1, 5, "the connections to be gone")
+
+
+def test_a_killed_worker_is_replaced(start: Start, upstream: ScriptedUpstream) -> None:
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=2)
+    for _ in range(2):
+        before = workers_of(service)
+        assert len(before) == 2
+        before[0].kill()
+        wait_for(
+            lambda before=before: (
+                len(workers_of(service)) == 2
+                and before[0].pid not in [worker.pid for worker in workers_of(service)]
+            ),
+            10,
+            "another worker",
+        )
+        assert service.process.poll() is None
+        for _ in range(20):
+            assert service.call("GET", "/plain").status == 200
+    assert service.stop() == 0
+
+
+def test_workers_end_when_their_supervisor_is_killed(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=2)
+    children = workers_of(service)
+    service.process.kill()
+    service.process.wait(5)
+
+    def gone(child: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return bool(child.status() == psutil.STATUS_ZOMBIE)
+        return True
+
+    wait_for(lambda: all(gone(child) for child in children), 5, "the orphans to end")
+    assert refuses(service.port)
+
+
+@one_or_two_workers
+def test_a_port_in_use_is_one_clear_line_and_no_success(workers: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        environ = {
+            "PATH": os.environ["PATH"],
+            "POSTGRES_URI": DEAD_DATABASE,
+            "UPSTREAM_URL": "http://127.0.0.1:1",
+            "PORT": str(port),
+            "WORKERS": str(workers),
+        }
+        done = subprocess.run(
+            [sys.executable, "app.py"],
+            cwd=ROOT,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert done.returncode not in (0, 2)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) == 1, lines
+    assert str(port) in lines[0] and "in use" in lines[0]
+
+
+@one_or_two_workers
+def test_the_port_is_free_again_for_the_next_start(
+    start: Start, upstream: ScriptedUpstream, workers: int
+) -> None:
+    port = free_port()
+    for _ in range(2):
+        service = start(UPSTREAM_URL=upstream.url, WORKERS=workers, PORT=port)
+        assert service.call("GET", "/plain").status == 200
+        assert service.stop() == 0

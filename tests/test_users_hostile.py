@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.harness import (
+    Databases,
+    Reply,
+    Service,
+    create_user,
+    invalid_fields,
+    new_email,
+    problem,
+)
+
+# The examples are the same in every run, so that a failure is everybody's.
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+VALID = '"email": "ann@example.com", "name": "Ann"'
+
+NOT_JSON = {
+    "an empty body": b"",
+    "white space": b" \r\n\t ",
+    "an open brace": b"{",
+    "an open string": b'{"email',
+    "no JSON at all": b"email=ann@example.com&name=Ann",
+    "trailing garbage": b"{" + VALID.encode() + b"} x",
+    "two documents": b"{" + VALID.encode() + b"}{}",
+    "a closing brace too many": b"{" + VALID.encode() + b"}}",
+    "a NUL after the document": b"{" + VALID.encode() + b"}\0",
+    "a trailing comma": b"{" + VALID.encode() + b",}",
+    "single quotes": b"{'email': 'ann@example.com', 'name': 'Ann'}",
+    "a comment": b"{" + VALID.encode() + b"} // Ann",
+    "an unquoted member": b'{email: "ann@example.com", "name": "Ann"}',
+    "a raw newline in a string": b'{"email": "ann@example.com", "name": "A\nB"}',
+    "a raw NUL in a string": b'{"email": "ann@example.com", "name": "A\0B"}',
+    "a raw NUL between members": b'{"email": "ann@example.com",\0 "name": "Ann"}',
+    "a bad escape": b'{"email": "ann@example.com", "name": "A\\xB"}',
+    "a short escape": b'{"email": "ann@example.com", "name": "\\u12"}',
+    "NaN": b'{"email": "ann@example.com", "name": NaN}',
+    "Infinity": b'{"email": "ann@example.com", "name": Infinity}',
+    "minus Infinity": b"-Infinity",
+    "a leading zero": b'{"email": "ann@example.com", "name": 01}',
+    "Python": b'{"email": None, "name": True}',
+    "a byte order mark": b"\xef\xbb\xbf{" + VALID.encode() + b"}",
+    "UTF-16": ("{" + VALID + "}").encode("utf-16"),
+    "UTF-16 without a mark": ("{" + VALID + "}").encode("utf-16-le"),
+    "UTF-32": ("{" + VALID + "}").encode("utf-32"),
+    "Latin-1": b'{"email": "ann@example.com", "name": "Zo\xeb"}',
+    "a cut UTF-8 sequence": b'{"email": "ann@example.com", "name": "Zo\xc3"}',
+    "an overlong UTF-8 sequence": b'{"email": "ann@example.com", "name": "\xc0\xaf"}',
+    "a surrogate in UTF-8": b'{"email": "ann@example.com", "name": "\xed\xa0\x80"}',
+    "beyond Unicode": b'{"email": "ann@example.com", "name": "\xf4\x90\x80\x80"}',
+    "a member twice": b"{" + VALID.encode() + b', "name": "Bob"}',
+    "a member twice, one escaped": b"{" + VALID.encode() + b', "n\\u0061me": "Bob"}',
+    "an unknown member twice": b"{" + VALID.encode() + b', "x": 1, "x": 1}',
+    "a member twice, deep inside": b"{" + VALID.encode() + b', "x": {"y": 1, "y": 2}}',
+    "deep arrays": b"[" * 30000 + b"]" * 30000,
+    "deep objects": b'{"a":' * 10000 + b"1" + b"}" * 10000,
+    "a deep member": b'{"email": "ann@example.com", "name": ' + b"[" * 30000 + b"]" * 30000 + b"}",
+    "deep and open": b"[" * 65000,
+}
+
+WRONG_TYPES: list[Any] = [None, True, False, 0, 1, -1.5, [], ["Ann"], {}, {"name": "Ann"}]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_fails_inside(service: Service, databases: Databases, database: str) -> Any:
+    """After all that this module sends: no traceback in the log, and the table as it was made."""
+    yield
+    assert service.process.poll() is None
+    assert "Traceback" not in service.log
+    with databases.admin(database) as cursor:
+        cursor.execute("SELECT count(*) FROM users WHERE email = 'ann@example.com'")
+        assert cursor.fetchone() == (0,)
+
+
+def send(service: Service, method: str, body: bytes, path: str = "") -> Reply:
+    """A write of raw bytes: to `/users`, or to `path`, by default of an id that nobody has."""
+    target = "/users" if method == "POST" else path or f"/users/{uuid.uuid4()}"
+    return service.call(method, target, body, {"Content-Type": "application/json"})
+
+
+def field(member: str, value: str) -> bytes:
+    """A user whose only fault can be `member`, which has the JSON text `value`."""
+    texts = {"email": f'"{new_email()}"', "name": '"Ann"', member: value}
+    return ("{" + ", ".join(f'"{key}": {text}' for key, text in texts.items()) + "}").encode()
+
+
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON.keys())
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_a_body_that_is_not_one_json_document_is_400(
+    service: Service, method: str, body: bytes
+) -> None:
+    path = f"/users/{create_user(service).json()['id']}"
+    document = problem(send(service, method, body, path), 400, "malformed-json")
+    assert "errors" not in document
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_a_write_without_a_body_is_refused(service: Service, method: str) -> None:
+    target = "/users" if method == "POST" else f"/users/{uuid.uuid4()}"
+    typed = {"Content-Type": "application/json"}
+    problem(service.call(method, target, headers=typed), 400, "malformed-json")
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", "[{}]", '["email", "name"]', '"ann@example.com"', "1", "null", "true", "1e400"]
+)
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_a_document_that_is_not_an_object_is_refused(
+    service: Service, method: str, body: str
+) -> None:
+    path = f"/users/{create_user(service).json()['id']}"
+    document = problem(send(service, method, body.encode(), path), 422, "invalid-user")
+    assert invalid_fields(document) == ["body"]
+
+
+@pytest.mark.parametrize("value", WRONG_TYPES, ids=repr)
+@pytest.mark.parametrize("member", ["email", "name"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_a_member_of_another_type_is_refused_by_name(
+    service: Service, method: str, member: str, value: Any
+) -> None:
+    path = f"/users/{create_user(service).json()['id']}"
+    reply = send(service, method, field(member, json.dumps(value)), path)
+    assert invalid_fields(problem(reply, 422, "invalid-user")) == [member]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '"\\u0000"',
+        '"A\\u0000B"',
+        '"A\\u001bB"',
+        '"\\ud800"',
+        '"A\\udfffB"',
+        '"\\udc00\\ud800"',
+        '"ann\\ud83d@example.com"',
+        '"ann\\u0000@example.com"',
+        "1e400",
+        "-1e400",
+        "1" * 4000,
+        "0." + "1" * 20000,
+        "[" * 50 + "]" * 50,
+        f'"{"x" * 60000}"',
+    ],
+    ids=lambda value: value[:24],
+)
+@pytest.mark.parametrize("member", ["email", "name"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_a_hostile_value_is_refused_by_name(
+    service: Service, method: str, member: str, value: str
+) -> None:
+    path = f"/users/{create_user(service).json()['id']}"
+    reply = send(service, method, field(member, value), path)
+    assert invalid_fields(problem(reply, 422, "invalid-user")) == [member]
+
+
+def test_an_integer_of_twenty_thousand_digits_is_not_our_failure(service: Service) -> None:
+    """Python refuses to read one past 4300 digits, with a ValueError of its own."""
+    reply = send(service, "POST", field("name", "9" * 20000))
+    assert invalid_fields(problem(reply, 422, "invalid-user")) == ["name"]
+
+
+def test_an_escaped_surrogate_pair_is_one_character(service: Service) -> None:
+    reply = send(service, "POST", field("name", '"\\ud83d\\ude00"'))
+    assert reply.status == 201
+    assert reply.json()["name"] == "😀"
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["x", "Name", "EMAIL", " name", "", "__proto__", "a.b", "na\0me", "é" * 1000, "\ud800", "$ne"],
+    ids=lambda member: ascii(member[:12]),
+)
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_an_unknown_member_is_refused_by_name(service: Service, method: str, member: str) -> None:
+    path = f"/users/{create_user(service).json()['id']}"
+    body = {"email": new_email(), "name": "Ann", member: "Ann"}
+    reply = send(service, method, json.dumps(body).encode(), path)
+    assert invalid_fields(problem(reply, 422, "invalid-user")) == [member]
+
+
+def test_every_invalid_field_is_named_in_one_answer(service: Service) -> None:
+    body = {"email": "nobody", "name": "", "id": 1, "x": None}
+    for method, fields in (
+        ("POST", ["email", "id", "name", "x"]),
+        ("PUT", ["email", "id", "name", "x"]),
+        ("PATCH", ["email", "id", "name", "x"]),
+    ):
+        path = f"/users/{create_user(service).json()['id']}"
+        reply = send(service, method, json.dumps(body).encode(), path)
+        assert invalid_fields(problem(reply, 422, "invalid-user")) == fields
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_missing_members_are_named_with_unknown_ones(service: Service, method: str) -> None:
+    reply = send(service, method, b'{"mail": "ann@example.com"}')
+    assert invalid_fields(problem(reply, 422, "invalid-user")) == ["email", "mail", "name"]
+
+
+def test_a_refused_write_changes_nothing(service: Service) -> None:
+    created = create_user(service)
+    path = f"/users/{created.json()['id']}"
+    for method in ("PUT", "PATCH"):
+        for body in (b'{"name": "Bea"', b'["Bea"]', b'{"name": "Bea", "x": 1}'):
+            assert send(service, method, body, path).status in (400, 422)
+    read = service.call("GET", path)
+    assert (read.json(), read.get("ETag")) == (created.json(), created.get("ETag"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["'; DROP TABLE users; --", "%s %(x)s %", "$1", "\\", "\\x00", "{0}", "a\u2028b", "\ufeffa"],
+    ids=ascii,
+)
+def test_text_that_means_something_to_others_is_kept_as_it_is(service: Service, name: str) -> None:
+    assert create_user(service, name=name).json()["name"] == name
+
+
+@pytest.mark.parametrize(
+    "email", ["%s", "%", "'", "' OR ''='", "a@b.c'--", "\\", "_@example.com", "%@example.com"]
+)
+def test_an_email_query_is_a_value_and_never_sql_or_a_pattern(service: Service, email: str) -> None:
+    reply = service.call("GET", f"/users?email={quote(email)}")
+    assert reply.status == 200
+    assert reply.json() == {"users": [], "next": None}
+
+
+@pytest.mark.parametrize("email", ["%00", "a%00@example.com", "%FF", "%ED%A0%80"])
+def test_an_email_query_that_no_text_column_can_hold_finds_nobody(
+    service: Service, email: str
+) -> None:
+    reply = service.call("GET", f"/users?email={email}")
+    assert reply.status == 200
+    assert reply.json() == {"users": [], "next": None}
+
+
+@given(name=st.text(max_size=210))
+@PROPERTY
+def test_any_text_is_kept_as_a_name_or_refused_by_name(service: Service, name: str) -> None:
+    body = {"email": new_email(), "name": name}
+    reply = service.call("POST", "/users", body)
+    if reply.status == 201:
+        assert reply.json()["name"] == name.strip()
+        path = f"/users/{reply.json()['id']}"
+        assert service.call("GET", path).json() == reply.json()
+    else:
+        assert invalid_fields(problem(reply, 422, "invalid-user")) == ["name"]
+
+
+@given(email=st.one_of(st.text(max_size=60), st.emails()))
+@PROPERTY
+def test_any_text_is_kept_as_an_email_or_refused_by_name(service: Service, email: str) -> None:
+    path = f"/users/{uuid.uuid4()}"
+    reply = service.call("PUT", path, {"email": email, "name": "Ann"})
+    if reply.status == 201:
+        assert reply.json()["email"] == email
+        found = service.call("GET", f"/users?email={quote(email, safe='')}")
+        assert found.json()["users"] == [reply.json()]
+        assert service.call("DELETE", path).status == 204
+    else:
+        assert invalid_fields(problem(reply, 422, "invalid-user")) == ["email"]
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["email", "name", "id", "x"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(document=JSON)
+@PROPERTY
+def test_no_json_document_is_a_failure_of_ours(service: Service, document: Any) -> None:
+    reply = send(service, "POST", json.dumps(document, allow_nan=False).encode())
+    if isinstance(document, dict):
+        fields = invalid_fields(problem(reply, 422, "invalid-user"))
+        assert set(fields) >= set(document) - {"email", "name"}
+        assert set(fields) <= set(document) | {"email", "name"}
+    else:
+        assert invalid_fields(problem(reply, 422, "invalid-user")) == ["body"]
+
+
+@given(body=st.binary(max_size=60))
+@PROPERTY
+def test_no_bytes_are_a_failure_of_ours(service: Service, body: bytes) -> None:
+    assert send(service, "POST", body).status in (400, 422)
