@@ -60,6 +60,7 @@ HEALTH_THREADS = 64
 JSON = "application/json"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
+UNROUTABLE = re.compile(r"[^!-~]")
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # On all that Gatehouse itself answers.
@@ -130,7 +131,9 @@ class Gatehouse:
         app = bottle.Bottle()
         app.config["catchall"] = False  # errors are answered in __call__, all of them
         for path, methods in routes.items():
-            allow = ", ".join(sorted([*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])]))
+            allow = ", ".join(
+                sorted([*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])])
+            )
             for method, handler in methods.items():
                 app.route(path, method, handler)
             app.route(path, "OPTIONS", _options(allow))
@@ -210,11 +213,9 @@ class Gatehouse:
         waited = time.monotonic() - request.arrived
         if request.lane == "users" and waited > self.settings.db_pool_timeout:
             raise DatabaseUnavailable("Too many requests wait for the database.")
-        # Bottle drops bytes that are not UTF-8 and takes any case for a method: it is given
-        # nothing of the kind. One trailing slash is ignored.
-        path = request.path
-        if not path.isascii() or not path.isprintable():
-            raise NotFound
+        # Bottle drops bytes that are not UTF-8, ignores a line feed at the end of a path and takes
+        # any case for a method: it is given nothing of the kind. One trailing slash is ignored.
+        path = UNROUTABLE.sub("?", request.path)
         environ["PATH_INFO"] = path[:-1] if path.endswith("/") else path
         environ["REQUEST_METHOD"] = request.command if request.command in METHODS else "OTHER"
 
@@ -286,14 +287,9 @@ class Gatehouse:
         return _user(200, user)
 
     def put_user(self, user_id: str) -> bottle.HTTPResponse:
-        try:
-            user_id = users.parse_id(user_id)
-        except ValueError as error:
-            raise InvalidUser(errors=[("id", str(error))]) from None
-        condition = _condition()
-        user = users.put(user_id, _members(JSON), condition)
+        user = users.put(user_id, _members(JSON), _condition())
         if user.created:
-            return _user(201, user, {"Location": f"/users/{user_id}"})
+            return _user(201, user, {"Location": f"/users/{user_id.lower()}"})
         return _user(200, user)
 
     def patch_user(self, user_id: str) -> bottle.HTTPResponse:
@@ -364,7 +360,9 @@ def _tags(name: str, *, weak: bool) -> tuple[str, ...] | None:
     if text == "*":
         return users.ANY
     tags = []
-    for member in filter(None, (part.strip(" \t") for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', text))):
+    for member in filter(
+        None, (part.strip(" \t") for part in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', text))
+    ):
         match = ENTITY_TAG.fullmatch(member)
         if match is None:
             raise BadRequest(f"{name} must be * or entity tags in quotes.")
@@ -416,26 +414,23 @@ def _page_query(query: str) -> tuple[int, str | None, str | None]:
     """The limit, after and email of a page. Raises InvalidQuery that names every bad parameter."""
     limit, after, email = DEFAULT_PAGE, None, None
     errors, seen = [], set()
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, errors="strict")
-    except UnicodeError:
-        raise InvalidQuery(errors=[("query", "is not percent-encoded UTF-8")]) from None
-    for name, value in pairs:
+    for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
         try:
             if name in seen:
                 raise ValueError("is given more than once")
             seen.add(name)
             match name:
                 case "limit":
-                    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= users.MAX_PAGE:
+                    if (
+                        not re.fullmatch(r"[0-9]{1,3}", value)
+                        or not 1 <= int(value) <= users.MAX_PAGE
+                    ):
                         raise ValueError(f"must be a whole number from 1 to {users.MAX_PAGE}")
                     limit = int(value)
                 case "after":
                     after = users.parse_id(value)
                 case "email":
-                    if "\0" in value or not value:
-                        raise ValueError("must be an email address")
-                    email = value
+                    email = value.replace("\0", "\ufffd")  # which finds nobody either
                 case _:
                     raise ValueError("is not a parameter of this call")
         except ValueError as error:

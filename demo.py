@@ -36,7 +36,7 @@ class Demo(BaseHTTPRequestHandler):
                 }
             )
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def send_json(self, content: dict[str, object]) -> None:
         body = json.dumps(content, indent=2).encode() + b"\n"

@@ -12,7 +12,7 @@ database = Pool()
 NOW = SQL("DEFAULT now()")
 
 
-class User(Model):  # type: ignore[misc]
+class User(Model):
     """A user. The migrations make the table; a test holds that both agree."""
 
     id = UUIDField(primary_key=True)

@@ -50,7 +50,8 @@ def connected() -> pw.PostgresqlDatabase:
     """The database, connected and locked; exits with one line where that cannot be."""
     # Keywords, not the URI: pw_migrate prints the object's `database`.
     keywords = {"dbname": "", "connect_timeout": str(CONNECT_TIMEOUT), **parameters()}
-    database = pw.PostgresqlDatabase(keywords.pop("dbname"), **keywords)
+    name = keywords.pop("dbname")
+    database = pw.PostgresqlDatabase(name, **keywords)  # type: ignore[arg-type]
     try:
         database.connect()
         database.database = database.connection().info.dbname

@@ -31,7 +31,7 @@ class Board:
 
     def total(self, cell: int) -> int:
         """The sum of a number over all workers."""
-        return sum(self._cells[cell :: CELLS])
+        return sum(self._cells[cell::CELLS])
 
     def forwarded(self, up: bool) -> None:
         """Note how a forwarded request went."""

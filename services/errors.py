@@ -128,7 +128,7 @@ class UpstreamBroken(Problem):
 
 class DatabaseUnavailable(Problem):
     status, name, title = 503, "database-unavailable", "Database unavailable"
-    detail = "The database cannot be used at the moment."
+    detail = "The database is not available at the moment."
     headers = (("Retry-After", "1"),)
 
 

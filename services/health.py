@@ -72,7 +72,8 @@ class Health:
         began = time.monotonic()
         try:
             rows = database.read(
-                PROBE.format(User._meta.table_name), within=database.connect_timeout + MARGIN_SECONDS
+                PROBE.format(User._meta.table_name),
+                within=database.connect_timeout + MARGIN_SECONDS,
             )
         except SchemaNotMigrated:
             applied, usable = set(), False
@@ -95,7 +96,7 @@ class Health:
         return {
             "status": "ok" if measured["status"] == "up" else "degraded",
             "version": self.version,
-            "uptime_seconds": round(time.monotonic() - self.started, 1),
+            "uptime_seconds": round(time.monotonic() - self.started, 3),
             "database": measured,
             "upstream": {
                 "status": self.board.upstream(),

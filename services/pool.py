@@ -80,7 +80,9 @@ def check_uri(uri: str) -> str | None:
     try:
         parse_dsn(uri)
     except psycopg2.ProgrammingError as error:
-        if "option" in str(error) and (name := str(error).rpartition('option "')[2].partition('"')[0]):
+        if "option" in str(error) and (
+            name := str(error).rpartition('option "')[2].partition('"')[0]
+        ):
             return f"has an option that libpq does not know: {name}"
         return "is not a URI that libpq can read"
     return None
@@ -192,8 +194,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._board = board
         hosts = len((parameters.get("host") or parameters.get("hostaddr") or "").split(","))
         # libpq's is in whole seconds and for each host in turn.
-        self._libpq = {"connect_timeout": max(1, math.ceil(connect_timeout / hosts))}
-        self._libpq_text = {
+        self._libpq: dict[str, Any] = {
+            "connect_timeout": max(1, math.ceil(connect_timeout / hosts)),
             "client_encoding": "UTF8",
             "fallback_application_name": "gatehouse",
             "options": f"-c statement_timeout={round(statement_timeout * 1000)} "
@@ -372,11 +374,11 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._start_connecting()
 
     def _open(self) -> Any:
-        text = dict(self._libpq_text)
+        options = dict(self._libpq)
         if self._without_options:
-            del text["options"]
+            del options["options"]
         try:
-            connection = psycopg2.connect(self.uri, **self._libpq, **text)
+            connection = psycopg2.connect(self.uri, **options)
         except psycopg2.OperationalError as error:
             # PgBouncer does not know `options`. Deadlines on this side hold all the same.
             if self._without_options or "unsupported startup parameter" not in str(error):

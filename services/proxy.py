@@ -49,7 +49,7 @@ BELIEVED = frozenset({"forwarded", "x-real-ip"})
 # Alt-Svc names ports of the upstream's own, where there is no Gatehouse.
 NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
 
-ABSOLUTE_FORM = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
 
 
 def origin_form(target: str, method: str) -> str:

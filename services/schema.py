@@ -8,8 +8,8 @@ from typing import Any
 
 import peewee
 import psycopg2
-from psycopg2.extensions import connection as Connection  # noqa: N812
-from psycopg2.extensions import cursor as Cursor  # noqa: N812
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import cursor as Cursor
 from psycopg2.extensions import parse_dsn
 
 # One row for each part of a table: kind, name, definition. Both sides of a comparison come from
@@ -71,9 +71,7 @@ def pending(connection_uri: str, directory: Path | str, connect_timeout: int = 5
     return [name for name in names(directory) if name not in done]
 
 
-def differences(
-    connection_uri: str, directory: Path | str, connect_timeout: int = 5
-) -> list[str]:
+def differences(connection_uri: str, directory: Path | str, connect_timeout: int = 5) -> list[str]:
     """A line for each way in which the live tables are not what all migrations make.
 
     Tables that no migration makes are left alone; a column, constraint or index that no migration

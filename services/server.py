@@ -110,7 +110,7 @@ class Watched(dict[int, Any]):
         self.selector.register(descriptor, READ, watched)
 
     def __delitem__(self, descriptor: int) -> None:
-        watched = super().pop(descriptor)
+        watched: Any = super().pop(descriptor)
         if watched.events:
             self.selector.unregister(descriptor)
         watched.events = 0
@@ -118,7 +118,7 @@ class Watched(dict[int, Any]):
     def rearm(self, watched: Any) -> None:
         """Watch for what `watched` waits for now."""
         descriptor = watched._fileno
-        if descriptor is None or self.get(descriptor) is not watched:
+        if descriptor not in self:  # closed
             return
         events = (READ if watched.readable() else 0) | (WRITE if watched.writable() else 0)
         if events == watched.events:
@@ -179,7 +179,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         """The listening socket is bound already."""
 
     def readable(self) -> bool:
-        return self.accepting and len(self.active_channels) < self.adj.connection_limit
+        return bool(self.accepting and len(self.active_channels) < self.adj.connection_limit)
 
     def add_task(self, task: Channel) -> None:
         request = task.requests[0]
@@ -313,9 +313,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises OSError."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(
-        address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both
-    )
+    return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
 
 
 def serve(
@@ -360,7 +358,7 @@ def pin(number: int) -> None:
 def on_signals(stop: Callable[[], None], *, interrupt: bool) -> None:
     """Call `stop` at the first SIGTERM; end at once at the second. SIGINT does the same where
     `interrupt`; in a worker it is ignored, for the terminal sends it to the supervisor too."""
-    seen = []
+    seen: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         if seen:

@@ -1,4 +1,4 @@
-"""The upstream's side of the wire: what is plugged into requests' HTTPAdapter to forward faithfully.
+"""The upstream's side of the wire: what is plugged into requests' HTTPAdapter to be faithful.
 
 requests keeps the connection pool, connecting, TLS and its CA bundle. Writing a request and reading
 an answer are done here, because the layers below change what passes through them: urllib3 encodes
@@ -9,6 +9,7 @@ that was cut inside its chunks for whole.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import select
 import socket
@@ -37,7 +38,7 @@ FRESH_SECONDS = 1.0
 STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r]*))?")
 HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r]*)")
 LENGTH = re.compile(r"[0-9]{1,18}")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?\r?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
 
 
 class Client(Protocol):
@@ -57,6 +58,7 @@ class Connection:
     def __init__(self, raw: Any) -> None:
         self.raw = raw
         self.buffer = b""
+        self.heard = False  # whether a byte of an answer has arrived
 
     @property
     def sock(self) -> Any:
@@ -75,7 +77,7 @@ class Connection:
             raise UpstreamUnreachable from error
         if isinstance(self.sock, ssl.SSLSocket):
             # An end of file without TLS's own would pass for the end of the body.
-            self.sock.suppress_ragged_eofs = False
+            self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.raw.close()
@@ -84,11 +86,9 @@ class Connection:
         """Wake whichever thread is reading or writing; callable from any thread."""
         sock = self.sock
         if sock is not None:
-            try:
+            with contextlib.suppress(OSError):
                 # Not SSLSocket.shutdown, which would take the TLS layer from under that thread.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def send(self, head: bytes, body: BinaryIO | None, seconds: float) -> bool:
         """Write a request; False where the upstream stopped reading before its end, which it may
@@ -129,20 +129,20 @@ class Connection:
         """Read what has arrived, or wait for it; False at the end of file."""
         data = self.sock.recv(PIECE_BYTES)
         self.buffer = self.buffer + data if self.buffer else data
+        self.heard = self.heard or bool(data)
         return bool(data)
 
-    def read_head(self, seconds: float) -> tuple[str, int, str, list[Field]]:
-        """Read the head of one answer, which must be whole within `seconds`: version, status,
-        reason and header lines. Raises UpstreamBroken, EOFError, OSError or TimeoutError."""
-        deadline = time.monotonic() + seconds
+    def read_head(self, deadline: float) -> tuple[str, int, str, list[Field]]:
+        """Read the head of one answer, which must be whole by `deadline`, on the monotonic clock:
+        version, status, reason and header lines. Raises UpstreamBroken, EOFError or OSError."""
         scanned = 0
         while True:
             end, size = self._end_of_head(scanned)
+            if (len(self.buffer) if end < 0 else end) > MAX_HEAD_BYTES:
+                raise UpstreamBroken("The head of the upstream's answer is too large.")
             if end >= 0:
                 break
             scanned = max(0, len(self.buffer) - 3)
-            if len(self.buffer) > MAX_HEAD_BYTES:
-                raise UpstreamBroken("The head of the upstream's answer is too large.")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
@@ -181,16 +181,66 @@ def parse_head(head: str) -> tuple[str, int, str, list[Field]]:
     return match[1], int(match[2]), match[3] or "", fields
 
 
-class Answer:
-    """The upstream's answer: `status`, `reason`, `fields` as they came, and the body by `pieces`."""
+class Chunks:
+    """Takes a chunked body apart (RFC 9112 section 7.1), strictly; trailers are dropped."""
 
-    def __init__(
-        self, upstream: Upstream, connection: Connection, method: str, keep: bool
-    ) -> None:
+    SIZE, DATA, END, TRAILER = range(4)
+
+    def __init__(self) -> None:
+        self.complete = False
+        self.malformed = False
+        self._state = self.SIZE
+        self._left = 0  # bytes of the current chunk that are still to come
+        self._trailer = 0
+
+    def feed(self, data: bytes) -> tuple[list[bytes], bytes]:
+        """The pieces of the body in `data`, and what is left of it: the start of a line that is
+        not whole yet, or what follows the body."""
+        pieces: list[bytes] = []
+        at = 0
+        while at < len(data) and not self.complete and not self.malformed:
+            if self._state == self.DATA:
+                piece = data[at : at + self._left]
+                pieces.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                self._state = self.DATA if self._left else self.END
+                continue
+            end = data.find(b"\n", at)
+            if end < 0:
+                self.malformed = len(data) - at > MAX_CHUNK_LINE_BYTES or (
+                    self._state == self.END and data[at:] != b"\r"
+                )
+                break
+            self._line(data[at:end].removesuffix(b"\r"))
+            at = end + 1
+        return pieces, data[at:]
+
+    def _line(self, line: bytes) -> None:
+        if self._state == self.SIZE:
+            size = CHUNK_LINE.fullmatch(line)
+            self.malformed = size is None
+            self._left = int(size[1], 16) if size else 0
+            self._state = self.DATA if self._left else self.TRAILER
+        elif self._state == self.END:
+            self.malformed = line != b""
+            self._state = self.SIZE
+        else:
+            self._trailer += len(line)
+            self.malformed = self._trailer > MAX_CHUNK_LINE_BYTES
+            self.complete = not line
+
+
+class Answer:
+    """An answer: `status`, `reason` and `fields` as they came, and the body by `pieces`."""
+
+    def __init__(self, upstream: Upstream, connection: Connection, method: str, keep: bool) -> None:
         self._upstream = upstream
         self._connection: Connection | None = connection
         version, self.status, self.reason, self.fields = self._final_head(connection)
-        lengths, codings, options = [], [], set()
+        lengths: list[str] = []
+        codings: list[str] = []
+        options: set[str] = set()
         for name, value in self.fields:
             match name.lower():
                 case "content-length":
@@ -212,8 +262,9 @@ class Answer:
         self._keep = keep and framed and persistent and "close" not in options
 
     def _final_head(self, connection: Connection) -> tuple[str, int, str, list[Field]]:
+        deadline = time.monotonic() + self._upstream.read_timeout
         while True:
-            head = connection.read_head(self._upstream.read_timeout)
+            head = connection.read_head(deadline)
             if head[1] >= 200:
                 return head
             if head[1] == 101:
@@ -254,50 +305,16 @@ class Answer:
                 return
 
     def _by_chunks(self, connection: Connection) -> Iterator[bytes]:
-        # What has arrived is passed on at once, as one piece however many chunks it came in.
-        ready: list[bytes] = []
-        left = 0  # bytes of the current chunk that are still to come
-        last = False
-        trailer = 0
-        ended = True  # whether the line end after the previous chunk has been read
+        # http.client takes a chunk size of `+5` or `0x5`, any two bytes after a chunk, and the end
+        # of file for the end of the trailer. What has arrived is passed on at once, as one piece
+        # however many chunks it came in, and what is malformed ends the body only after that.
+        chunks = Chunks()
         while True:
-            data, at = connection.buffer, 0
-            while at < len(data):
-                if left:
-                    piece = data[at : at + left]
-                    ready.append(piece)
-                    at += len(piece)
-                    left -= len(piece)
-                    ended = bool(left)
-                    continue
-                line_end = data.find(b"\n", at)
-                if line_end < 0:
-                    break
-                line = data[at:line_end]
-                at = line_end + 1
-                if not ended:
-                    if line not in (b"\r", b""):
-                        raise EOFError("no line end after a chunk")
-                    ended = True
-                elif last:
-                    trailer += len(line)
-                    if line in (b"\r", b""):
-                        connection.buffer = data[at:]
-                        yield b"".join(ready)
-                        return
-                else:
-                    match = CHUNK_LINE.fullmatch(line)
-                    if match is None:
-                        raise EOFError("malformed chunk")
-                    left = int(match[1], 16)
-                    last = not left
-                    ended = True
-            connection.buffer = data[at:]
-            if len(connection.buffer) + trailer > MAX_CHUNK_LINE_BYTES:
-                raise EOFError("endless chunk line")
-            yield b"".join(ready)
-            ready.clear()
-            if not connection.receive():
+            pieces, connection.buffer = chunks.feed(connection.buffer)
+            yield b"".join(pieces)
+            if chunks.complete:
+                return
+            if chunks.malformed or not connection.receive():
                 raise EOFError
 
     def _done(self) -> None:
@@ -316,8 +333,8 @@ class Answer:
 class Upstream(HTTPAdapter):
     """requests' HTTPAdapter for one upstream, sending bytes as they are given.
 
-    `base_url` is an http or https URL, time-outs are in seconds, `connections` is how many idle ones
-    are kept at most, and `ca_bundle` a file of certificates to trust instead of requests' own.
+    `base_url` is an http or https URL, time-outs are in seconds, `connections` is how many idle
+    ones are kept at most, and `ca_bundle` a file of certificates to trust instead of requests' own.
     """
 
     def __init__(
@@ -335,7 +352,7 @@ class Upstream(HTTPAdapter):
         request = requests.Request("GET", base_url).prepare()
         verify = ca_bundle or True
         self._pool: Any = self.get_connection_with_tls_context(request, verify)
-        self.cert_verify(self._pool, base_url, verify, None)
+        self.cert_verify(self._pool, base_url, verify, None)  # type: ignore[no-untyped-call]
 
     def probe(self) -> None:
         """Connect, and close. Raises UpstreamUnreachable or UpstreamTimeout."""
@@ -345,9 +362,7 @@ class Upstream(HTTPAdapter):
         finally:
             self.release(connection, keep=False)
 
-    def exchange(
-        self, method: str, head: bytes, body: BinaryIO | None, client: Client
-    ) -> Answer:
+    def exchange(self, method: str, head: bytes, body: BinaryIO | None, client: Client) -> Answer:
         """Send one request and read the head of its answer.
 
         It is sent again, once, where that is safe: the method is idempotent and the connection,
@@ -394,9 +409,8 @@ class Upstream(HTTPAdapter):
             self.release(connection, keep=False)
             raise UpstreamTimeout from None
         except (EOFError, OSError):
-            nothing = not connection.buffer
             self.release(connection, keep=False)
-            if nothing:
+            if not connection.heard:
                 raise EOFError from None
             raise self._failure(client) from None
         except BaseException:

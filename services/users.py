@@ -102,8 +102,8 @@ def _changed(email: Any, name: Any) -> Any:
 
 def _allowed() -> Any:
     # A condition that is not asked for is null.
-    match = SQL("(%(match)s IS NULL)") | (VERSION == SQL("ANY(%(match)s)"))
-    none = SQL("(%(none_match)s IS NULL)") | ~(VERSION == SQL("ANY(%(none_match)s)"))
+    match = SQL("(%(match)s IS NULL)") | (SQL("ANY(%(match)s)") == VERSION)
+    none = SQL("(%(none_match)s IS NULL)") | ~(SQL("ANY(%(none_match)s)") == VERSION)
     return match & none
 
 
@@ -242,7 +242,17 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
 
     Raises InvalidUser, EmailTaken, or PreconditionFailed; a user that is not there matches nothing.
     """
-    values = valid(members) | {"id": user_id} | _asked(condition)
+    errors: list[tuple[str, str]] = []
+    try:
+        user_id = parse_id(user_id)
+    except ValueError as error:
+        errors.append(("id", str(error)))
+    try:
+        values: dict[str, Any] = valid(members) | {"id": user_id} | _asked(condition)
+    except InvalidUser as problem:
+        errors += problem.errors
+    if errors:
+        raise InvalidUser(errors=errors)
     if condition.match is not None:
         rows, again = database.write(UPDATE, values)
     else:

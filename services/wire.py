@@ -1,4 +1,4 @@
-"""The client's side of the wire: waitress, made strict in what it reads and exact in what it writes.
+"""The client's side of the wire: waitress, strict in what it reads and exact in what it writes.
 
 `RequestParser` reads a request, `Task` runs the application and writes its answer, `Channel` is one
 client connection. Each replaces the part of waitress of the same name; the comments say what bit.
@@ -45,7 +45,9 @@ REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) HT
 HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 # RFC 3986 section 3.2.2 host, with an optional port.
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]*)?")
-DIGITS = re.compile(r"[0-9]{1,18}")
+DIGITS = re.compile(r"[0-9]+")
+# No body and no chunk is as large as this; what says so only means to confuse.
+ABSURD_BYTES = 1 << 60
 
 
 class RequestParser(HTTPRequestParser):  # type: ignore[misc]
@@ -59,6 +61,8 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
     that it is refused with, if any: decided when the head is complete, before a body is read.
     """
 
+    completed = False
+    header_plus = b""
     command = ""
     request_uri = ""
     id = ""
@@ -108,11 +112,16 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
     def _body(self, data: bytes) -> int:
         consumed: int = self.body_rcv.received(data)
         size = len(self.body_rcv)
-        if size > self.max_body:
-            self._refuse(BodyTooLarge(f"The body is larger than {self.max_body} bytes."))
-        elif self.body_rcv.error or self.bytes_received > 16 * size + 2 * MAX_HEAD_BYTES:
-            # The second: chunk extensions and trailers, which ChunkedReceiver does not bound.
+        announced = self.body_rcv.chunk_remainder if self.chunked else 0
+        if (
+            self.body_rcv.error
+            or announced >= ABSURD_BYTES
+            # Chunk extensions and trailers, which ChunkedReceiver does not bound.
+            or self.bytes_received > 16 * size + 2 * MAX_HEAD_BYTES
+        ):
             self._refuse(BadRequest("The chunked body is malformed."))
+        elif size + announced > self.max_body:
+            self._refuse(BodyTooLarge(f"The body is larger than {self.max_body} bytes."))
         elif self.body_rcv.completed:
             self.completed = True
         return consumed
@@ -171,7 +180,9 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         elif lengths:
             if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
                 raise BadRequest("Content-Length must be one number.")
-            self.content_length = int(lengths[0])
+            # int() refuses thousands of digits.
+            digits = lengths[0].lstrip("0")
+            self.content_length = int(digits or 0) if len(digits) < 19 else ABSURD_BYTES
         self.lane, self.max_body = self.adj.admit(self)
         if self.content_length > self.max_body:
             raise BodyTooLarge(f"The body is larger than {self.max_body} bytes.")
@@ -291,7 +302,9 @@ class Task:
             request.connection_close or request.body_unread or self.channel.server.draining
         )
         lines = [f"HTTP/1.1 {self.status}"]
-        lines += [f"{n}: {v}" for n, v in self.headers if status != 204 or n.lower() != "content-length"]
+        lines += [
+            f"{n}: {v}" for n, v in self.headers if status != 204 or n.lower() != "content-length"
+        ]
         if bodiless:
             self.remaining = 0
         elif length is not None:
@@ -353,6 +366,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """
 
     parser_class = RequestParser
+    requests: list[RequestParser]
     parked: Task | None = None
     resuming = False
     refused = False

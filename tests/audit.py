@@ -58,6 +58,11 @@ class Audit:
         goal = self.acknowledged + count
         wait_for(lambda: self.acknowledged >= goal, seconds, f"{count} more acknowledged writes")
 
+    def more_refused(self, count: int, seconds: float = 30) -> None:
+        """Wait until `count` more writes are answered with 503."""
+        goal = self.refused + self.unknown + count
+        wait_for(lambda: self.refused + self.unknown >= goal, seconds, f"{count} more refused")
+
     def resumed(self, moment: float, seconds: float = 30) -> float:
         """Seconds from `moment` to the first acknowledgement after it, once there is one."""
         wait_for(

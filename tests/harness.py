@@ -132,11 +132,13 @@ class RawClient:
         if lengths:
             assert len(lengths) == 1, reply
             size = int(lengths[0])
-            while len(self.buffer) < size:
-                if not self._more():
-                    return Reply(head, self.buffer, False)
-            body, self.buffer = self.buffer[:size], self.buffer[size:]
-            return Reply(head, body, True)
+            pieces, left = [self.buffer[:size]], size - len(self.buffer[:size])
+            self.buffer = self.buffer[size:]
+            while left and self._more():
+                pieces.append(self.buffer[:left])
+                self.buffer = self.buffer[left:]
+                left -= len(pieces[-1])
+            return Reply(head, b"".join(pieces), not left)
         while True:
             try:
                 data = self.sock.recv(65536)
@@ -244,7 +246,10 @@ class Seen:
         method, self.target, self.version = lines[0].split(b" ")
         self.method = method.decode()
         self.headers = [
-            (line.partition(b":")[0].decode("latin-1"), line.partition(b":")[2].strip().decode("latin-1"))
+            (
+                line.partition(b":")[0].decode("latin-1"),
+                line.partition(b":")[2].strip().decode("latin-1"),
+            )
             for line in lines[1:]
         ]
 
@@ -308,6 +313,7 @@ class ScriptedUpstream:
                     buffer += data
                 head, _, buffer = buffer.partition(b"\r\n\r\n")
                 seen = Seen(head, b"", number)
+                seen.body = buffer  # what has come of it
                 if self.early and self.early(sock, seen) is False:
                     return
                 length = seen.get("Content-Length")
@@ -353,7 +359,9 @@ class Service:
     def __init__(self, **settings: Any) -> None:
         self.port = int(settings.setdefault("PORT", free_port()))
         environ = {
-            key: value for key, value in os.environ.items() if key in ("PATH", "HOME", "LANG", "TMPDIR")
+            key: value
+            for key, value in os.environ.items()
+            if key in ("PATH", "HOME", "LANG", "TMPDIR")
         }
         environ |= {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
         if workers := os.environ.get("TEST_WORKERS"):
@@ -362,7 +370,11 @@ class Service:
         self.environ = environ
         self._log = tempfile.NamedTemporaryFile(prefix="gatehouse-test-", suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=ROOT, env=environ, stdout=self._log, stderr=subprocess.STDOUT
+            [sys.executable, "app.py"],
+            cwd=ROOT,
+            env=environ,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
         )
         try:
             wait_for(self._listening, 20, "the service to listen")
@@ -433,7 +445,9 @@ def forward(
 
 def run_app(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run `python app.py` to its end, for commands and refusals; `stdout` has both streams."""
-    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+    environ = {
+        key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ
+    }
     environ |= {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
     environ |= {name: str(value) for name, value in settings.items()}
     return subprocess.run(
@@ -463,7 +477,12 @@ def pw_migrate(*args: str, uri: str) -> subprocess.CompletedProcess[str]:
     """Run pw_migrate as a user would, from the project's root."""
     command = [str(Path(sys.executable).with_name("pw_migrate")), *args]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "POSTGRES_URI": uri}, capture_output=True, text=True, timeout=60
+        command,
+        cwd=ROOT,
+        env={**os.environ, "POSTGRES_URI": uri},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

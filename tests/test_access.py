@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.harness import Reply, ScriptedUpstream, Service, problem, run_app, wait_for
+from tests.harness import Reply, ScriptedUpstream, Service, ok, problem, run_app, wait_for
 
 TOKENS = ("first-token.1~+/==", "second_token", "third")
 NOT_LOOPBACK = "192.0.2.1"  # TEST-NET-1 (RFC 5737): no machine has it, so nothing can listen there
@@ -392,7 +392,7 @@ CLAIMS = {
 def test_a_stranger_is_not_believed_about_where_it_comes_from(
     guarded: Service, upstream: ScriptedUpstream
 ) -> None:
-    upstream.seen.clear()
+    upstream.script(ok)
     guarded.call("GET", "/x", headers=CLAIMS)
     seen = upstream.seen[0]
     assert seen.all("X-Forwarded-For") == ["127.0.0.1"]
@@ -406,9 +406,11 @@ def test_a_stranger_is_not_believed_about_where_it_comes_from(
 def test_a_stranger_cannot_repeat_respell_or_hide_a_claim(
     guarded: Service, upstream: ScriptedUpstream, name: str
 ) -> None:
-    upstream.seen.clear()
+    """Many applications cannot tell X_Forwarded_For from X-Forwarded-For."""
+    upstream.script(ok)
     claim = CLAIMS[name]
-    lines = [f"{name}: {claim}", f"{name.lower()}: {claim}", f"{name.upper()}:{claim}"]
+    spellings = [name, name.lower(), name.upper(), name.replace("-", "_")]
+    lines = [f"{spelling}: {claim}" for spelling in spellings]
     lines += [f"Connection: {name}", f"connection: close, {name.lower()}"]
     head = "\r\n".join(["GET /x HTTP/1.1", "Host: x", *lines])
     assert guarded.exchange(f"{head}\r\n\r\n".encode()).status == 200
@@ -420,7 +422,7 @@ def test_a_stranger_cannot_repeat_respell_or_hide_a_claim(
 def test_a_trusted_proxy_is_believed_and_extended(
     behind: Service, upstream: ScriptedUpstream
 ) -> None:
-    upstream.seen.clear()
+    upstream.script(ok)
     behind.call("GET", "/x", headers=CLAIMS)
     seen = upstream.seen[0]
     assert seen.get("X-Forwarded-For") == "203.0.113.7, 127.0.0.1"
@@ -431,7 +433,7 @@ def test_a_trusted_proxy_is_believed_and_extended(
 def test_a_trusted_proxy_that_says_nothing_gets_what_was_seen(
     behind: Service, upstream: ScriptedUpstream
 ) -> None:
-    upstream.seen.clear()
+    upstream.script(ok)
     behind.call("GET", "/x")
     seen = upstream.seen[0]
     assert seen.all("X-Forwarded-For") == ["127.0.0.1"]
@@ -509,7 +511,7 @@ def test_any_other_request_id_is_replaced(
 
 
 def test_two_request_ids_are_neither(guarded: Service, upstream: ScriptedUpstream) -> None:
-    upstream.seen.clear()
+    upstream.script(ok)
     ids = b"X-Request-Id: one\r\nX-Request-Id: two\r\n"
     guarded.exchange(b"GET /x HTTP/1.1\r\nHost: x\r\n" + ids + b"\r\n")
     (sent,) = upstream.seen[0].all("X-Request-Id")
@@ -517,7 +519,7 @@ def test_two_request_ids_are_neither(guarded: Service, upstream: ScriptedUpstrea
 
 
 def test_requests_without_an_id_get_one_each(guarded: Service, upstream: ScriptedUpstream) -> None:
-    upstream.seen.clear()
+    upstream.script(ok)
     replies = [guarded.call("GET", "/x") for _ in range(20)]
     sent = [seen.get("X-Request-Id") for seen in upstream.seen]
     assert sent == [reply.get("X-Request-Id") for reply in replies]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.audit import Audit
-from tests.harness import Service, wait_for
+from tests.harness import Service
 from tests.pgservers import Server, Standby
 
 # Writes are taken again within two seconds; one more for a busy machine.
@@ -48,8 +48,7 @@ def test_no_acknowledged_write_is_lost_when_the_server_is_killed(
         for _ in range(3):
             audit.more(100)
             primary.crash()
-            refused = audit.refused
-            wait_for(lambda refused=refused: audit.refused > refused + 3, 10, "refusals")
+            audit.more_refused(3)
             assert audit.resumed(primary.start()) < RECOVERY
         audit.more(50)
     assert_kept(audit)
@@ -66,6 +65,7 @@ def test_no_acknowledged_write_is_lost_in_a_failover(
     with Audit(service.port) as audit:
         audit.more(200)
         primary.crash()
+        audit.more_refused(3)
         assert audit.resumed(standby.promote()) < RECOVERY
         audit.more(100)
     assert_kept(audit)

@@ -189,11 +189,10 @@ def test_an_upstream_that_is_started_later_is_used(start: Start) -> None:
         port = taken.getsockname()[1]
     service = start(UPSTREAM_URL=f"http://127.0.0.1:{port}")
     problem(service.call("GET", "/x"), 502, "upstream-unreachable")
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        with service.client() as client:
-            client.send(b"GET /x HTTP/1.1\r\nHost: gatehouse\r\n\r\n")
-            assert is_called(listener, within=10)
-            with listener.accept()[0] as sock:
-                assert sock.recv(65536).startswith(b"GET /x HTTP/1.1\r\n")
-                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-                assert client.reply().status == 200
+    with socket.create_server(("127.0.0.1", port)) as listener, service.client() as client:
+        client.send(b"GET /x HTTP/1.1\r\nHost: gatehouse\r\n\r\n")
+        assert is_called(listener, within=10)
+        with listener.accept()[0] as sock:
+            assert sock.recv(65536).startswith(b"GET /x HTTP/1.1\r\n")
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            assert client.reply().status == 200
