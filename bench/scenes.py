@@ -42,7 +42,7 @@ class Row:
     void: str | None = None
 
     def median(self, figure: str) -> float:
-        return statistics.median(getattr(sample, figure) for sample in self.samples)
+        return float(statistics.median(getattr(sample, figure) for sample in self.samples))
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def starts(
     for _ in range(plan.rounds):
         for name, measured in found.items():
             port = stage.free_port()
-            environ = {"PORT": port, "POSTGRES_URI": uri, "UPSTREAM_URL": upstream}
+            environ = stage.gatehouse_environ(port, uri, upstream, WORKERS=1)
             command = stage.gatehouse_command()
             if name == "bare":
                 command = [sys.executable, str(BENCH / "peers/bare/main.py")]

@@ -78,7 +78,7 @@ if __name__ == "__main__":
     large = memoryview(head(LARGE_BYTES) + bytes(LARGE_BYTES))
     listener = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=1024)
     listener.setblocking(False)
-    children = []
+    children: list[int] = []
     for _ in range(int(sys.argv[2]) - 1):
         child = os.fork()
         if child == 0:

@@ -63,7 +63,6 @@ class BadRequest(Problem):
 class Unauthorized(Problem):
     status, name, title = 401, "unauthorized", "Unauthorized"
     detail = "This path asks for a valid bearer token."
-    headers = (("WWW-Authenticate", 'Bearer realm="users"'),)
 
 
 class NoSuchUser(Problem):

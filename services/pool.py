@@ -16,12 +16,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import select
 import socket
 import threading
 import time
 from collections import deque
 from typing import Any
+from urllib.parse import unquote
 
 import peewee
 import psycopg2
@@ -78,13 +80,15 @@ class ReadOnly(Exception):
 def check_uri(uri: str) -> str | None:
     """What is wrong with a libpq URI, in words that quote nothing of it; None for nothing."""
     try:
-        parse_dsn(uri)
+        ports = parse_dsn(uri).get("port") or ""
     except psycopg2.ProgrammingError as error:
         if "option" in str(error) and (
             name := str(error).rpartition('option "')[2].partition('"')[0]
         ):
             return f"has an option that libpq does not know: {name}"
         return "is not a URI that libpq can read"
+    if not re.fullmatch(r"[0-9,]*", ports):
+        return "has a port that is not a number"
     return None
 
 
@@ -201,7 +205,11 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             "options": f"-c statement_timeout={round(statement_timeout * 1000)} "
             + (parameters.get("options") or ""),
         }
-        self._secret = parameters.get("password") or ""
+        # A password with an @ or a / that should have been encoded ends up in what libpq takes
+        # for the host or the database, and in its messages.
+        userinfo = uri.partition("//")[2].rpartition("@")[0].partition(":")[2]
+        parts = {parameters.get("password") or "", *re.split(r"[@/:?]", userinfo)}
+        self._secrets = [part for part in {*parts, *map(unquote, parts)} if len(part) > 2]
 
     def run(self, sql: str, params: Any = None, within: float | None = None) -> list[Row]:
         """Send one statement and return its rows: one round trip.
@@ -468,8 +476,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return DatabaseUnavailable()
 
     def _say(self, cause: str) -> None:
-        if self._secret:
-            cause = cause.replace(self._secret, "…")
+        for secret in self._secrets:
+            cause = cause.replace(secret, "…")
         cause = " ".join(cause.split())
         now = time.monotonic()
         if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:

@@ -75,7 +75,7 @@ def _time(field: Any) -> Any:
     return fn.to_char(utc, SQL("""'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""))
 
 
-VERSION = _time(User.updated_at)
+_version = _time(User.updated_at)
 # The members of a user in their order.
 JSON = fn.json_build_object(
     SQL("'id'"),
@@ -87,7 +87,7 @@ JSON = fn.json_build_object(
     SQL("'created_at'"),
     _time(User.created_at),
     SQL("'updated_at'"),
-    VERSION,
+    _version,
 ).cast("text")
 
 THIS = User.id == given("id")
@@ -102,8 +102,8 @@ def _changed(email: Any, name: Any) -> Any:
 
 def _allowed() -> Any:
     # A condition that is not asked for is null.
-    match = SQL("(%(match)s IS NULL)") | (SQL("ANY(%(match)s)") == VERSION)
-    none = SQL("(%(none_match)s IS NULL)") | ~(SQL("ANY(%(none_match)s)") == VERSION)
+    match = SQL("(%(match)s IS NULL)") | (_version == SQL("ANY(%(match)s)"))
+    none = SQL("(%(none_match)s IS NULL)") | ~(_version == SQL("ANY(%(none_match)s)"))
     return match & none
 
 
@@ -111,8 +111,8 @@ _NEW_EMAIL = fn.coalesce(given("email"), User.email)
 _NEW_NAME = fn.coalesce(given("name"), User.name)
 _ROW = {User.id: given("id"), User.email: given("email"), User.name: given("name")}
 
-GET = text(User.select(JSON, VERSION).where(THIS))
-CREATE = text(User.insert(_ROW).on_conflict_ignore().returning(JSON, VERSION))
+GET = text(User.select(JSON, _version).where(THIS))
+CREATE = text(User.insert(_ROW).on_conflict_ignore().returning(JSON, _version))
 PUT = text(
     User.insert(_ROW)
     .on_conflict(
@@ -124,7 +124,7 @@ PUT = text(
         },
         where=_allowed(),
     )
-    .returning(JSON, VERSION, SQL("xmax = 0"))
+    .returning(JSON, _version, SQL("xmax = 0"))
 )
 UPDATE = text(
     User.update(
@@ -135,7 +135,7 @@ UPDATE = text(
         }
     )
     .where(THIS & _allowed())
-    .returning(JSON, VERSION)
+    .returning(JSON, _version)
 )
 DELETE = text(User.delete().where(THIS & _allowed()).returning(User.id))
 
@@ -319,7 +319,7 @@ def _done_before(user_id: str, values: Mapping[str, Any]) -> Found:
 
 
 SAME = text(
-    User.select(JSON, VERSION, SQL("created_at = updated_at")).where(
+    User.select(JSON, _version, SQL("created_at = updated_at")).where(
         THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME)
     )
 )

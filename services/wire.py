@@ -87,27 +87,29 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
             return 0
         self.bytes_received += len(data)
         if self.body_rcv is not None:
-            return self._body(data)
-        head = self.header_plus + data
+            consumed = self._body(data)
+        else:
+            consumed = self._head(data)
+        # What follows a request that ends the connection belongs to none.
+        return len(data) if self.body_unread else consumed
+
+    def _head(self, data: bytes) -> int:
+        # Empty lines before a request are ignored (RFC 9112 section 2.2).
+        head = self.header_plus + data if self.header_plus else data.lstrip(b"\r\n")
         end = head.find(b"\r\n\r\n")
-        if end < 0:
-            if len(head) > MAX_HEAD_BYTES:
-                self._refuse(BadRequest(f"The head is larger than {MAX_HEAD_BYTES} bytes."))
-            elif not head.strip(b"\r\n"):
-                head = b""  # empty lines before a request are ignored (RFC 9112 section 2.2)
-            self.header_plus = head
-            return len(data)
-        consumed = len(data) - (len(head) - end - 4)
         try:
-            if end > MAX_HEAD_BYTES:
+            if (len(head) if end < 0 else end) > MAX_HEAD_BYTES:
                 raise BadRequest(f"The head is larger than {MAX_HEAD_BYTES} bytes.")
-            self.parse_header(head[:end].lstrip(b"\r\n"))
+            if end < 0:
+                self.header_plus = head
+                return len(data)
+            self.headers_finished = True
+            self.parse_header(head[:end])
         except Problem as problem:
             self._refuse(problem)
         else:
             self.completed = self.body_rcv is None
-        self.headers_finished = True
-        return consumed
+        return len(data) - (len(head) - end - 4)
 
     def _body(self, data: bytes) -> int:
         consumed: int = self.body_rcv.received(data)

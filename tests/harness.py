@@ -143,7 +143,8 @@ class RawClient:
             try:
                 data = self.sock.recv(65536)
             except ConnectionError:
-                return Reply(head, self.buffer, False)
+                body, self.buffer = self.buffer, b""
+                return Reply(head, body, False)
             if not data:
                 body, self.buffer = self.buffer, b""
                 return Reply(head, body, True)

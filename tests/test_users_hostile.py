@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from typing import Any
 from urllib.parse import quote
@@ -241,6 +242,33 @@ def test_an_email_query_that_no_text_column_can_hold_finds_nobody(
     reply = service.call("GET", f"/users?email={email}")
     assert reply.status == 200
     assert reply.json() == {"users": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    ("method", "header", "value", "status"),
+    [
+        # Each took a regular expression of the first version seconds, and longer ones for ever.
+        ("POST", "Content-Type", "application/json;" + " " * 2500 + "x", 415),
+        ("POST", "Content-Type", "application/json" + "; charset=utf-8" * 2000, 415),
+        ("PUT", "If-Match", '"",' * 16000, 412),
+        ("PATCH", "If-Match", '"a"' * 16000, 400),
+        ("DELETE", "If-Match", "," * 50000 + "x", 400),
+        ("GET", "If-None-Match", '"",' * 16000, 200),
+        ("GET", "If-None-Match", '"' * 50000, 400),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_no_header_holds_the_process_up(
+    service: Service, method: str, header: str, value: str, status: int
+) -> None:
+    """Guards against backtracking: it holds the interpreter, and so every other request, up."""
+    path = f"/users/{create_user(service).json()['id']}"
+    body = {"email": new_email(), "name": "Bea"} if method in ("POST", "PUT", "PATCH") else None
+    target = "/users" if method == "POST" else path
+    began = time.monotonic()
+    reply = service.call(method, target, body, {header: value}, timeout=60)
+    assert time.monotonic() - began < 2
+    assert reply.status == status
 
 
 @given(name=st.text(max_size=210))

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, EmailStr, StringConstraints
 from starlette.background import BackgroundTask
 
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}
+FIRST = UUID(int=0)
 COLUMNS = "id, email, name, created_at, updated_at"
 
 
@@ -72,7 +73,7 @@ async def get_user(user_id: UUID, request: Request) -> User:
 async def list_users(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    after: UUID = UUID(int=0),
+    after: UUID = FIRST,
 ) -> Page:
     rows = await request.app.state.pool.fetch(
         f"SELECT {COLUMNS} FROM users WHERE id > $1 ORDER BY id LIMIT $2", after, limit + 1
