@@ -494,7 +494,7 @@ def check(settings: Settings) -> int:
 def run(settings: Settings) -> int:
     """Serve until told to stop; returns the exit code."""
     try:
-        listener = server.listen(settings.host, settings.port)
+        listener = server.bind(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or str(error)
         print(f"cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)

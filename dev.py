@@ -72,8 +72,9 @@ class Child:
 
 def run() -> int:
     """Serve until Ctrl-C or SIGTERM; a second one stops at once. Returns the exit code."""
-    environ = {**dotenv_values(ROOT / ".env", interpolate=False), **os.environ}
-    given = {name: value for name, value in environ.items() if value and value.strip()}
+    # An empty value counts as unset, here as in app.py.
+    given = {k: v for k, v in dotenv_values(ROOT / ".env", interpolate=False).items() if v}
+    given |= {name: value for name, value in os.environ.items() if value.strip()}
     try:
         # Judged before anything is started, with placeholders for what will be.
         placeholders = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://127.0.0.1"}

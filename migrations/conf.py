@@ -34,8 +34,8 @@ LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this databa
 
 def parameters() -> dict[str, str]:
     """What POSTGRES_URI says, as libpq's keywords; exits with one line where it is unusable."""
-    environ = {**dotenv_values(ROOT / ".env", interpolate=False), **os.environ}
-    uri = (environ.get("POSTGRES_URI") or "").strip()
+    filed = dotenv_values(ROOT / ".env", interpolate=False).get("POSTGRES_URI")
+    uri = os.environ.get("POSTGRES_URI", "").strip() or (filed or "").strip()
     if not uri:
         raise SystemExit("POSTGRES_URI is required")
     try:

@@ -70,7 +70,12 @@ PROBLEMS: dict[str, type[Problem]] = {
 
 
 class Lost(Exception):
-    """The connection was lost after a statement was sent: what became of it is not known."""
+    """The connection was lost after a statement was sent: what became of it is not known. Where it
+    was `cut` from this side, for want of an answer, the server may even carry it out later."""
+
+    def __init__(self, cut: bool = False) -> None:
+        super().__init__()
+        self.cut = cut
 
 
 class ReadOnly(Exception):
@@ -108,9 +113,10 @@ class Deadlines:
                 self._started = True
                 threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
 
-    def end(self, connection: Any) -> None:
+    def end(self, connection: Any) -> bool:
+        """The conversation is over; returns whether it was cut."""
         with self._lock:
-            self._running.pop(id(connection), None)
+            return self._running.pop(id(connection), None) is None
 
     def _watch(self) -> None:
         tick = threading.Event()
@@ -226,8 +232,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 cursor.execute(sql, params)
                 rows: list[Row] = cursor.fetchall()
         except psycopg2.Error as error:
-            self._deadlines.end(connection)
-            raise self._translate(connection, error) from None
+            cut = self._deadlines.end(connection)
+            raise self._translate(connection, error, cut) from None
         except BaseException:
             self._deadlines.end(connection)
             self._release(connection, broken=True)
@@ -246,24 +252,24 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             except (Lost, ReadOnly):
                 raise DatabaseUnavailable from None
 
-    def write(self, sql: str, params: Any) -> tuple[list[Row], bool]:
-        """Run a statement that leads to the same state when it is run twice.
+    def write(self, sql: str, params: Any, *, late: bool) -> tuple[list[Row], bool]:
+        """Run a statement that leads to the same state when it is run twice in a row.
 
         If its connection is lost it is run again, which either finds the first run's work or does
         it; the second value tells whether that happened. Raises DatabaseUnavailable with
-        `outcome="unknown"` where the second run fails too.
+        `outcome="unknown"` where the second run fails too, and Lost where the first run may still
+        come late and do harm then, unless `late` says that it cannot.
         """
-        try:
-            return self.run(sql, params), False
-        except ReadOnly:
+        for last in (False, True):
             try:
                 return self.run(sql, params), False
             except ReadOnly:
-                raise DatabaseUnavailable from None
-            except Lost:
-                pass
-        except Lost:
-            pass
+                if last:
+                    raise DatabaseUnavailable from None
+            except Lost as lost:
+                if lost.cut and not late:
+                    raise
+                break
         try:
             return self.run(sql, params), True
         except (Lost, ReadOnly, DatabaseUnavailable, SchemaNotMigrated):
@@ -446,21 +452,18 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     # What went wrong.
 
-    def _translate(self, connection: Any, error: psycopg2.Error) -> Exception:
+    def _translate(self, connection: Any, error: psycopg2.Error, cut: bool) -> Exception:
         state = error.pgcode
         lost = connection.closed or (
             state is None and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
         )
-        if state == "25006" or (state or "").startswith("57P"):
-            # Failing over: the idle ones lead to the same server.
+        if lost or state == "25006" or (state or "").startswith("57P"):
+            # What ended this one, or a failover, has most likely ended the idle ones too.
             self._release(connection, broken=True)
             self.close_idle()
             self._note(error)
-            return Lost() if lost else ReadOnly()
-        self._release(connection, broken=bool(lost))
-        if lost:
-            self._note(error)
-            return Lost()
+            return Lost(cut) if lost else ReadOnly()
+        self._release(connection)
         problem = PROBLEMS.get(state or "") or PROBLEMS.get((state or "")[:2])
         if problem is None:
             return error

@@ -29,11 +29,15 @@ from services.wire import Channel, RequestParser, Task
 
 log = logging.getLogger("gatehouse")
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 BACKLOG = 1024
 # Descriptors that are not client connections: upstream and database connections, spooled bodies.
 SPARE_DESCRIPTORS = 256
+# While it drains, a connection that has brought no request yet has this many seconds to bring one:
+# its client was let in, and may have sent one already.
+FIRST_REQUEST_SECONDS = 1.0
 # A worker that ends by itself sooner than this many seconds could not start…
 START_SECONDS = 1.0
 # …and after so many of them in a row the service gives up.
@@ -164,6 +168,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.access_log = access_log
         self.watched = Watched(selectors.DefaultSelector())
         self._deadline = 0.0
+        self._grace = 0.0
         self._tick_at = 0.0
         super().__init__(
             application,
@@ -173,6 +178,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             adj=adjustments,
             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
             bind_socket=False,
+            _start=False,  # listening starts in `run`, when signals are heard
         )
 
     def set_reuse_addr(self) -> None:
@@ -200,8 +206,10 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until `stop` is called and what was under way is answered."""
+        self.accept_connections()
+        self.watched.rearm(self)
         while not (self.draining and self._drained()):
-            for key, mask in self.watched.selector.select(1.0):
+            for key, mask in self.watched.selector.select(0.1 if self.draining else 1.0):
                 watched = key.data
                 if mask & READ:
                     wasyncore.read(watched)
@@ -213,7 +221,9 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             if now >= self._tick_at:
                 self._tick_at = now + 1.0
                 self._close_expired(now)
-            if self.stopping and not self.draining:
+            if self.draining:
+                self._close_idle(now)
+            elif self.stopping:
                 self._drain(now)
         for channel in list(self.active_channels.values()):
             channel.reset_on_close()  # an answer that is cut here must not look whole
@@ -230,10 +240,22 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def _drain(self, now: float) -> None:
         self.draining = True
         self._deadline = now + self.shutdown_timeout
+        self._grace = now + min(FIRST_REQUEST_SECONDS, self.shutdown_timeout)
+        # Who is in the queue has been let in by the kernel, and closing would turn them out.
+        self.socket.listen(0)
+        waiting = select.poll()
+        waiting.register(self.socket, select.POLLIN)
+        while waiting.poll(0):
+            self.handle_accept()
         wasyncore.dispatcher.close(self)
         for channel in list(self.active_channels.values()):
             channel.handle_read_event()  # a request that is here already is under way
-            if channel.connected and not channel.requests and channel.request is None:
+        self._close_idle(now)
+
+    def _close_idle(self, now: float) -> None:
+        for channel in list(self.active_channels.values()):
+            idle = channel.connected and not channel.requests and channel.request is None
+            if idle and (channel.served or now >= self._grace):
                 channel.close_when_flushed = True
                 self.watched.rearm(channel)
 
@@ -309,11 +331,19 @@ def connection_limit() -> int:
     return max(64, (soft - SPARE_DESCRIPTORS) // 2)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    both = host == "::" and socket.has_dualstack_ipv6()
-    return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound, but does not listen before a worker is ready. Raises OSError."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+    try:
+        sock.bind(address)
+        return sock
+    except OSError:
+        sock.close()
+        raise
 
 
 def serve(
@@ -325,7 +355,7 @@ def serve(
     shutdown_timeout: float,
     access_log: bool,
 ) -> int:
-    """Serve on `listener` until SIGTERM or SIGINT and return an exit code.
+    """Serve on `listener`, which is bound, until SIGTERM or SIGINT and return an exit code.
 
     `lanes` says how many threads each kind of request has in a worker; `shutdown_timeout` is how
     many seconds requests under way have to end.
@@ -338,6 +368,7 @@ def serve(
         if lifeline is not None:
             Lifeline(lifeline, server)
         on_signals(server.stop, interrupt=lifeline is None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         server.run()
         application.close()
 
@@ -411,6 +442,8 @@ class Supervisor:
                 self.start(self.due.pop(0)[1])
 
     def start(self, worker: int) -> None:
+        # A signal that reaches the worker before it listens for it must wait, not be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         process = os.fork()
         if process == 0:
             code = 1
@@ -425,6 +458,7 @@ class Supervisor:
             finally:
                 sys.stdout.flush()
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.running[process] = worker, time.monotonic()
 
     def wait(self, until: float | None) -> bytes:

@@ -20,8 +20,14 @@ from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, valida
 from peewee import EXCLUDED, SQL, Case, Query, fn
 
 from models import User, database
-from services.errors import EmailTaken, InvalidUser, NoSuchUser, PreconditionFailed
-from services.pool import unknown
+from services.errors import (
+    DatabaseUnavailable,
+    EmailTaken,
+    InvalidUser,
+    NoSuchUser,
+    PreconditionFailed,
+)
+from services.pool import Lost, unknown
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 # Internal domains such as .local and .test are as good as any; the library's own documentation
@@ -229,7 +235,7 @@ def get(user_id: str) -> Found:
 def create(members: Mapping[str, Any]) -> tuple[str, Found]:
     """Create a user; returns its id and the user. Raises InvalidUser or EmailTaken."""
     user = valid(members) | {"id": new_id()}
-    rows, again = database.write(CREATE, user)
+    rows, again = database.write(CREATE, user, late=True)
     if not rows and again:  # perhaps by the first run
         rows = database.read(GET, user)
     if not rows:
@@ -253,11 +259,12 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
         errors += problem.errors
     if errors:
         raise InvalidUser(errors=errors)
-    if condition.match is not None:
-        rows, again = database.write(UPDATE, values)
-    else:
-        rows, again = database.write(PUT, values)
-    if not rows and again:
+    statement = PUT if condition.match is None else UPDATE
+    try:
+        rows, again = database.write(statement, values, late=False)
+    except Lost:
+        return _done_before(user_id, values)
+    if again:
         return _done_before(user_id, values)
     if not rows:
         raise PreconditionFailed
@@ -267,7 +274,10 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
 def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
     """Change some of a user. Raises InvalidUser, EmailTaken, NoSuchUser or PreconditionFailed."""
     values = valid(members, required=()) | {"id": user_id} | _asked(condition)
-    rows, again = database.write(UPDATE, values)
+    try:
+        rows, again = database.write(UPDATE, values, late=False)
+    except Lost:
+        return _done_before(user_id, values)
     if not rows and again and condition.asks:
         return _done_before(user_id, values)
     if not rows:
@@ -277,7 +287,10 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
 
 def delete(user_id: str, condition: Condition) -> None:
     """Raises NoSuchUser or PreconditionFailed."""
-    rows, again = database.write(DELETE, {"id": user_id} | _asked(condition))
+    try:
+        rows, again = database.write(DELETE, {"id": user_id} | _asked(condition), late=False)
+    except Lost:
+        raise unknown() from None
     if not rows and again:
         raise unknown()  # gone, but whether by the first run or before it nobody can say
     if not rows:
@@ -310,16 +323,23 @@ def _missing(user_id: str, condition: Condition) -> Exception:
 
 
 def _done_before(user_id: str, values: Mapping[str, Any]) -> Found:
-    """The user, where it is what a first run whose answer was lost would have made of it: the
-    condition cannot hold a second time. Raises DatabaseUnavailable, outcome unknown, otherwise."""
-    rows = database.read(SAME, {"id": user_id, "email": values["email"], "name": values["name"]})
+    """The user, where it is what a run whose answer was lost would have made of it: that run, or
+    one just like it, was carried out. Raises DatabaseUnavailable, outcome unknown, otherwise."""
+    try:
+        rows = database.read(
+            SAME, {"id": user_id, "email": values["email"], "name": values["name"]}
+        )
+    except DatabaseUnavailable:
+        rows = []
     if not rows:
         raise unknown()
     return Found(*rows[0])
 
 
+# The third: made by that run, not changed by it.
+_NEW = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
 SAME = text(
-    User.select(JSON, _version, SQL("created_at = updated_at")).where(
+    User.select(JSON, _version, _NEW).where(
         THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME)
     )
 )

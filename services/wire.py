@@ -374,6 +374,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     refused = False
     gone = False
     on_gone: Callable[[], None] | None = None
+    served = 0
     lingering = 0.0
     lingered = 0
 
@@ -491,6 +492,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.server.wake(self)
             return
         self.on_gone = None
+        self.served += 1
         with self.requests_lock:
             if task.close_on_finish or self.gone:
                 self.refused = self.requests[0].body_unread if self.requests else False
