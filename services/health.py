@@ -12,7 +12,7 @@ from services.errors import Problem, SchemaNotMigrated
 
 # One round trip: the migrations that have been applied, and whether the table is there.
 PROBE = "SELECT name, to_regclass('{}') IS NOT NULL FROM migratehistory UNION ALL SELECT NULL, NULL"
-# What is left for everything else of the half second that the answer may take longer than connecting.
+# Of the half second that an answer may take longer than connecting; the rest is for all else.
 MARGIN_SECONDS = 0.2
 
 

@@ -5,8 +5,8 @@ share: one server that does not answer stops them all, one after the other. Here
 
 - connecting happens on a thread of its own, and callers wait in a queue, first come, first served,
   each no longer than it is allowed to;
-- an idle connection is checked by asking the kernel whether the server has closed it, and by a round
-  trip only after a while;
+- an idle connection is checked by asking the kernel whether the server has closed it, and by a
+  round trip only after a while;
 - every conversation has a deadline on this side, since nothing in libpq bounds a server that is
   frozen: its kernel goes on acknowledging.
 """
@@ -27,6 +27,7 @@ from urllib.parse import unquote
 
 import peewee
 import psycopg2
+import psycopg2.extensions
 from playhouse.pool import PooledPostgresqlDatabase
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, parse_dsn
 
@@ -43,6 +44,8 @@ VERIFY_SECONDS = 1.0
 RETRY_SECONDS = 0.25
 # While one tries, the others wait this long for what it finds.
 PROBE_SECONDS = 0.1
+# A connection that is lost may be followed by others that were lost with it.
+ATTEMPTS = 3
 # How much later than statement_timeout this side gives up on an answer.
 GRACE_SECONDS = 0.5
 # The same cause is logged once in this many seconds.
@@ -138,6 +141,12 @@ class Deadlines:
                         continue
 
 
+class Connection(psycopg2.extensions.connection):
+    """A connection that knows since when it is."""
+
+    generation = 0
+
+
 class Waiter:
     """A caller that waits for a connection, or for the reason why there is none."""
 
@@ -170,6 +179,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
         self._count = 0  # connections open, or being made
         self._connecting = 0
+        self._generation = 0
         self._queue: deque[Waiter] = deque()
         self._down = False  # whether the last attempt to connect failed
         self._retry_at = 0.0
@@ -243,37 +253,37 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return rows
 
     def read(self, sql: str, params: Any = None, within: float | None = None) -> list[Row]:
-        """Run a statement that changes nothing; if its connection is lost, once more on another."""
-        try:
-            return self.run(sql, params, within)
-        except (Lost, ReadOnly):
+        """Run a statement that changes nothing; if its connection is lost, again on another."""
+        for _ in range(ATTEMPTS):
             try:
                 return self.run(sql, params, within)
             except (Lost, ReadOnly):
-                raise DatabaseUnavailable from None
+                continue
+        raise DatabaseUnavailable
 
     def write(self, sql: str, params: Any, *, late: bool) -> tuple[list[Row], bool]:
         """Run a statement that leads to the same state when it is run twice in a row.
 
         If its connection is lost it is run again, which either finds the first run's work or does
         it; the second value tells whether that happened. Raises DatabaseUnavailable with
-        `outcome="unknown"` where the second run fails too, and Lost where the first run may still
-        come late and do harm then, unless `late` says that it cannot.
+        `outcome="unknown"` where no run is answered, and Lost where a run may still come late and
+        do harm then, unless `late` says that it cannot.
         """
-        for last in (False, True):
+        again = False
+        for _ in range(ATTEMPTS):
             try:
-                return self.run(sql, params), False
+                return self.run(sql, params), again
             except ReadOnly:
-                if last:
-                    raise DatabaseUnavailable from None
+                continue
             except Lost as lost:
                 if lost.cut and not late:
                     raise
-                break
-        try:
-            return self.run(sql, params), True
-        except (Lost, ReadOnly, DatabaseUnavailable, SchemaNotMigrated):
-            raise unknown() from None
+                again = True
+            except (DatabaseUnavailable, SchemaNotMigrated):
+                if again:
+                    break
+                raise
+        raise unknown() if again else DatabaseUnavailable()
 
     def figures(self) -> tuple[int, int]:
         """Connections in use and idle, in this process."""
@@ -365,7 +375,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         except psycopg2.Error:
             self._deadlines.end(connection)
             self._release(connection, broken=True)
-            self.close_idle()  # to the same server
+            self._distrust()
             return False
         self._deadlines.end(connection)
         return True
@@ -373,12 +383,19 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     # Connecting.
 
     def _connect_one(self) -> None:
-        began = time.monotonic()
+        began, generation = time.monotonic(), self._generation
         try:
-            connection = self._open()
+            try:
+                connection = self._open()
+            except psycopg2.OperationalError:
+                # The first of a row, and at once, may be a backend that was ended as it started.
+                if self._down or time.monotonic() - began > RETRY_SECONDS:
+                    raise
+                connection = self._open()
         except Exception as error:
             self._failed(error, time.monotonic() - began)
             return
+        connection.generation = generation
         with self._mutex:
             self._connecting -= 1
             if self._down:
@@ -392,7 +409,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         if self._without_options:
             del options["options"]
         try:
-            connection = psycopg2.connect(self.uri, **options)
+            connection = psycopg2.connect(self.uri, connection_factory=Connection, **options)
         except psycopg2.OperationalError as error:
             # PgBouncer does not know `options`. Deadlines on this side hold all the same.
             if self._without_options or "unsupported startup parameter" not in str(error):
@@ -423,10 +440,12 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     # Checking in.
 
     def _release(self, connection: Any, broken: bool = False) -> None:
-        if not broken and (
-            connection.closed or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
-        ):
-            broken = True
+        broken = (
+            broken
+            or connection.closed
+            or connection.generation != self._generation
+            or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
+        )
         if broken:
             connection.close()
         with self._mutex:
@@ -458,9 +477,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             state is None and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
         )
         if lost or state == "25006" or (state or "").startswith("57P"):
-            # What ended this one, or a failover, has most likely ended the idle ones too.
             self._release(connection, broken=True)
-            self.close_idle()
+            self._distrust()
             self._note(error)
             return Lost(cut) if lost else ReadOnly()
         self._release(connection)
@@ -488,6 +506,13 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 self._logged.clear()
             self._logged[cause] = now
             log.warning("%s", cause)
+
+    def _distrust(self) -> None:
+        # What ended one connection, or a failover, has most likely ended the others, noticed or
+        # not: those that are open now are not used again.
+        with self._mutex:
+            self._generation += 1
+        self.close_idle()
 
     # What peewee calls.
 

