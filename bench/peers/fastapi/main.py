@@ -107,7 +107,7 @@ async def forward(path: str, request: Request) -> StreamingResponse:
         if name not in HOP_BY_HOP and name != "host"
     ]
     framed = "content-length" in request.headers or "transfer-encoding" in request.headers
-    url = httpx.URL(path=request.url.path, query=request.url.query.encode())
+    url = httpx.URL(path=request.url.path, query=request.url.query.encode() or None)
     answer = await client.send(
         client.build_request(
             request.method, url, headers=headers, content=request.stream() if framed else None

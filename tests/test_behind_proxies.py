@@ -1,0 +1,310 @@
+"""nginx and Caddy in front of Gatehouse, with the configurations of docs/proxy.md as they stand."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    ROOT,
+    RawClient,
+    ScriptedUpstream,
+    Seen,
+    Service,
+    chunked,
+    free_port,
+    message,
+    ok,
+    problem,
+    wait_for,
+)
+
+SITE = b"Host: shop.example"
+
+
+@dataclass
+class Site:
+    """A site as a browser sees it, and the application far behind it."""
+
+    name: str
+    port: int
+    plain_port: int
+    certificate: Path
+    upstream: ScriptedUpstream
+
+    def client(self, timeout: float = 15) -> RawClient:
+        """A TLS connection, its certificate verified."""
+        client = RawClient(self.port, timeout)
+        context = ssl.create_default_context(cafile=str(self.certificate))
+        client.sock = context.wrap_socket(client.sock, server_hostname="shop.example")
+        return client
+
+
+def configuration(language: str, ports: dict[str, int], folder: Path) -> str:
+    """The configuration in docs/proxy.md, with the machine's own ports and files in it."""
+    page = (ROOT / "docs" / "proxy.md").read_text()
+    [text] = re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for address, port in ports.items():
+        assert address in text, address
+        text = text.replace(address, re.sub(r"\d+(?=\D*$)", str(port), address))
+    return text.replace("/etc/ssl/shop.example", str(folder / "shop.example"))
+
+
+def make_certificate(folder: Path) -> Path:
+    certificate = folder / "shop.example.crt"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=shop.example", "-addext", "subjectAltName=DNS:shop.example"]
+    command += ["-keyout", str(folder / "shop.example.key"), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return certificate
+
+
+def nginx(site: Site, ports: dict[str, int], folder: Path) -> list[str]:
+    listen = {"listen 443 ssl": site.port, "listen 80": site.plain_port}
+    text = configuration("nginx", ports | listen, folder)
+    for path in ("/run/nginx.pid", "/var/log/nginx/error.log", "/var/log/nginx/access.log"):
+        assert path in text
+        text = text.replace(path, str(folder / Path(path).name))
+    # Where Debian's nginx keeps these only root may write.
+    for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+        text = text.replace("http {", f"http {{\n{kind}_temp_path {folder / kind};", 1)
+    (folder / "nginx.conf").write_text(text)
+    return ["nginx", "-e", "stderr", "-c", str(folder / "nginx.conf"), "-g", "daemon off;"]
+
+
+def caddy(site: Site, ports: dict[str, int], folder: Path) -> list[str]:
+    text = configuration("caddyfile", ports, folder)
+    assert text.startswith("shop.example {")
+    options = f"http_port {site.plain_port}\nhttps_port {site.port}\nadmin off"
+    (folder / "Caddyfile").write_text(f"{{\n{options}\n}}\n{text}")
+    return ["caddy", "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
+
+
+def caddy_version() -> str:
+    done = subprocess.run(["caddy", "version"], check=True, capture_output=True, text=True)
+    return done.stdout.removeprefix("v")
+
+
+def listening(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+@pytest.fixture(scope="module", params=["nginx", "caddy"])
+def site(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    name = request.param
+    for program in (name, "openssl"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp(name)
+    upstream = ScriptedUpstream()
+    site = Site(name, free_port(), free_port(), make_certificate(folder), upstream)
+    with Service(UPSTREAM_URL=upstream.url, TRUSTED_PROXIES="127.0.0.1") as service:
+        ports = {"127.0.0.1:8080": service.port, "127.0.0.1:3000": upstream.port}
+        command = {"nginx": nginx, "caddy": caddy}[name](site, ports, folder)
+        log = (folder / "log").open("wb")
+        environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(folder)}
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, cwd=folder)
+        try:
+            wait_for(lambda: listening(site.port) or process.poll() is not None, 20, name)
+            assert process.poll() is None, (folder / "log").read_text()
+            yield site
+        finally:
+            process.terminate()
+            process.wait(20)
+            log.close()
+            upstream.close()
+
+
+def exchange(site: Site, first_line: bytes, *lines: bytes, body: bytes = b"") -> tuple[Seen, bytes]:
+    """One request through the whole chain: what the application saw of it, and the answer."""
+    with site.client() as client:
+        client.send(message(first_line, SITE, *lines, body=body))
+        reply = client.reply(first_line.split(b" ")[0].decode())
+    assert (reply.status, reply.complete) == (200, True)
+    [seen] = site.upstream.seen
+    return seen, reply.body
+
+
+@pytest.mark.parametrize(
+    "target", [b"/", b"/a//b", b"/%7e%2Fa%2f?", b"/a?b=%20+c&&d=/../e", b"/a;b=c,d:e@f!$'()*"]
+)
+def test_the_target_arrives_byte_for_byte_through_both(site: Site, target: bytes) -> None:
+    site.upstream.script(ok)
+    seen, body = exchange(site, b"GET %s HTTP/1.1" % target)
+    assert (seen.target, body) == (target, b"ok")
+
+
+def test_the_application_learns_who_the_client_is_and_that_it_used_tls(site: Site) -> None:
+    site.upstream.script(ok)
+    seen, _ = exchange(
+        site,
+        b"GET / HTTP/1.1",
+        b"X-Forwarded-For: 6.6.6.6",
+        b"X-Forwarded-Proto: gopher",
+        b"X-Forwarded-Host: evil.example",
+    )
+    # The client's address as the server in front saw it, then that server's own.
+    assert seen.all("X-Forwarded-For") == ["127.0.0.1, 127.0.0.1"]
+    assert seen.all("X-Forwarded-Proto") == ["https"]
+    assert seen.all("X-Forwarded-Host") == ["shop.example"]
+
+
+def test_no_header_of_the_request_is_invented_or_lost(site: Site) -> None:
+    site.upstream.script(ok)
+    seen, _ = exchange(site, b"GET / HTTP/1.1", b"X-A: 1", b"Cookie: a=1", b"X-Request-Id: mine")
+    names = {name.lower() for name, _ in seen.headers}
+    forwarded = {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
+    assert names == {"host", "x-a", "cookie", "x-request-id", "via"} | forwarded
+    assert seen.get("X-Request-Id") == "mine"
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_arrives_byte_for_byte_through_both(site: Site, framing: str) -> None:
+    site.upstream.script(ok)
+    body = bytes(range(256)) * 20_000
+    if framing == "length":
+        line, data = b"Content-Length: %d" % len(body), body
+    else:
+        line, data = b"Transfer-Encoding: chunked", chunked(body)
+    seen, _ = exchange(site, b"POST /a HTTP/1.1", line, body=data)
+    assert seen.body == body
+
+
+def test_the_answer_comes_back_as_it_was_sent(site: Site) -> None:
+    site.upstream.script(
+        message(
+            b"HTTP/1.1 200 OK",
+            b"Server: application",
+            b"Set-Cookie: a=1",
+            b"Set-Cookie: b=2",
+            b"Content-Encoding: gzip",
+            b"Content-Length: 4",
+            body=b"\x1f\x8b\x00\x01",
+        )
+    )
+    with site.client() as client:
+        client.send(message(b"GET / HTTP/1.1", SITE))
+        reply = client.reply()
+    assert (reply.body, reply.get("Content-Encoding")) == (b"\x1f\x8b\x00\x01", "gzip")
+    assert reply.all("Set-Cookie") == ["a=1", "b=2"]
+    assert "application" in reply.all("Server")
+
+
+def test_an_event_arrives_before_the_next_is_sent(site: Site) -> None:
+    go_on = threading.Semaphore(0)
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        head = [b"Content-Type: text/event-stream", b"Transfer-Encoding: chunked"]
+        sock.sendall(message(b"HTTP/1.1 200 OK", *head))
+        for i in range(5):
+            assert go_on.acquire(timeout=15)
+            sock.sendall(chunked(b"data: %d\n\n" % i)[:-5])
+        assert go_on.acquire(timeout=15)
+        sock.sendall(b"0\r\n\r\n")
+
+    site.upstream.script(answer)
+    with site.client() as client:
+        client.send(message(b"GET /events HTTP/1.1", SITE))
+        for i in range(5):
+            go_on.release()
+            while b"data: %d\n\n" % i not in client.buffer:
+                data = client.sock.recv(65536)
+                assert data, client.buffer
+                client.buffer += data
+        go_on.release()
+        reply = client.reply()
+    assert reply.complete
+    assert reply.body == b"".join(b"data: %d\n\n" % i for i in range(5))
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 10", b"Transfer-Encoding: chunked"])
+def test_a_body_that_is_cut_does_not_look_whole_through_both(site: Site, framing: bytes) -> None:
+    if site.name == "caddy" and b"chunked" in framing and caddy_version().startswith("2.6."):
+        # With no Gatehouse behind it just the same; docs/proxy.md says so.
+        pytest.xfail("Caddy 2.6 ends a cut chunked answer as if it were whole")
+
+    def answer(sock: socket.socket, seen: Seen) -> bool:
+        body = b"5\r\nhello\r\n" if b"chunked" in framing else b"hello"
+        sock.sendall(message(b"HTTP/1.1 200 OK", framing, body=body))
+        return False
+
+    site.upstream.script(answer)
+    with site.client() as client:
+        client.send(message(b"GET /cut HTTP/1.1", SITE))
+        reply = client.reply()
+    assert (reply.status, reply.complete) == (200, False)
+
+
+def test_owned_paths_are_answered_by_gatehouse(site: Site) -> None:
+    site.upstream.script(ok)
+    with site.client() as client:
+        client.send(message(b"GET /health/live HTTP/1.1", SITE))
+        assert client.reply().status == 200
+        client.send(message(b"GET /users HTTP/1.1", SITE))
+        problem(client.reply(), 503, "database-unavailable")
+    assert site.upstream.seen == []
+
+
+UPGRADE = [
+    b"Connection: Upgrade",
+    b"Upgrade: websocket",
+    b"Sec-WebSocket-Version: 13",
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+]
+
+
+def test_a_websocket_goes_straight_to_the_application(site: Site) -> None:
+    def echo(sock: socket.socket, seen: Seen) -> bool:
+        accept = b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+        sock.sendall(message(b"HTTP/1.1 101 Switching Protocols", *UPGRADE[:2], accept))
+        while data := sock.recv(65536):
+            sock.sendall(data.upper())
+        return False
+
+    site.upstream.script(echo)
+    with site.client() as client:
+        client.send(message(b"GET /ws HTTP/1.1", SITE, *UPGRADE))
+        assert client.head().startswith(b"HTTP/1.1 101 ")
+        for word in (b"hello", b"world"):
+            client.send(word)
+            while len(client.buffer) < len(word):
+                data = client.sock.recv(65536)
+                assert data
+                client.buffer += data
+            assert client.buffer == word.upper()
+            client.buffer = b""
+    [seen] = site.upstream.seen
+    assert (seen.get("Upgrade"), seen.get("X-Forwarded-Proto")) == ("websocket", "https")
+    assert "gatehouse" not in (seen.get("Via") or "")
+
+
+def test_a_websocket_anywhere_else_is_501(site: Site) -> None:
+    site.upstream.script(ok)
+    with site.client() as client:
+        client.send(message(b"GET /elsewhere HTTP/1.1", SITE, *UPGRADE))
+        reply = client.reply()
+    # nginx does not pass the upgrade on, and so the request is an ordinary one.
+    assert reply.status == {"nginx": 200, "caddy": 501}[site.name]
+    assert all(seen.get("Upgrade") is None for seen in site.upstream.seen)
+
+
+def test_plain_http_is_sent_to_https(site: Site) -> None:
+    with RawClient(site.plain_port) as client:
+        client.send(message(b"GET /a?b HTTP/1.1", SITE))
+        reply = client.reply()
+    assert reply.status in (301, 308)
+    assert re.fullmatch(r"https://shop\.example(:\d+)?/a\?b", reply.get("Location") or "")
