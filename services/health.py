@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from models import User, database
 from services.board import IDLE, IN_FLIGHT, IN_USE, Board
 from services.errors import Problem, SchemaNotMigrated
+
+log = logging.getLogger("gatehouse")
 
 # One round trip: the migrations that have been applied, and whether the table is there.
 PROBE = "SELECT name, to_regclass('{}') IS NOT NULL FROM migratehistory UNION ALL SELECT NULL, NULL"
@@ -78,6 +81,9 @@ class Health:
         except SchemaNotMigrated:
             applied, usable = set(), False
         except Problem:
+            return {"status": "down", "latency_ms": None}
+        except Exception:
+            log.exception("the database could not be asked how it is")
             return {"status": "down", "latency_ms": None}
         else:
             applied = {name for name, _ in rows}

@@ -187,6 +187,10 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def readable(self) -> bool:
         return bool(self.accepting and len(self.active_channels) < self.adj.connection_limit)
 
+    def fix_addr(self, addr: tuple[str, int]) -> tuple[str, int]:
+        # A socket that listens on IPv6 for both shows IPv4 clients in IPv6's clothes.
+        return addr[0].removeprefix("::ffff:"), addr[1]
+
     def add_task(self, task: Channel) -> None:
         request = task.requests[0]
         request.arrived = time.monotonic()
@@ -361,8 +365,11 @@ def serve(
     many seconds requests under way have to end.
     """
 
+    # So that services of one worker each do not all choose the same core.
+    first_core = os.getpid()
+
     def work(number: int, lifeline: int | None) -> None:
-        pin(number)
+        pin(first_core + number)
         application.join(number)
         server = Server(application, listener, lanes, shutdown_timeout, access_log)
         if lifeline is not None:
@@ -379,8 +386,8 @@ def serve(
 
 
 def pin(number: int) -> None:
-    """Keep this process on one core. Handing the interpreter's lock from a thread on one core to a
-    thread on another costs as much as all the rest of a request."""
+    """Keep this process on one core, each worker on another. Handing the interpreter's lock from a
+    thread on one core to a thread on another costs as much as all the rest of a request."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[number % len(cores)]})

@@ -53,7 +53,8 @@ class Site:
 def configuration(language: str, ports: dict[str, int], folder: Path) -> str:
     """The configuration in docs/proxy.md, with the machine's own ports and files in it."""
     page = (ROOT / "docs" / "proxy.md").read_text()
-    [text] = re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    [text] = found
     for address, port in ports.items():
         assert address in text, address
         text = text.replace(address, re.sub(r"\d+(?=\D*$)", str(port), address))
