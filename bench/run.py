@@ -7,10 +7,12 @@ it writes, docs/performance.md, with its plot, docs/performance.svg.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 import meter
+import psutil
 import report
 import scenes
 import stage
@@ -20,6 +22,7 @@ from scenes import Plan, Targets
 DEFAULT = Plan(rounds=5, seconds=5, warm_up=3, sizes=(1_000, 100_000))
 QUICK = Plan(rounds=3, seconds=1, warm_up=1, sizes=(1_000, 100_000))
 SEEDED = 10_000
+BUSY_PERCENT = 10
 
 
 def measure(plan: Plan, peer_logs: bool) -> report.Results:
@@ -56,9 +59,18 @@ def main() -> int:
     parser.add_argument("--peer-logs", action="store_true", help="have the others log too")
     parser.add_argument("--out", type=Path, default=stage.ROOT / "docs", metavar="DIR")
     arguments = parser.parse_args()
+    # As Ctrl-C does, it ends what was started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan = QUICK if arguments.quick else DEFAULT
     if arguments.full:
         plan = Plan(plan.rounds, plan.seconds, plan.warm_up, (*plan.sizes, 5_000_000))
+    busy = psutil.cpu_percent(interval=2)
+    if busy > BUSY_PERCENT:
+        print(
+            f"warning: other work takes {busy:.0f}% of the CPU here, and not all servers suffer"
+            " from that alike: the ratios will be off",
+            file=sys.stderr,
+        )
     results = measure(plan, arguments.peer_logs)
     given = [argument for argument in sys.argv[1:] if argument.startswith("--")]
     options = " ".join(option for option in given if not option.startswith("--out"))

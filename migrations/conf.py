@@ -63,8 +63,12 @@ def connected() -> pw.PostgresqlDatabase:
             database.execute_sql(f"SET lock_timeout = '{MIGRATORS_TIMEOUT}s'")
             database.execute_sql("SELECT pg_advisory_lock(%s)", (LOCK,))
         database.execute_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}s'")
-        if CONTEXT.info_name == "rollback" and not applied(database.connection()):
-            raise SystemExit("there is nothing to roll back")
+        if CONTEXT.info_name == "rollback":
+            done = len(applied(database.connection()))
+            if done == 0:
+                raise SystemExit("there is nothing to roll back")
+            if done < CONTEXT.params["count"]:
+                raise SystemExit(f"there is no more than {done} to roll back")
     except (pw.PeeweeException, psycopg2.Error) as error:
         raise SystemExit(f"the database cannot be used: {reason(error)}") from None
     return database

@@ -40,6 +40,8 @@ PARTS = """
             SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = indrelid)
 """
 
+LOCK_TIMEOUT = 5  # seconds
+
 Parts = dict[tuple[str, str], str]
 
 
@@ -77,26 +79,33 @@ def differences(connection_uri: str, directory: Path | str, connect_timeout: int
 
     Tables that no migration makes are left alone; a column, constraint or index that no migration
     makes is a difference. What the migrations make is found by running them on temporary tables,
-    in a transaction that is rolled back: it asks for no privilege but TEMPORARY, and locks and
-    changes no table. `connect_timeout` is in seconds, for each host of the URI. Raises
-    psycopg2.Error or peewee.DatabaseError.
+    in a transaction that is rolled back: it changes nothing, and asks for no privilege but
+    TEMPORARY. `connect_timeout` is in seconds, for each host of the URI. Raises psycopg2.Error or
+    peewee.DatabaseError, also where a table stays locked for LOCK_TIMEOUT.
     """
     keywords = parse_dsn(connection_uri) | {"connect_timeout": str(connect_timeout)}
     database = peewee.PostgresqlDatabase(keywords.pop("dbname", ""), **keywords)
-    with database.connection_context(), database.connection().cursor() as cursor:
-        with database.transaction() as transaction:
+    with (
+        database.connection_context(),
+        database.connection().cursor() as cursor,
+        database.transaction() as transaction,
+    ):
+        # Since PostgreSQL 18 pg_get_expr waits for the lock of a reader.
+        cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
+        with database.savepoint() as temporary:
             expected = _expected(database, cursor, directory)
-            transaction.rollback(begin=False)
-        lines = []
-        for table, parts in expected.items():
-            live = _parts(cursor, table)
-            if not live:
-                lines.append(f"table {table} is missing")
-                continue
-            for key in sorted(parts.keys() | live.keys()):
-                line = _difference(parts.get(key), live.get(key))
-                if line:
-                    lines.append(f"table {table}: {key[0]} {key[1]} {line}")
+            temporary.rollback()
+        live = {table: _parts(cursor, table) for table in expected}
+        transaction.rollback(begin=False)
+    lines = []
+    for table, parts in expected.items():
+        if not live[table]:
+            lines.append(f"table {table} is missing")
+            continue
+        for kind, name in sorted(parts.keys() | live[table].keys()):
+            line = _difference(parts.get((kind, name)), live[table].get((kind, name)))
+            if line:
+                lines.append(f"table {table}: {kind} {name} {line}")
     return lines
 
 

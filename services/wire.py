@@ -288,7 +288,8 @@ class Task:
             self.close_on_finish = True
         except Exception as error:
             # Mid-body the status has gone: all that is left is an end that is visibly not one.
-            self.channel.server.log_failure(self.request, error)
+            if not self.channel.gone:
+                self.channel.server.log_failure(self.request, error)
             self.cut()
         self.finish()
         return True

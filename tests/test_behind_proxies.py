@@ -205,31 +205,41 @@ def test_the_answer_comes_back_as_it_was_sent(site: Site) -> None:
     assert "application" in reply.all("Server")
 
 
-def test_an_event_arrives_before_the_next_is_sent(site: Site) -> None:
+@pytest.mark.parametrize(
+    "head",
+    [
+        [b"Content-Type: text/event-stream", b"Transfer-Encoding: chunked"],
+        # What a server in front holds back more readily: neither events nor of unknown length.
+        [b"Content-Type: application/json", b"Content-Length: 45"],
+    ],
+    ids=["events", "length"],
+)
+def test_each_piece_arrives_before_the_next_is_sent(site: Site, head: list[bytes]) -> None:
+    pieces = [b"data: %d\n\n" % i for i in range(5)]
+    is_chunked = b"chunked" in head[1]
     go_on = threading.Semaphore(0)
 
     def answer(sock: socket.socket, seen: Seen) -> None:
-        head = [b"Content-Type: text/event-stream", b"Transfer-Encoding: chunked"]
         sock.sendall(message(b"HTTP/1.1 200 OK", *head))
-        for i in range(5):
+        for piece in pieces:
             assert go_on.acquire(timeout=15)
-            sock.sendall(chunked(b"data: %d\n\n" % i)[:-5])
+            sock.sendall(chunked(piece)[:-5] if is_chunked else piece)
         assert go_on.acquire(timeout=15)
-        sock.sendall(b"0\r\n\r\n")
+        sock.sendall(b"0\r\n\r\n" if is_chunked else b"")
 
     site.upstream.script(answer)
     with site.client() as client:
         client.send(message(b"GET /events HTTP/1.1", SITE))
-        for i in range(5):
+        for piece in pieces:
             go_on.release()
-            while b"data: %d\n\n" % i not in client.buffer:
+            while piece not in client.buffer:
                 data = client.sock.recv(65536)
                 assert data, client.buffer
                 client.buffer += data
         go_on.release()
         reply = client.reply()
     assert reply.complete
-    assert reply.body == b"".join(b"data: %d\n\n" % i for i in range(5))
+    assert reply.body == b"".join(pieces)
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 10", b"Transfer-Encoding: chunked"])

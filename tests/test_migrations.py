@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from services.schema import PARTS, differences, names, pending
+from services.schema import LOCK_TIMEOUT, PARTS, differences, names, pending
 from tests.harness import DEAD_DATABASE, ROOT, Databases, pw_migrate
 
 MIGRATIONS = ROOT / "migrations"
@@ -224,4 +226,43 @@ def test_the_check_leaves_no_trace(database: str) -> None:
 def test_tables_of_others_are_left_alone(databases: Databases) -> None:
     uri = databases.create()
     execute(uri, "CREATE TABLE threads (id int)")
+    assert differences(uri, MIGRATIONS) == []
+
+
+def test_the_check_asks_for_no_privilege_on_the_tables(databases: Databases) -> None:
+    uri, role = databases.create(), f"test_{uuid.uuid4().hex[:12]}"
+    execute(uri, f"CREATE ROLE {role} LOGIN")
+    assert differences(uri.replace("postgres:@", f"{role}:@"), MIGRATIONS) == []
+    execute(uri, f"DROP ROLE {role}")
+
+
+def test_the_check_does_not_wait_for_ever_behind_a_lock(databases: Databases) -> None:
+    """PostgreSQL 18 locks a table to tell its defaults; the ones before it do not wait at all."""
+    uri = databases.create()
+    holder = psycopg2.connect(uri)
+    try:
+        holder.cursor().execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        began = time.monotonic()
+        with contextlib.suppress(psycopg2.errors.LockNotAvailable):
+            assert differences(uri, MIGRATIONS) == []
+        assert time.monotonic() - began < LOCK_TIMEOUT + 10
+    finally:
+        holder.close()
+
+
+def test_a_schema_of_another_name_is_no_difference(empty: str) -> None:
+    name = psycopg2.extensions.parse_dsn(empty)["dbname"]
+    execute(empty, f"CREATE SCHEMA app; ALTER DATABASE {name} SET search_path = app")
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    assert pending(empty, MIGRATIONS) == []
+    assert differences(empty, MIGRATIONS) == []
+
+
+def test_a_rollback_of_more_than_there_is_is_one_line_and_undoes_nothing(
+    databases: Databases,
+) -> None:
+    uri = databases.create()
+    run = pw_migrate("rollback", "--count", "99", uri=uri)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == f"there is no more than {len(FILES)} to roll back\n"
     assert differences(uri, MIGRATIONS) == []

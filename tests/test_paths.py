@@ -202,5 +202,5 @@ def test_another_method_is_405_before_its_body_is_judged(service: Service) -> No
 def test_a_path_that_is_owned_but_empty_is_404_whatever_the_method(
     service: Service, path: str, method: str
 ) -> None:
-    body = {} if method in ("POST", "PUT", "PATCH") else None
+    body: dict[str, str] | None = {} if method in ("POST", "PUT", "PATCH") else None
     problem(service.call(method, path, body), 404, "not-found")

@@ -229,7 +229,7 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize("settings", BAD_SETTINGS, ids=str)
 def test_a_bad_setting_is_named_but_not_echoed(settings: dict[str, str]) -> None:
-    done = run_app(**settings)
+    done = run_app(**{"PORT": str(free_port()), **settings})
     assert done.returncode == 2, done.stdout
     assert [name for name in settings if name in done.stdout]
     assert_no_secret(done.stdout)

@@ -5,6 +5,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from tests.harness import Reply, Service, create_user, new_email, problem
 
@@ -39,7 +40,7 @@ def test_of_concurrent_creates_with_one_email_exactly_one_succeeds(service: Serv
             return service.call("POST", "/users", {"email": spelling, "name": name})
 
         replies = at_once(
-            [lambda s=s, n=n: create(s, f"User {n}") for n, s in enumerate(spellings)]
+            [partial(create, spelling, f"User {n}") for n, spelling in enumerate(spellings)]
         )
         winner = one_wins(replies, 201, 409)
         for reply in replies:
@@ -55,7 +56,7 @@ def test_of_concurrent_puts_of_one_email_under_many_ids_exactly_one_succeeds(
     for _ in range(ROUNDS):
         body = {"email": new_email(), "name": "Ann"}
         paths = [f"/users/{uuid.uuid4()}" for _ in range(WRITERS)]
-        replies = at_once([lambda p=p, b=body: service.call("PUT", p, b) for p in paths])
+        replies = at_once([partial(service.call, "PUT", path, body) for path in paths])
         winner = one_wins(replies, 201, 409)
         existing = [path for path in paths if service.call("GET", path).status == 200]
         assert existing == [winner.get("Location")]
@@ -64,7 +65,7 @@ def test_of_concurrent_puts_of_one_email_under_many_ids_exactly_one_succeeds(
 def test_of_concurrent_puts_of_one_id_one_creates_and_the_rest_replace(service: Service) -> None:
     for _ in range(ROUNDS):
         path, body = f"/users/{uuid.uuid4()}", {"email": new_email(), "name": "Ann"}
-        replies = at_once([lambda p=path, b=body: service.call("PUT", p, b)] * WRITERS)
+        replies = at_once([partial(service.call, "PUT", path, body)] * WRITERS)
         created = one_wins(replies, 201, 200)
         # Not one of the repeats changed anything.
         assert {reply.body for reply in replies} == {created.body}
@@ -77,7 +78,7 @@ def test_of_concurrent_different_puts_of_one_id_all_are_done_in_some_order(
     for _ in range(ROUNDS):
         path = f"/users/{uuid.uuid4()}"
         bodies = [{"email": new_email(), "name": f"User {n}"} for n in range(WRITERS)]
-        replies = at_once([lambda p=path, b=b: service.call("PUT", p, b) for b in bodies])
+        replies = at_once([partial(service.call, "PUT", path, body) for body in bodies])
         one_wins(replies, 201, 200)
         for reply, body in zip(replies, bodies, strict=True):
             assert {key: reply.json()[key] for key in body} == body
@@ -91,8 +92,8 @@ def test_of_concurrent_creates_only_of_one_id_exactly_one_succeeds(service: Serv
     for _ in range(ROUNDS):
         path, body = f"/users/{uuid.uuid4()}", {"email": new_email(), "name": "Ann"}
         headers = {"If-None-Match": "*"}
-        call = [lambda p=path, b=body, h=headers: service.call("PUT", p, b, h)]
-        one_wins(at_once(call * WRITERS), 201, 412)
+        create = partial(service.call, "PUT", path, body, headers)
+        one_wins(at_once([create] * WRITERS), 201, 412)
 
 
 def test_of_writers_that_read_the_same_version_exactly_one_succeeds(service: Service) -> None:
@@ -106,7 +107,7 @@ def test_of_writers_that_read_the_same_version_exactly_one_succeeds(service: Ser
                 return service.call("PATCH", path, {"name": name}, headers)
             return service.call("PUT", path, {"email": new_email(), "name": name}, headers)
 
-        replies = at_once([lambda n=n, p=path, h=headers: write(n, p, h) for n in range(WRITERS)])
+        replies = at_once([partial(write, number, path, headers) for number in range(WRITERS)])
         winner = one_wins(replies, 200, 412)
         for reply in replies:
             if reply is not winner:
@@ -121,8 +122,8 @@ def test_a_delete_and_a_change_of_the_same_version_do_not_both_succeed(service: 
         path, headers = f"/users/{created.json()['id']}", {"If-Match": str(created.get("ETag"))}
         patched, deleted = at_once(
             [
-                lambda p=path, h=headers: service.call("PATCH", p, {"name": "Bea"}, h),
-                lambda p=path, h=headers: service.call("DELETE", p, None, h),
+                partial(service.call, "PATCH", path, {"name": "Bea"}, headers),
+                partial(service.call, "DELETE", path, None, headers),
             ]
         )
         if deleted.status == 204:
@@ -137,7 +138,7 @@ def test_a_delete_and_a_change_of_the_same_version_do_not_both_succeed(service: 
 def test_of_concurrent_deletes_exactly_one_succeeds(service: Service) -> None:
     for _ in range(ROUNDS):
         path = f"/users/{create_user(service).json()['id']}"
-        one_wins(at_once([lambda p=path: service.call("DELETE", p)] * WRITERS), 204, 404)
+        one_wins(at_once([partial(service.call, "DELETE", path)] * WRITERS), 204, 404)
 
 
 def test_concurrent_unconditional_patches_of_different_members_are_both_kept(
@@ -148,8 +149,8 @@ def test_concurrent_unconditional_patches_of_different_members_are_both_kept(
         path, email = f"/users/{create_user(service).json()['id']}", new_email()
         replies = at_once(
             [
-                lambda p=path: service.call("PATCH", p, {"name": "Bea"}),
-                lambda p=path, e=email: service.call("PATCH", p, {"email": e}),
+                partial(service.call, "PATCH", path, {"name": "Bea"}),
+                partial(service.call, "PATCH", path, {"email": email}),
             ]
         )
         assert [reply.status for reply in replies] == [200, 200]

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from email_validator import validate_email
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from services.users import MAX_PLAIN, PLAIN_EMAIL
 from tests.harness import Service, create_user, invalid_fields, new_email, problem
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
@@ -284,3 +288,9 @@ def test_a_chunked_body_is_read_and_bounded_alike(service: Service) -> None:
     assert service.exchange(head + chunks).status == 201
     large = b"%x\r\n%b\r\n0\r\n\r\n" % (USERS_BODY_LIMIT + 1, b" " * (USERS_BODY_LIMIT + 1))
     problem(service.exchange(head + large), 413, "body-too-large")
+
+
+@given(st.from_regex(PLAIN_EMAIL, fullmatch=True).filter(lambda email: len(email) <= MAX_PLAIN))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+def test_the_short_cut_for_plain_addresses_takes_none_that_the_library_refuses(email: str) -> None:
+    validate_email(email, check_deliverability=False, strict=True)

@@ -240,7 +240,7 @@ def test_a_page_starts_after_an_id_that_nobody_has(seeded: Seeded) -> None:
 
 def test_nothing_is_after_the_last_id(seeded: Seeded) -> None:
     service, users = seeded
-    empty = {"users": [], "next": None}
+    empty: dict[str, Any] = {"users": [], "next": None}
     assert page(service, f"/users?after={users[-1]['id']}").json() == empty
     assert page(service, "/users?after=ffffffff-ffff-ffff-ffff-ffffffffffff").json() == empty
 
@@ -277,7 +277,7 @@ def test_email_finds_one_user_without_regard_to_case(seeded: Seeded, change: Any
 
 def test_email_that_nobody_has_is_an_empty_list(seeded: Seeded) -> None:
     service, _ = seeded
-    empty = {"users": [], "next": None}
+    empty: dict[str, Any] = {"users": [], "next": None}
     assert page(service, "/users?email=nobody@example.com").json() == empty
     # Not a pattern: each of these would match some address in LIKE.
     assert page(service, "/users?email=user_@example.com").json() == empty

@@ -99,7 +99,7 @@ def test_put_replaces_a_user(service: Service, members: set[str]) -> None:
     path, user, etag = new_user(service)
     fresh = {"email": new_email(), "name": "Bea"}
     body = {key: fresh[key] if key in members else user[key] for key in ("email", "name")}
-    assert_replaced(put(service, path, **body), user, etag, **body)
+    assert_replaced(service.call("PUT", path, body), user, etag, **body)
     assert read(service, path)[0]["name"] == body["name"]
 
 

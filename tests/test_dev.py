@@ -1,0 +1,156 @@
+"""`app.py --dev`, which `make run` runs: all parts start, work, survive, and stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness import ROOT, call, free_port, wait_for
+
+
+class Dev:
+    """A run in a checkout; `lines` are those of its output up to the last thing to try."""
+
+    def __init__(self, checkout: Path, port: int, **settings: str) -> None:
+        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "app.py", "--dev"],
+            cwd=checkout,
+            env=environ | {"PORT": str(port)} | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if "curl -N" in line:
+                break
+
+    @property
+    def to_try(self) -> list[str]:
+        return [line.strip() for line in self.lines if line.startswith("  curl ")]
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def checkout() -> Iterator[Path]:
+    """A copy at a path with a space, too long for a Unix socket in it; no process survives."""
+    # Not pytest's tmp_path: as root PostgreSQL runs as a user of its own, who must get in there.
+    folder = Path(tempfile.mkdtemp(prefix="gatehouse-dev-"))
+    copy = folder / ("a long path " + "x" * 100)
+    copy.mkdir()
+    for name in ("app.py", "dev.py", "demo.py", "models.py", "settings.py"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("services", "migrations"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    yield copy
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if folder in Path(process.cwd()).parents:
+                process.kill()
+                process.wait(10)
+    shutil.rmtree(folder)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() for process in processes)
+
+
+def test_all_parts_start_work_and_stop(checkout: Path) -> None:
+    files, port = set(checkout.iterdir()), free_port()
+    run = Dev(checkout, port)
+    create, health, events = (shlex.split(line) for line in run.to_try)
+    given = ["-H", "Content-Type: application/json", "-d"]
+    assert create[:5] == ["curl", f"http://127.0.0.1:{port}/users", *given]
+    answer = call(port, "POST", "/users", create[5].encode(), {"Content-Type": "application/json"})
+    assert answer.status == 201, answer
+    user = answer.json()
+    assert health == ["curl", f"http://127.0.0.1:{port}/health"]
+    assert call(port, "GET", "/health").json()["status"] == "ok"
+    assert events == ["curl", "-N", f"http://127.0.0.1:{port}/events"]
+    stream = call(port, "GET", "/events?n=2")
+    assert stream.complete and stream.body.count(b"\ndata: tick ") == 2
+    echo = call(port, "PATCH", "/any//where?x=%7e", b"body").json()
+    assert (echo["method"], echo["target"], echo["body"]) == ("PATCH", "/any//where?x=%7e", "body")
+
+    # An endless stream that someone watches does not hold up the end.
+    watcher = socket.create_connection(("127.0.0.1", port))
+    watcher.sendall(b"GET /events HTTP/1.1\r\nHost: h\r\n\r\n")
+    assert watcher.recv(1) == b"H"
+    children = run.children()
+    assert run.end(signal.SIGINT) == 0
+    watcher.close()
+    assert gone(children)
+    assert {path.name for path in set(checkout.iterdir()) - files} <= {".data", "__pycache__"}
+
+    run = Dev(checkout, port)
+    assert call(port, "GET", f"/users/{user['id']}").json() == user
+    children = run.children()
+    assert run.end(signal.SIGTERM) == 0
+    assert gone(children)
+
+
+def test_a_killed_run_is_no_trouble_for_the_next(checkout: Path) -> None:
+    run = Dev(checkout, free_port())
+    left = run.children()
+    run.end(signal.SIGKILL)
+    run = Dev(checkout, port := free_port())
+    wait_for(
+        lambda: gone([process for process in left if "postgres" in process.name()]),
+        what="the PostgreSQL of the killed run to stop",
+    )
+    assert call(port, "GET", "/health").json()["database"]["status"] == "up"
+    assert run.end(signal.SIGTERM) == 0
+    # A machine that was restarted may have given the number to another process.
+    (checkout / ".data/postgres/postmaster.pid").write_text(f"{os.getpid()}\n")
+    run = Dev(checkout, port := free_port())
+    assert call(port, "GET", "/health").json()["database"]["status"] == "up"
+
+    second = Dev(checkout, free_port())
+    assert second.lines == ["another `make run` is using .data/"]
+    assert second.process.wait(10) == 1
+
+    (postgres,) = (
+        child
+        for child in run.children()
+        if child.ppid() == run.process.pid and child.name() == "postgres"
+    )
+    children = run.children()
+    postgres.kill()
+    out, _ = run.process.communicate(timeout=30)
+    assert run.process.returncode == 1
+    assert "PostgreSQL (see .data/postgres.log) ended by itself" in out
+    assert gone(children)
+
+
+def test_what_cannot_work_is_told_before_anything_is_started(checkout: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        run = Dev(checkout, taken.getsockname()[1])
+        assert run.process.wait(10) == 1
+        (line,) = run.lines
+        assert str(taken.getsockname()[1]) in line and "in use" in line
+    run = Dev(checkout, 0, THREADS="x", WORKERS="y")
+    assert run.process.wait(10) == 2
+    assert sorted(line.split()[0] for line in run.lines) == ["THREADS", "WORKERS"]
+    assert not (checkout / ".data").exists()
