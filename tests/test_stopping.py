@@ -102,12 +102,14 @@ def refuses(port: int) -> bool:
     return False
 
 
+def alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 def workers_of(service: Service) -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process(service.process.pid).children()
-        if child.status() != psutil.STATUS_ZOMBIE
-    ]
+    return [child for child in psutil.Process(service.process.pid).children() if alive(child)]
 
 
 @both_signals
@@ -267,7 +269,7 @@ def test_a_second_signal_stops_at_once(
         assert service.process.poll() is None
         service.process.send_signal(how)
         service.process.wait(3)
-    wait_for(lambda: not any(child.is_running() for child in children), 5, "the workers' end")
+    wait_for(lambda: not any(map(alive, children)), 5, "the workers' end")
 
 
 def test_a_database_that_never_answers_does_not_hold_up_the_end(start: Start) -> None:
@@ -332,13 +334,7 @@ def test_workers_end_when_their_supervisor_is_killed(
     children = workers_of(service)
     service.process.kill()
     service.process.wait(5)
-
-    def gone(child: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return bool(child.status() == psutil.STATUS_ZOMBIE)
-        return True
-
-    wait_for(lambda: all(gone(child) for child in children), 5, "the orphans to end")
+    wait_for(lambda: not any(map(alive, children)), 5, "the orphans to end")
     assert refuses(service.port)
 
 
