@@ -233,13 +233,20 @@ def stop_left_over(data: Path) -> None:
         process = psutil.Process(int(pid_file.read_text().split()[0]))
     except (OSError, ValueError, IndexError, psutil.NoSuchProcess):
         return  # PostgreSQL itself copes with a process that is gone.
-    try:
-        ours = process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == data
-    except psutil.Error:
-        ours = False
-    if ours:
+
+    def ours() -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == data
+        except psutil.Error:
+            return False
+
+    if ours():
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        deadline = time.monotonic() + 60
+        while ours():  # not until it is reaped, which nobody may do
+            if time.monotonic() > deadline:
+                raise Failed(f"the PostgreSQL of an earlier run, {process.pid}, does not stop")
+            time.sleep(0.05)
     else:
         # The number is another process's by now, or a zombie's: PostgreSQL would take either
         # for a server that is up.

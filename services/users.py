@@ -35,8 +35,8 @@ CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNOR
 SPECIAL_USE_DOMAIN_NAMES.clear()
 
 MAX_EMAIL = 254
-# What nearly every address looks like. The library accepts all of these, as a test holds, but takes a
-# third of what a create costs to do so. No part of one so short can be too long.
+# What nearly every address looks like. The library accepts all of these, as a test holds, but
+# takes a third of what a create costs to do so. No part of one so short can be too long.
 PLAIN_EMAIL = re.compile(
     r"[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)+[A-Za-z]{2,}"
 )

@@ -279,7 +279,7 @@ class Relay:
     blackhole(): bytes are taken and go nowhere, on open connections and on new ones; heal()
     delivers them late, as TCP does when a path comes back. stall(): the same, for the
     connections open now only. refuse(): open connections are ended and new ones refused.
-    lose(): the connection that a certain statement comes on is cut, that once.
+    lose(): the connection that a certain statement comes on is cut.
     """
 
     def __init__(self, target: int) -> None:
@@ -290,7 +290,7 @@ class Relay:
         self._path = threading.Event()  # set while the path is whole
         self._links: dict[socket.socket, threading.Event] = {}
         self._listener: socket.socket | None = None
-        self._losing: tuple[bytes, bool] | None = None
+        self._losing: list[tuple[bytes, bool]] = []
         self.heal()
 
     def heal(self) -> None:
@@ -325,18 +325,18 @@ class Relay:
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
 
-    def lose(self, statement: bytes, *, answer: bool) -> None:
+    def lose(self, statement: bytes, *, answer: bool, times: int = 1) -> None:
         """Cut the next connection on which `statement` (upper case, a part of it) is sent.
 
         With `answer` the server gets the statement, and what it answers is lost; without, the
-        statement itself is.
+        statement itself is. Several calls take effect one after the other.
         """
-        self._losing = (statement, answer)
+        self._losing += [(statement, answer)] * times
 
     @property
     def lost(self) -> bool:
-        """Whether what lose() asked for has happened."""
-        return self._losing is None
+        """Whether all that lose() asked for has happened."""
+        return not self._losing
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -389,10 +389,9 @@ class Relay:
                 flowing.wait()
                 if doomed.is_set():
                     break
-                if outward and self._losing and self._losing[0] in data.upper():
+                if outward and self._losing and self._losing[0][0] in data.upper():
                     doomed.set()
-                    _, answer = self._losing
-                    self._losing = None
+                    _, answer = self._losing.pop(0)
                     if not answer:
                         break
                 sink.sendall(data)

@@ -405,6 +405,18 @@ def test_writes_whose_answer_is_lost_are_looked_up(
     assert [user["id"] for user in service.call("GET", "/users").json()["users"]] == [posted["id"]]
 
 
+def test_a_write_that_cannot_be_looked_up_is_unknown(
+    server: Server, store: str, relay: Relay, gatehouse: Start
+) -> None:
+    """It was done, and the server went away before that could be found out."""
+    service = gatehouse(app_uri(server, store, relay.port))
+    warm(service)
+    relay.lose(b"INSERT", answer=True)
+    relay.lose(b"SELECT", answer=False, times=50)
+    assert_unknown(service.call("POST", "/users", new_user()))
+    assert server.sql("SELECT count(*) FROM users", database=store) == [(1,)]
+
+
 def test_statements_that_are_lost_on_their_way_are_sent_again(
     server: Server, store: str, relay: Relay, gatehouse: Start
 ) -> None:
@@ -482,6 +494,25 @@ def test_an_update_that_lands_late_does_not_undo_a_later_one(
         assert found == second.json()
     else:
         assert is_unknown(first) or found == second.json(), (first, found)
+
+
+def test_a_create_that_lands_late_does_not_bring_a_deleted_user_back(
+    server: Server, store: str, relay: Relay, gatehouse: Start
+) -> None:
+    """Its repeat was answered 201: done a second time, it would undo the deletion."""
+    service = gatehouse(app_uri(server, store, relay.port))
+    warm(service, 1)
+    held = server.backends(store)
+    relay.stall()
+    reply = service.call("POST", "/users", new_user())
+    if reply.status == 201:
+        assert service.call("DELETE", f"/users/{reply.json()['id']}").status == 204
+    else:
+        assert_unknown(reply)
+    relay.heal()
+    wait_for(lambda: not set(held) & set(server.backends(store)), 10, "the held statement")
+    if reply.status == 201:
+        assert service.call("GET", "/users").json()["users"] == []
 
 
 def test_a_frozen_server_is_survived_and_used_again_when_it_thaws(

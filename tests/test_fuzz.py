@@ -122,10 +122,9 @@ ODD_BODIES = st.sampled_from(
     ]
 )
 BODIES = DOCUMENTS | st.binary(max_size=200) | ODD_BODIES
-TYPES = st.sampled_from(
+# Half are right: the rest of the service is to be reached too.
+TYPES = st.just("application/json") | st.sampled_from(
     [
-        "application/json",
-        "application/json",
         "application/json; charset=utf-8",
         "application/json; charset=utf-16",
         'Application/JSON ;x="y;z"',
@@ -141,7 +140,7 @@ TYPES = st.sampled_from(
 
 def test_bodies(target: Service) -> None:
     @fuzz
-    @given(st.sampled_from(["POST", "PUT", "PATCH", "DELETE", "GET"]), BODIES, TYPES)
+    @given(st.sampled_from(["POST", "PUT", "PATCH", "GET"]), BODIES, TYPES)
     def run(method: str, body: bytes, kind: str) -> None:
         path = "/users" if method == "POST" else f"/users/{USER}"
         assert_sound(send(target, method, path, body, {"Content-Type": kind}))
@@ -263,7 +262,7 @@ def test_headers(target: Service) -> None:
     @fuzz
     @given(
         st.sampled_from(methods),
-        st.sampled_from(["/users", f"/users/{USER}", "/health", "/health/live"]),
+        st.sampled_from(["/users", *[f"/users/{USER}"] * 4, "/health", "/health/live"]),
         st.dictionaries(NAMES, FIELD_VALUES, max_size=5),
     )
     def run(method: str, path: str, headers: dict[str, str]) -> None:
