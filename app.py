@@ -463,27 +463,34 @@ def load_settings() -> Settings:
     return settings
 
 
+def _shape(uri: str) -> tuple[int, str]:
+    """The exit code and the words for whether the live schema is what the migrations make."""
+    try:
+        differences = schema.differences(uri, MIGRATIONS)
+    except Exception as error:  # a standby, or no privilege to make temporary tables
+        return 4, f"cannot be compared: {schema.reason(error)}"
+    if differences:
+        return 4, f"not what the migrations make: {'; '.join(differences)}"
+    return 0, "ok"
+
+
 def check(settings: Settings) -> int:
     """Say how the configuration, the database, the schema and the upstream are, in a line each;
     returns the exit code of the first that is not as it should be."""
     codes = [0]
+    uri, timeout = settings.postgres_uri, round(settings.db_connect_timeout)
     print("configuration: ok")
-    timeout = round(settings.db_connect_timeout)
     try:
-        pending = schema.pending(settings.postgres_uri, MIGRATIONS, timeout)
-        print("database: ok")
-        if pending:
-            codes.append(3)
-            print(f"schema: migrations pending: {', '.join(pending)}")
-        elif differences := schema.differences(settings.postgres_uri, MIGRATIONS, timeout):
-            codes.append(4)
-            print(f"schema: not what the migrations make: {'; '.join(differences)}")
-        else:
-            print("schema: ok")
+        pending = schema.pending(uri, MIGRATIONS, timeout)
     except Exception as error:
         codes.append(5)
         print(f"database: unreachable: {schema.reason(error)}")
         print("schema: unknown")
+    else:
+        print("database: ok")
+        code, line = (3, f"migrations pending: {', '.join(pending)}") if pending else _shape(uri)
+        codes.append(code)
+        print(f"schema: {line}")
     try:
         Gatehouse(settings, os.environ.get("REQUESTS_CA_BUNDLE")).proxy.upstream.probe()
         print("upstream: ok")

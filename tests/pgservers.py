@@ -245,17 +245,20 @@ class Server:
 
 
 class Standby(Server):
-    """A streaming copy of a running server, read-only until it is promoted."""
+    """A streaming copy of a running server, read-only until it is promoted.
 
-    def __init__(self, primary: Server, **options: Any) -> None:
-        self.primary = primary
+    `source` is the port that it reaches its primary at, where that is a relay's.
+    """
+
+    def __init__(self, primary: Server, source: int | None = None, **options: Any) -> None:
+        self.source = source or primary.port
         super().__init__(**{**primary.options, **options})
 
     def _init(self, wheel: PostgresServer) -> None:
         if self.user is not None:
             shutil.chown(self.folder, self.user)
         self.data.rmdir()
-        source = ["-h", "127.0.0.1", "-p", str(self.primary.port), "-U", "postgres"]
+        source = ["-h", "127.0.0.1", "-p", str(self.source), "-U", "postgres"]
         flags = ["-D", str(self.data), "--write-recovery-conf", "-c", "fast", "--no-sync"]
         subprocess.run(
             [str(self.bin / "pg_basebackup"), *source, *flags],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.audit import Audit, is_unknown
 from tests.harness import Service, wait_for
-from tests.pgservers import Server, Standby
+from tests.pgservers import Relay, Server, Standby
 
 # Writes are taken again within two seconds; one more for a busy machine.
 RECOVERY = 2.0 + 1.0
@@ -92,25 +93,31 @@ def test_no_acknowledged_write_is_lost_when_the_primary_hangs_and_its_standby_is
 
 
 def test_what_a_look_up_finds_is_acknowledged_only_when_the_standby_has_it_too(
-    primary: Server, standby: Standby, start: Start
+    primary: Server, start: Start
 ) -> None:
     """A backend that is ended while it waits for the standby leaves its commit visible here, and
     here alone: who reads that row back and says 201 loses it in a failover."""
-    database = primary.create()
-    service = start(POSTGRES_URI=primary.uri(database), DB_STATEMENT_TIMEOUT=2)
-    body = {"email": "ann@example.com", "name": "Ann"}
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-    assert service.call("GET", "/users").status == 200
-    with ThreadPoolExecutor(1) as thread:
-        with standby.frozen():
-            reply = thread.submit(service.call, "POST", "/users", body)
+    body = {"email": "ann@example.com", "name": "Ann"}
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(Relay(primary.port))
+        standby = Standby(primary, source=path.port)
+        stack.callback(standby.close)
+        standby.start()
+        primary.await_standby()
+        database = primary.create()
+        service = start(POSTGRES_URI=primary.uri(database), DB_STATEMENT_TIMEOUT=2)
+        assert service.call("GET", "/users").status == 200
+        path.blackhole()
+        with ThreadPoolExecutor(1) as thread:
+            posted = thread.submit(service.call, "POST", "/users", body)
             wait_for(lambda: primary.sql(waiting) == [(1,)], 10, "a commit that waits")
             primary.terminate_backends(database)
-            reply.result()
-            primary.crash()
+            reply = posted.result()
+        primary.crash()
         standby.promote()
-    found = standby.sql("SELECT id::text FROM users", database=database)
-    if reply.result().status == 201:
-        assert found == [(reply.result().json()["id"],)]
-    else:
-        assert is_unknown(reply.result()), reply.result()
+        found = standby.sql("SELECT id::text FROM users", database=database)
+        if reply.status == 201:
+            assert found == [(reply.json()["id"],)]
+        else:
+            assert is_unknown(reply), reply

@@ -90,7 +90,13 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 USERS = st.fixed_dictionaries(
     {}, optional={"email": EMAILS | VALUES, "name": TEXT | VALUES, "id": VALUES, "\0": VALUES}
 )
-DOCUMENTS = st.one_of(USERS, USERS, VALUES).flatmap(
+PROBABLY_VALID = st.fixed_dictionaries(
+    {
+        "email": st.emails(),
+        "name": st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=200),
+    }
+)
+DOCUMENTS = st.one_of(PROBABLY_VALID, PROBABLY_VALID, USERS, VALUES).flatmap(
     lambda value: st.sampled_from(
         [
             json.dumps(value).encode(),
