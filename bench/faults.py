@@ -320,7 +320,7 @@ def main() -> int:
     missed = 0
     with Server() as server:
         for section in (
-            lambda: measure_proxy(server, 1 if quick else 5, 1 if quick else 3),
+            lambda: measure_proxy(server, 2 if quick else 12, 1 if quick else 2),
             lambda: measure_callers(server),
             lambda: measure_restarts(1 if quick else 5),
             lambda: measure_promotions(1 if quick else 5),

@@ -257,17 +257,20 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         for _ in range(ATTEMPTS):
             try:
                 return self.run(sql, params, within)
-            except (Lost, ReadOnly):
+            except ReadOnly:
                 continue
+            except Lost as lost:
+                if lost.cut:  # no answer for so long: another try would take as long again
+                    break
         raise DatabaseUnavailable
 
-    def write(self, sql: str, params: Any, *, late: bool) -> tuple[list[Row], bool]:
+    def write(self, sql: str, params: Any) -> tuple[list[Row], bool]:
         """Run a statement that leads to the same state when it is run twice in a row.
 
         If its connection is lost it is run again, which either finds the first run's work or does
         it; the second value tells whether that happened. Raises DatabaseUnavailable with
-        `outcome="unknown"` where no run is answered, and Lost where a run may still come late and
-        do harm then, unless `late` says that it cannot.
+        `outcome="unknown"` where no run is answered, and Lost where a run was cut: it may still
+        come late, over what has happened since.
         """
         again = False
         for _ in range(ATTEMPTS):
@@ -276,7 +279,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             except ReadOnly:
                 continue
             except Lost as lost:
-                if lost.cut and not late:
+                if lost.cut:
                     raise
                 again = True
             except (DatabaseUnavailable, SchemaNotMigrated):

@@ -243,9 +243,12 @@ def get(user_id: str) -> Found:
 def create(members: Mapping[str, Any]) -> tuple[str, Found]:
     """Create a user; returns its id and the user. Raises InvalidUser or EmailTaken."""
     user = valid(members) | {"id": new_id()}
-    rows, again = database.write(CREATE, user, late=True)
+    try:
+        rows, again = database.write(CREATE, user)
+    except Lost:
+        return str(user["id"]), _done_before(str(user["id"]), user)
     if not rows and again:  # perhaps by the first run
-        rows = database.read(GET, user)
+        rows = _confirmed(user)
     if not rows:
         raise EmailTaken
     return str(user["id"]), Found(*rows[0])
@@ -269,7 +272,7 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
         raise InvalidUser(errors=errors)
     statement = PUT if condition.match is None else UPDATE
     try:
-        rows, again = database.write(statement, values, late=False)
+        rows, again = database.write(statement, values)
     except Lost:
         return _done_before(user_id, values)
     if again:
@@ -283,7 +286,7 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
     """Change some of a user. Raises InvalidUser, EmailTaken, NoSuchUser or PreconditionFailed."""
     values = valid(members, required=()) | {"id": user_id} | _asked(condition)
     try:
-        rows, again = database.write(UPDATE, values, late=False)
+        rows, again = database.write(UPDATE, values)
     except Lost:
         return _done_before(user_id, values)
     if not rows and again and condition.asks:
@@ -296,7 +299,7 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
 def delete(user_id: str, condition: Condition) -> None:
     """Raises NoSuchUser or PreconditionFailed."""
     try:
-        rows, again = database.write(DELETE, {"id": user_id} | _asked(condition), late=False)
+        rows, again = database.write(DELETE, {"id": user_id} | _asked(condition))
     except Lost:
         raise unknown() from None
     if not rows and again:
@@ -333,21 +336,26 @@ def _missing(user_id: str, condition: Condition) -> Exception:
 def _done_before(user_id: str, values: Mapping[str, Any]) -> Found:
     """The user, where it is what a run whose answer was lost would have made of it: that run, or
     one just like it, was carried out. Raises DatabaseUnavailable, outcome unknown, otherwise."""
-    try:
-        rows = database.read(
-            SAME, {"id": user_id, "email": values["email"], "name": values["name"]}
-        )
-    except DatabaseUnavailable:
-        rows = []
+    rows = _confirmed({"id": user_id, "email": values["email"], "name": values["name"]})
     if not rows:
         raise unknown()
     return Found(*rows[0])
 
 
+def _confirmed(values: Mapping[str, Any]) -> list[Any]:
+    """What SAME finds. Raises DatabaseUnavailable, outcome unknown, where it cannot be asked."""
+    try:
+        return database.read(SAME, values)
+    except DatabaseUnavailable:
+        raise unknown() from None
+
+
 # The third: made by that run, not changed by it.
 _NEW = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
+# A lock is a write: with a synchronous standby it is answered when that has all before it too,
+# where a mere read may see what would be gone after a failover.
 SAME = text(
-    User.select(JSON, _version, _NEW).where(
-        THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME)
-    )
+    User.select(JSON, _version, _NEW)
+    .where(THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME))
+    .for_update()
 )

@@ -293,7 +293,7 @@ class Relay:
         self._path = threading.Event()  # set while the path is whole
         self._links: dict[socket.socket, threading.Event] = {}
         self._listener: socket.socket | None = None
-        self._losing: list[tuple[bytes, bool]] = []
+        self._losing: list[tuple[tuple[bytes, ...], bool]] = []
         self.heal()
 
     def heal(self) -> None:
@@ -328,13 +328,13 @@ class Relay:
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
 
-    def lose(self, statement: bytes, *, answer: bool, times: int = 1) -> None:
-        """Cut the next connection on which `statement` (upper case, a part of it) is sent.
+    def lose(self, *statements: bytes, answer: bool, times: int = 1) -> None:
+        """Cut the next connection on which one of `statements` (its first word) is sent.
 
         With `answer` the server gets the statement, and what it answers is lost; without, the
         statement itself is. Several calls take effect one after the other.
         """
-        self._losing += [(statement, answer)] * times
+        self._losing += [(statements, answer)] * times
 
     @property
     def lost(self) -> bool:
@@ -392,7 +392,8 @@ class Relay:
                 flowing.wait()
                 if doomed.is_set():
                     break
-                if outward and self._losing and self._losing[0][0] in data.upper():
+                # A statement comes after its message's type and length.
+                if outward and self._losing and data[5:].startswith(self._losing[0][0]):
                     doomed.set()
                     _, answer = self._losing.pop(0)
                     if not answer:

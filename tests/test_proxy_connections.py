@@ -450,9 +450,12 @@ def test_clients_that_do_not_read_hold_neither_a_place_nor_a_thread(
     readers = []
     for _ in range(CAP * 3):
         client = capped.client()
-        wait_for(lambda: capped.call("GET", "/small").status == 200)
+        # By the count, not by an answer: a place is given back just after its answer has gone.
+        wait_for(lambda: in_flight(capped) < CAP)
         client.send(request(b"GET /big HTTP/1.1"))
         readers.append(client)
+        # Not before it is with the upstream has it been counted.
+        wait_for(lambda: len(upstream.seen) == len(readers))
     wait_for(lambda: capped.call("GET", "/small").status == 200)
     assert capped.call("GET", "/health/live").status == 200
     wait_for(lambda: in_flight(capped) == 0)
