@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from tests.harness import Reply, call, wait_for
@@ -56,24 +57,30 @@ class Audit:
     def more(self, count: int, seconds: float = 30) -> None:
         """Wait until `count` more writes are acknowledged."""
         goal = self.acknowledged + count
-        wait_for(lambda: self.acknowledged >= goal, seconds, f"{count} more acknowledged writes")
+        self._wait(lambda: self.acknowledged >= goal, seconds, f"{count} more acknowledged writes")
 
     def more_refused(self, count: int, seconds: float = 30) -> None:
         """Wait until `count` more writes are answered with 503."""
         goal = self.refused + self.unknown + count
-        wait_for(lambda: self.refused + self.unknown >= goal, seconds, f"{count} more refused")
+        self._wait(lambda: self.refused + self.unknown >= goal, seconds, f"{count} more refused")
 
     def resumed(self, moment: float, seconds: float = 30) -> float:
         """Seconds from `moment` to the first acknowledgement after it, once there is one."""
-        wait_for(
-            lambda: self.acknowledgements and self.acknowledgements[-1] > moment,
+        self._wait(
+            lambda: bool(self.acknowledgements) and self.acknowledgements[-1] > moment,
             seconds,
             "writes to be acknowledged again",
         )
         return min(time for time in self.acknowledgements if time > moment) - moment
 
+    def _wait(self, reached: Callable[[], bool], seconds: float, what: str) -> None:
+        wait_for(lambda: self.wrong or reached(), seconds, what)
+        assert not self.wrong, self.wrong[0]
+
     def _write(self, writer: int) -> None:
         for number in itertools.count():
+            if self._stopping.is_set():
+                return
             email = f"{self._run}-{writer}-{number}@example.com"
             body = {"email": email, "name": "first"}
             self._states[email] = [None]
@@ -88,8 +95,6 @@ class Audit:
             user = self._send("PATCH" if number % 3 else "PUT", target, 200, change)
             if user is not None and number % 4 == 0:
                 self._send("DELETE", target, 204, None, email)
-            if self._stopping.is_set():
-                return
 
     def _send(
         self, method: str, target: str, status: int, body: Any, email: str | None = None

@@ -612,19 +612,23 @@ def test_a_busy_pool_never_has_more_connections_than_its_size(
     assert 1 <= most <= 3
 
 
+@contextlib.contextmanager
+def filled(server: Server) -> Iterator[None]:
+    """Take every connection that the server has left, while the block runs."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(psycopg2.OperationalError):
+            while True:
+                stack.callback(psycopg2.connect(server.uri()).close)
+        yield
+
+
 def test_a_server_that_is_full_is_503_until_it_has_room(
     server: Server, store: str, gatehouse: Start
 ) -> None:
     service = gatehouse(app_uri(server, store))
-    taken: list[Any] = []
-    with contextlib.suppress(psycopg2.OperationalError):
-        while True:
-            taken.append(psycopg2.connect(server.uri()))
-    with proxied(service):
+    with filled(server), proxied(service):
         assert_refused(service.call("POST", "/users", new_user()))
         assert_degraded(service)
-    for connection in taken:
-        connection.close()
     assert_recovers(service, time.monotonic())
 
 
@@ -633,14 +637,9 @@ def test_a_warm_service_lives_on_with_what_it_has_at_a_full_server(
 ) -> None:
     service = gatehouse(app_uri(server, store), **PATIENT)
     warm(service, 1)
-    taken: list[Any] = []
-    with contextlib.suppress(psycopg2.OperationalError):
-        while True:
-            taken.append(psycopg2.connect(server.uri()))
-    assert service.call("GET", "/users").status == 200
-    assert service.call("GET", "/health").json()["database"]["status"] == "up"
-    for connection in taken:
-        connection.close()
+    with filled(server):
+        assert service.call("GET", "/users").status == 200
+        assert service.call("GET", "/health").json()["database"]["status"] == "up"
 
 
 def test_a_wrong_password_is_logged_once_with_its_cause_and_told_to_nobody(
