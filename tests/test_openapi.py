@@ -11,7 +11,6 @@ import pytest
 import schemathesis
 import yaml
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
 from schemathesis.config import (
     ChecksConfig,
     GenerationConfig,
@@ -30,20 +29,6 @@ DOCUMENT: dict[str, Any] = yaml.safe_load(PATH.read_text())
 TOKEN = "openapi-token"
 METHODS = {"get", "head", "post", "put", "patch", "delete", "options", "trace"}
 
-# What the format allows is more than any generator knows; these are beyond doubt.
-schemathesis.openapi.format(
-    "idn-email", st.from_regex(r"[a-z][a-z0-9]{0,30}@[a-z]{3,20}\.(com|fr)", fullmatch=True)
-)
-# Without a strategy of its own schemathesis puts no quotes into a header line.
-schemathesis.openapi.format(
-    "entity-tags",
-    st.from_regex(r'(\*|(W/)?"[!#-~]{0,40}"(, ?(W/)?"[!#-~]{0,40}"){0,3})', fullmatch=True),
-)
-# The pattern says the same, but to find text that fits it takes a generator ten seconds.
-SPACES = st.text("\t\n \x85\xa0\u2003\u3000", max_size=3)
-LETTERS = st.characters(exclude_categories=["Cc", "Cs"])
-NAMES = st.text(LETTERS, min_size=1, max_size=200).filter(str.strip)
-schemathesis.openapi.format("user-name", st.builds("{}{}{}".format, SPACES, NAMES, SPACES))
 # 412 is right of a valid request too: nobody knows a version that is made up.
 ACCEPTED = ["2xx", "3xx", "401", "404", "409", "412"]
 

@@ -63,7 +63,8 @@ def test_of_concurrent_puts_of_one_email_under_many_ids_exactly_one_succeeds(
 
 
 def test_of_concurrent_puts_of_one_id_one_creates_and_the_rest_replace(service: Service) -> None:
-    for _ in range(ROUNDS):
+    """Many rounds: 3 in 1,000 met the winner's row by its address first, and were told 409."""
+    for _ in range(20 * ROUNDS):
         path, body = f"/users/{uuid.uuid4()}", {"email": new_email(), "name": "Ann"}
         replies = at_once([partial(service.call, "PUT", path, body)] * WRITERS)
         created = one_wins(replies, 201, 200)
