@@ -318,7 +318,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 if time.monotonic() - began > self.connect_timeout:
                     raise self._unavailable("no answer from the server")
                 continue
-            return self._await(waiter, min(limit, until - began) - (time.monotonic() - began))
+            return self._await(waiter, began, limit, until)
 
     def _enqueue(self, now: float) -> tuple[Waiter, float]:
         # How long a caller may wait depends on what it waits for.
@@ -345,8 +345,13 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._connecting += 1
             threading.Thread(target=self._connect_one, name="connecting", daemon=True).start()
 
-    def _await(self, waiter: Waiter, seconds: float) -> Any:
-        if not waiter.wait(seconds):
+    def _await(self, waiter: Waiter, began: float, limit: float, until: float) -> Any:
+        served = waiter.wait(min(limit, until - began) - (time.monotonic() - began))
+        if not served and limit == PROBE_SECONDS and not self._down:
+            # The one who tried has got through, and there is a connection for all in time.
+            limit = max(self.wait, self.connect_timeout + 0.25)
+            served = waiter.wait(min(limit, until - began) - (time.monotonic() - began))
+        if not served:
             with self._mutex:
                 if waiter in self._queue:
                     self._queue.remove(waiter)
@@ -432,7 +437,9 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         with self._mutex:
             self._connecting -= 1
             self._count -= 1
-            self._down = True
+            if self._queue or seconds >= self.connect_timeout:
+                # Else nobody waited for this one any more: the next caller finds out anew.
+                self._down = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
             if self._count:
                 return  # others are open, or being opened, and may yet serve the queue
