@@ -43,10 +43,10 @@ from services.errors import (
     UpstreamUnreachable,
 )
 from services.health import Health
-from services.proxy import Proxy, origin_form
+from services.proxy import Proxy, field_values, origin_form
 from services.upstream import ClientGone, Upstream
 from services.wire import Field, RequestParser, status_line
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, environment, postgres_uri
 
 VERSION = "1.0.0"
 ROOT = Path(__file__).resolve().parent
@@ -65,10 +65,6 @@ ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # On all that Gatehouse itself answers.
 OWN_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
-
-
-class InternalError(Problem):
-    """A defect of Gatehouse's own: the log has it, the caller is told no more."""
 
 
 class Gatehouse:
@@ -164,7 +160,7 @@ class Gatehouse:
     def _authorize(self, request: RequestParser) -> None:
         if not self.tokens:
             return
-        given = _values(request, "authorization")
+        given = field_values(request.fields, "authorization")
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         token = token.strip(" ")
         # Every token is compared, so that the time tells nothing.
@@ -205,7 +201,7 @@ class Gatehouse:
             return self._refuse(problem, request, start_response)
         except Exception:
             log.exception("%s request_id=%s", request.command, request.id)
-            return self._refuse(InternalError(), request, start_response)
+            return self._refuse(Problem(), request, start_response)
 
     def _answer(
         self, request: RequestParser, environ: dict[str, Any], start_response: Any
@@ -334,12 +330,8 @@ def _request() -> RequestParser:
     return request
 
 
-def _values(request: RequestParser, name: str) -> list[str]:
-    return [value for key, value in request.fields if key.lower() == name]
-
-
 def _one(request: RequestParser, name: str) -> str | None:
-    values = _values(request, name)
+    values = field_values(request.fields, name)
     return values[0] if len(values) == 1 else None
 
 
@@ -353,7 +345,7 @@ def _existing(user_id: str) -> str:
 def _tags(name: str, *, weak: bool) -> tuple[str, ...] | None:
     """The entity tags in a header (RFC 9110 section 13.1), None where it is absent; weak ones are
     left out unless `weak`, for they match nothing in a strong comparison. Raises BadRequest."""
-    values = _values(_request(), name.lower())
+    values = field_values(_request().fields, name.lower())
     if not values:
         return None
     text = ", ".join(values)
@@ -445,17 +437,15 @@ def _page_query(query: str) -> tuple[int, str | None, str | None]:
 def load_settings() -> Settings:
     """The settings from the environment and, where it has none, from `.env` beside this file.
     Raises SettingsError that names every problem."""
-    filed = {k: v for k, v in dotenv_values(ROOT / ".env", interpolate=False).items() if v}
-    environ = {**filed, **{name: value for name, value in os.environ.items() if value.strip()}}
+    environ = environment(dotenv_values(ROOT / ".env", interpolate=False), os.environ)
     problems: list[str] = []
     settings = None
     try:
         settings = Settings.from_env(environ)
     except SettingsError as error:
         problems = error.problems
-    uri = environ.get("POSTGRES_URI", "")
-    if uri and not any(problem.startswith("POSTGRES_URI") for problem in problems):
-        wrong = pool.check_uri(re.sub(r"(?i)^\s*postgres(ql)?://", "postgresql://", uri).strip())
+    if not any(problem.startswith("POSTGRES_URI") for problem in problems):
+        wrong = pool.check_uri(postgres_uri(environ["POSTGRES_URI"].strip()))
         if wrong:
             problems.append(f"POSTGRES_URI {wrong}")
     if problems or settings is None:
@@ -518,7 +508,6 @@ def run(settings: Settings) -> int:
         "worker" if settings.workers == 1 else "workers",
     )
     limit = settings.upstream_max_in_flight
-    health = HEALTH_THREADS
     return server.serve(
         Gatehouse(settings, os.environ.get("REQUESTS_CA_BUNDLE")),
         listener,
@@ -528,8 +517,8 @@ def run(settings: Settings) -> int:
             "proxy": limit + 1,
             # Enough to use every connection while others are told that none is free.
             "users": max(settings.threads - limit, settings.db_pool_size + 2),
-            "health": health,
-            "quick": health,
+            "health": HEALTH_THREADS,
+            "quick": HEALTH_THREADS,
         },
         shutdown_timeout=settings.shutdown_timeout,
         access_log=settings.access_log,

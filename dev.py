@@ -29,7 +29,7 @@ import psycopg2
 from dotenv import dotenv_values
 
 import demo
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, environment
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / ".data"
@@ -72,9 +72,7 @@ class Child:
 
 def run() -> int:
     """Serve until Ctrl-C or SIGTERM; a second one stops at once. Returns the exit code."""
-    # An empty value counts as unset, here as in app.py.
-    given = {k: v for k, v in dotenv_values(ROOT / ".env", interpolate=False).items() if v}
-    given |= {name: value for name, value in os.environ.items() if value.strip()}
+    given = environment(dotenv_values(ROOT / ".env", interpolate=False), os.environ)
     try:
         # Judged before anything is started, with placeholders for what will be.
         placeholders = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://127.0.0.1"}

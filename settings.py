@@ -85,6 +85,12 @@ class Settings:
         return cls(**values)
 
 
+def environment(filed: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, str]:
+    """What is set: in `environ`, or else in the file; an empty value is not."""
+    given = [*filed.items(), *environ.items()]
+    return {name: value for name, value in given if value and value.strip()}
+
+
 def reserve(threads: int) -> int:
     """How many of `threads` are kept for /users when UPSTREAM_MAX_IN_FLIGHT is not set."""
     return min(8, max(1, threads // 4))
@@ -160,7 +166,8 @@ def _host(text: str) -> str:
     return host
 
 
-def _postgres_uri(text: str) -> str:
+def postgres_uri(text: str) -> str:
+    """A URI as libpq takes it. Raises ValueError that says what is wrong."""
     # libpq takes only the lower-case `postgresql://` for a URI; anything else would silently
     # become the name of a database on the local socket.
     for prefix in ("postgresql://", "postgres://"):
@@ -207,7 +214,7 @@ def _networks(text: str) -> tuple[Network, ...]:
 
 # name: (how to read it, default as text; None where it is required)
 VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
-    "POSTGRES_URI": (_postgres_uri, None),
+    "POSTGRES_URI": (postgres_uri, None),
     "UPSTREAM_URL": (_upstream_url, None),
     "HOST": (_host, "127.0.0.1"),
     "PORT": (_integer(0, 65535), "8080"),

@@ -22,7 +22,7 @@ ROOT = Path(CONTEXT.params["directory"]).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from services.schema import applied, reason  # noqa: E402
-from settings import VARIABLES  # noqa: E402
+from settings import environment, postgres_uri  # noqa: E402
 
 CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise
 MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
@@ -34,12 +34,12 @@ LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this databa
 
 def parameters() -> dict[str, str]:
     """What POSTGRES_URI says, as libpq's keywords; exits with one line where it is unusable."""
-    filed = dotenv_values(ROOT / ".env", interpolate=False).get("POSTGRES_URI")
-    uri = os.environ.get("POSTGRES_URI", "").strip() or (filed or "").strip()
+    given = environment(dotenv_values(ROOT / ".env", interpolate=False), os.environ)
+    uri = given.get("POSTGRES_URI", "").strip()
     if not uri:
         raise SystemExit("POSTGRES_URI is required")
     try:
-        return parse_dsn(VARIABLES["POSTGRES_URI"][0](uri))
+        return parse_dsn(postgres_uri(uri))
     except ValueError as error:
         raise SystemExit(f"POSTGRES_URI {error}") from None
     except psycopg2.ProgrammingError:  # its message quotes parts of the URI

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 
-UNKNOWN, UP, DOWN = 0, 1, 2
+UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
 IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT = range(5)
 CELLS = 8
 

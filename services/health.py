@@ -14,7 +14,10 @@ from services.errors import Problem, SchemaNotMigrated
 log = logging.getLogger("gatehouse")
 
 # One round trip: the migrations that have been applied, and whether the table is there.
-PROBE = "SELECT name, to_regclass('{}') IS NOT NULL FROM migratehistory UNION ALL SELECT NULL, NULL"
+PROBE = (
+    f"SELECT name, to_regclass('{User._meta.table_name}') IS NOT NULL FROM migratehistory"
+    " UNION ALL SELECT NULL, NULL"
+)
 # Of the half second that an answer may take longer than connecting; the rest is for all else.
 MARGIN_SECONDS = 0.2
 
@@ -57,27 +60,21 @@ class Health:
                 probe.done.set()
         else:
             probe.done.wait(database.connect_timeout + MARGIN_SECONDS)
-        pool = {
-            "size": self.pool_size,
-            "in_use": self.board.total(IN_USE),
-            "idle": self.board.total(IDLE),
-        }
-        status, latency = probe.result["status"], probe.result["latency_ms"]
-        pending = probe.result.get("pending_migrations", [])
         return {
-            "status": status,
-            "latency_ms": latency,
-            "pool": pool,
-            "pending_migrations": pending,
+            "status": probe.result["status"],
+            "latency_ms": probe.result["latency_ms"],
+            "pool": {
+                "size": self.pool_size,
+                "in_use": self.board.total(IN_USE),
+                "idle": self.board.total(IDLE),
+            },
+            "pending_migrations": probe.result.get("pending_migrations", []),
         }
 
     def _measure(self) -> dict[str, Any]:
         began = time.monotonic()
         try:
-            rows = database.read(
-                PROBE.format(User._meta.table_name),
-                within=database.connect_timeout + MARGIN_SECONDS,
-            )
+            rows = database.read(PROBE, within=database.connect_timeout + MARGIN_SECONDS)
         except SchemaNotMigrated:
             applied, usable = set(), False
         except Problem:

@@ -44,6 +44,8 @@ VERIFY_SECONDS = 1.0
 RETRY_SECONDS = 0.25
 # While one tries, the others wait this long for what it finds.
 PROBE_SECONDS = 0.1
+# What it may take for a failed connect to be told to those who wait for it.
+HEARSAY_SECONDS = 0.25
 # A connection that is lost may be followed by others that were lost with it.
 ATTEMPTS = 3
 # How much later than statement_timeout this side gives up on an answer.
@@ -211,6 +213,9 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self.wait = wait
         self.connect_timeout = connect_timeout
         self.statement_timeout = statement_timeout
+        # How long a caller waits who may get a new connection: so long that it hears what became
+        # of the attempt to make one.
+        self._patience = max(wait, connect_timeout + HEARSAY_SECONDS)
         self._board = board
         hosts = len((parameters.get("host") or parameters.get("hostaddr") or "").split(","))
         # libpq's is in whole seconds and for each host in turn.
@@ -288,11 +293,6 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 raise
         raise unknown() if again else DatabaseUnavailable()
 
-    def figures(self) -> tuple[int, int]:
-        """Connections in use and idle, in this process."""
-        with self._mutex:
-            return self._count - self._connecting - len(self._ready), len(self._ready)
-
     # Checking out.
 
     def _acquire(self, until: float = math.inf) -> Any:
@@ -332,7 +332,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._queue.append(waiter)
         self._start_connecting()
         if self._connecting and limit != PROBE_SECONDS:
-            limit = max(self.wait, self.connect_timeout + 0.25)
+            limit = self._patience
         return waiter, limit
 
     def _start_connecting(self) -> None:
@@ -346,11 +346,10 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             threading.Thread(target=self._connect_one, name="connecting", daemon=True).start()
 
     def _await(self, waiter: Waiter, began: float, limit: float, until: float) -> Any:
-        served = waiter.wait(min(limit, until - began) - (time.monotonic() - began))
+        served = waiter.wait(min(began + limit, until) - time.monotonic())
         if not served and limit == PROBE_SECONDS and not self._down:
             # The one who tried has got through, and there is a connection for all in time.
-            limit = max(self.wait, self.connect_timeout + 0.25)
-            served = waiter.wait(min(limit, until - began) - (time.monotonic() - began))
+            served = waiter.wait(min(began + self._patience, until) - time.monotonic())
         if not served:
             with self._mutex:
                 if waiter in self._queue:

@@ -72,6 +72,20 @@ def listed(values: Iterable[str]) -> list[str]:
     return [member.strip(" \t") for value in values for member in value.split(",")]
 
 
+def field_values(fields: Iterable[Field], name: str) -> list[str]:
+    """The values of the header lines of this lower-case name, in their order."""
+    return [value for key, value in fields if key.lower() == name]
+
+
+def dropped(fields: Iterable[Field], always: frozenset[str]) -> frozenset[str]:
+    """The names whose lines end at this hop: `always`, and those that Connection lists, which
+    cannot be the framing."""
+    options = listed(field_values(fields, "connection"))
+    if not options:
+        return always
+    return always.union(option.lower() for option in options) - {"content-length"}
+
+
 class Places:
     """How many requests may be with the upstream at once. One whose client does not read gives up
     its place while it waits, and gets the next free one when its client has caught up."""
@@ -213,10 +227,9 @@ class Proxy:
 
     def _exchange(self, request: Any, client: Client, body: Any) -> Answer:
         head = self.request_head(request, client.addr[0])  # type: ignore[attr-defined]
-        has_body = request.body_size
         try:
             answer = self.upstream.exchange(
-                request.command, head, body if has_body else None, client
+                request.command, head, body if request.body_size else None, client
             )
         except Problem:
             self.board.forwarded(up=False)
@@ -230,11 +243,7 @@ class Proxy:
         fields: list[Field] = request.fields
         trusted = self.trusts(peer)
         own: dict[str, list[str]] = {name: [] for name in SET}
-        options = [value for name, value in fields if name.lower() == "connection"]
-        dropped = HOP_BY_HOP.union(option.lower() for option in listed(options))
-        if not trusted:
-            dropped |= BELIEVED
-        dropped -= {"content-length"}
+        ending = dropped(fields, HOP_BY_HOP if trusted else HOP_BY_HOP | BELIEVED)
         lines = []
         for name, value in fields:
             key = name.lower()
@@ -243,7 +252,7 @@ class Proxy:
             if spelled in SET:
                 if spelled is key:
                     own[key].append(value)
-            elif spelled not in dropped and (spelled is key or spelled not in BELIEVED):
+            elif spelled not in ending and (spelled is key or spelled not in BELIEVED):
                 lines.append(f"{name}: {value}")
         if request.chunked:
             lines.append(f"Content-Length: {request.body_size}")
@@ -273,12 +282,8 @@ class Proxy:
     def answer_fields(self, answer: Answer, request_id: str) -> list[Field]:
         """The header lines that go back to the client: the upstream's in their order, less those
         for its own hop only, and the request's id."""
-        options = [value for name, value in answer.fields if name.lower() == "connection"]
-        dropped = NOT_RETURNED
-        if options:
-            named = {option.lower() for option in listed(options)}
-            dropped = NOT_RETURNED.union(named) - {"content-length"}
-        fields = [field for field in answer.fields if field[0].lower() not in dropped]
+        ending = dropped(answer.fields, NOT_RETURNED)
+        fields = [field for field in answer.fields if field[0].lower() not in ending]
         fields.append(("X-Request-Id", request_id))
         return fields
 
@@ -293,8 +298,7 @@ class Proxy:
         """The address of the client: the nearest in X-Forwarded-For that is not itself a trusted
         proxy, where the peer is one; else the peer."""
         if self.trusts(peer):
-            lines = [v for n, v in request.fields if n.lower() == "x-forwarded-for"]
-            for hop in reversed(listed(lines)):
+            for hop in reversed(listed(field_values(request.fields, "x-forwarded-for"))):
                 try:
                     if not self.trusts(hop):
                         return str(ipaddress.ip_address(hop))

@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from json.encoder import encode_basestring_ascii as json_string
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -459,7 +459,7 @@ class Supervisor:
             received = self.wait(self.due[0][0] if self.due else None)
             if signal.SIGTERM in received or signal.SIGINT in received:
                 return self.stop()
-            self.reap()
+            self.replace()
             if self.failures >= START_ATTEMPTS:
                 log.error("the workers cannot start")
                 self.kill()
@@ -493,13 +493,16 @@ class Supervisor:
             return os.read(self.signals[0], 4096)
         return b""
 
-    def reap(self) -> None:
+    def ended(self) -> Iterator[tuple[int, float, int]]:
+        """The workers that have ended since: number, since when each ran, and exit code."""
         while self.running:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
-            worker, since = self.running.pop(process)
-            code = os.waitstatus_to_exitcode(status)
+            yield *self.running.pop(process), os.waitstatus_to_exitcode(status)
+
+    def replace(self) -> None:
+        for worker, since, code in self.ended():
             log.error("worker %d ended (%s)", worker, f"signal {-code}" if code < 0 else code)
             now = time.monotonic()
             early = now - since < START_SECONDS and -code not in (signal.SIGKILL, signal.SIGTERM)
@@ -519,11 +522,8 @@ class Supervisor:
             if signal.SIGTERM in received or signal.SIGINT in received:
                 self.kill()
                 return 1
-            while self.running:
-                process, _ = os.waitpid(-1, os.WNOHANG)
-                if not process:
-                    break
-                del self.running[process]
+            for _ in self.ended():
+                pass
         self.kill()
         return 0
 

@@ -11,7 +11,6 @@ import os
 import re
 import time
 import unicodedata
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +167,8 @@ def new_id() -> str:
     number = milliseconds << 80 | int.from_bytes(os.urandom(10), "big")
     number = number & ~(0xF000 << 64) | 0x7000 << 64
     number = number & ~(0xC000 << 48) | 0x8000 << 48
-    return str(uuid.UUID(int=number))
+    digits = f"{number:032x}"
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def parse_id(value: str) -> str:
@@ -246,7 +246,7 @@ def create(members: Mapping[str, Any]) -> tuple[str, Found]:
     try:
         rows, again = database.write(CREATE, user)
     except Lost:
-        return str(user["id"]), _done_before(str(user["id"]), user)
+        return str(user["id"]), _done_before(user)
     if not rows and again:  # perhaps by the first run
         rows = _confirmed(user)
     if not rows:
@@ -280,9 +280,9 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
             # 1,000 of twelve at once. By now the winner is there to be met by its id.
             rows, again = database.write(statement, values)
     except Lost:
-        return _done_before(user_id, values)
+        return _done_before(values)
     if again:
-        return _done_before(user_id, values)
+        return _done_before(values)
     if not rows:
         raise PreconditionFailed
     return Found(*rows[0])
@@ -294,9 +294,9 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
     try:
         rows, again = database.write(UPDATE, values)
     except Lost:
-        return _done_before(user_id, values)
+        return _done_before(values)
     if not rows and again and condition.asks:
-        return _done_before(user_id, values)
+        return _done_before(values)
     if not rows:
         raise _missing(user_id, condition)
     return Found(*rows[0])
@@ -339,10 +339,10 @@ def _missing(user_id: str, condition: Condition) -> Exception:
     return NoSuchUser()
 
 
-def _done_before(user_id: str, values: Mapping[str, Any]) -> Found:
+def _done_before(values: Mapping[str, Any]) -> Found:
     """The user, where it is what a run whose answer was lost would have made of it: that run, or
     one just like it, was carried out. Raises DatabaseUnavailable, outcome unknown, otherwise."""
-    rows = _confirmed({"id": user_id, "email": values["email"], "name": values["name"]})
+    rows = _confirmed(values)
     if not rows:
         raise unknown()
     return Found(*rows[0])

@@ -131,9 +131,9 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         self.lane = "quick"
         self.completed = True
         self.expect_continue = False
-        self.body_unread = self.chunked or self.content_length > 0 or not self.command
-        if isinstance(problem, BadRequest):
-            self.body_unread = True
+        self.body_unread = (
+            isinstance(problem, BadRequest) or self.chunked or self.content_length > 0
+        )
 
     def parse_header(self, head: bytes) -> None:
         """Parse a head (without its last empty line) and ask who owns the request.
@@ -200,11 +200,8 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         """Bytes of the body; None where the request has no body (RFC 9112 section 6.3)."""
         if self.chunked:
             return len(self.body_rcv)
-        return self.content_length if self.has_length else None
-
-    @property
-    def has_length(self) -> bool:
-        return any(name.lower() == "content-length" for name, _ in self.fields)
+        has_length = any(name.lower() == "content-length" for name, _ in self.fields)
+        return self.content_length if has_length else None
 
     def overdue(self, now: float) -> bool:
         """Whether the sender has taken longer than a request of this size may take."""
@@ -228,7 +225,6 @@ class Task:
         self.request = request
         self.environ = self._environ()
         self.headers: list[Field] = []
-        self.started = time.monotonic()
         self.bytes_sent = 0
         self.remaining: int | None = None
         self.chunked = False

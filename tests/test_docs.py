@@ -59,8 +59,6 @@ CONFIGURATION = ROOT / "docs" / "configuration.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 DOCUMENTED_ADDRESS = "127.0.0.1:8080"
 
-pytestmark = pytest.mark.skipif(not README.exists(), reason="the docs are not written yet")
-
 # What differs from run to run. Of the first three, what is documented as the same has to be so.
 SAME = {
     "<etag>": re.compile(r'(?im)(?<=^etag: )(?:W/)?"[^"\n]*"'),
