@@ -128,7 +128,8 @@ class Places:
 
 
 class Body:
-    """The body of an answer on its way to the client; holds a place while it moves."""
+    """The body of an answer on its way to the client; holds a place until it has all arrived.
+    The place is given back before the last piece is sent: who has that may ask again at once."""
 
     def __init__(self, answer: Answer, places: Places) -> None:
         self._answer = answer
@@ -136,12 +137,22 @@ class Body:
         self._placed = True
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._answer.pieces()
+        for piece in self._answer.pieces():
+            if not self.more:
+                self.pause()
+            yield piece
+        self.pause()
+
+    @property
+    def more(self) -> bool:
+        """Whether more is to come from the upstream."""
+        return self._answer.more
 
     def pause(self) -> None:
-        """The client does not read: give up the place."""
-        self._placed = False
-        self._places.leave()
+        """The client does not read, or all has arrived: give up the place."""
+        if self._placed:
+            self._placed = False
+            self._places.leave()
 
     def resume(self, ready: Callable[[], None]) -> None:
         """The client has caught up: call `ready` as soon as there is a place again."""
@@ -155,9 +166,7 @@ class Body:
     def close(self) -> None:
         """Let go of the upstream's connection and of the place."""
         self._answer.close()
-        if self._placed:
-            self._placed = False
-            self._places.leave()
+        self.pause()
 
 
 class Proxy:

@@ -14,6 +14,7 @@ import re
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
@@ -59,6 +60,8 @@ class Connection:
         self.raw = raw
         self.buffer = b""
         self.heard = False  # whether a byte of an answer has arrived
+        self._ours = threading.Lock()
+        self._released = False
 
     @property
     def sock(self) -> Any:
@@ -83,12 +86,19 @@ class Connection:
         self.raw.close()
 
     def abort(self) -> None:
-        """Wake whichever thread is reading or writing; callable from any thread."""
-        sock = self.sock
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                # Not SSLSocket.shutdown, which would take the TLS layer from under that thread.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        """Wake whichever thread is reading or writing; callable from any thread, and without
+        effect once the connection is released, for then it may be another caller's."""
+        with self._ours:
+            sock = None if self._released else self.sock
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    # Not SSLSocket.shutdown, which would take the TLS layer from under that thread.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def disown(self) -> None:
+        """It is not this exchange's any more."""
+        with self._ours:
+            self._released = True
 
     def send(self, head: bytes, body: BinaryIO | None, seconds: float) -> bool:
         """Write a request; False where the upstream stopped reading before its end, which it may
@@ -270,9 +280,14 @@ class Answer:
             if head[1] == 101:
                 raise UpstreamBroken("The upstream switched protocols unasked.")
 
+    @property
+    def more(self) -> bool:
+        """Whether the end of the body has not arrived yet."""
+        return self._connection is not None
+
     def pieces(self) -> Iterator[bytes]:
-        """The body, piece by piece as it arrives; an empty piece first where none is here yet.
-        Raises UpstreamBroken where it ends before its end, UpstreamTimeout where nothing comes."""
+        """The body, piece by piece as it arrives; an empty piece first where none is here yet. The
+        connection is let go before the last piece is given. Raises UpstreamBroken where it ends before its end, UpstreamTimeout where nothing comes."""
         connection = self._connection
         assert connection is not None
         connection.sock.settimeout(self._upstream.read_timeout)
@@ -293,6 +308,8 @@ class Answer:
         while left:
             piece, connection.buffer = connection.buffer[:left], connection.buffer[left:]
             left -= len(piece)
+            if not left:
+                self._done()
             yield piece
             if left and not connection.receive():
                 raise EOFError
@@ -311,6 +328,8 @@ class Answer:
         chunks = Chunks()
         while True:
             pieces, connection.buffer = chunks.feed(connection.buffer)
+            if chunks.complete:
+                self._done()
             yield b"".join(pieces)
             if chunks.complete:
                 return
@@ -431,6 +450,7 @@ class Upstream(HTTPAdapter):
 
     def release(self, connection: Connection, keep: bool) -> None:
         """Give a connection back to the pool, or close it."""
+        connection.disown()
         if keep:
             connection.raw.idle_since = time.monotonic()
         else:

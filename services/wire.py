@@ -276,8 +276,8 @@ class Task:
                 self.pieces = iter(self.body)
             for piece in self.pieces:
                 self.write(piece)
-                if self.channel.stalled and hasattr(self.body, "pause"):
-                    self.body.pause()
+                if self.channel.stalled and self.more:
+                    self.body.pause()  # type: ignore[attr-defined]
                     return False
             self._end()
         except ClientDisconnected:
@@ -318,6 +318,12 @@ class Task:
             lines.append(f"Date: {http_date()}")  # RFC 9110 section 6.6.1
         self.head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
+    @property
+    def more(self) -> bool:
+        """Whether the body is a stream with more to come, which waits for a client that does not
+        read. Its last piece, like a body that is here already, is left to the loop."""
+        return getattr(self.body, "more", False)
+
     def write(self, piece: bytes) -> None:
         """Send a piece of the body, and the head before it if it has not gone yet. An empty piece
         sends the head alone, so that it does not wait for the body."""
@@ -331,7 +337,7 @@ class Task:
             piece = self.head + piece
             self.head = b""
         if piece:
-            self.channel.write_soon(piece, patient=hasattr(self.body, "pause"))
+            self.channel.write_soon(piece, patient=self.more)
 
     def _end(self) -> None:
         if self.remaining:

@@ -308,6 +308,19 @@ def test_past_the_cap_a_caller_is_told_at_once_and_owned_paths_go_on(
         client.close()
 
 
+def test_a_client_that_has_its_answer_may_ask_again_at_once(
+    start: Callable[..., Service], upstream: ScriptedUpstream
+) -> None:
+    """Its place is free by then, or one caller alone would be one too many for a cap of one."""
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=1, UPSTREAM_MAX_IN_FLIGHT=1)
+    with service.client() as client:
+        for method, answer in (REUSABLE[name] for name in ("a length", "chunks", "a 204", "HEAD")):
+            upstream.script(lambda sock, seen, answer=answer: sock.sendall(answer))
+            for _ in range(250):
+                client.send(request(b"%s / HTTP/1.1" % method.encode()))
+                assert client.reply(method).status in (200, 204)
+
+
 def test_the_default_cap_leaves_threads_for_owned_paths(
     start: Callable[..., Service], fresh: ScriptedUpstream
 ) -> None:
