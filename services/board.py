@@ -1,4 +1,5 @@
-"""A few numbers that the workers of one service share, so that /health is true of all of them."""
+"""A few numbers that the workers of one service share, so that /health is true of all of them, and
+clients are shared out among them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import mmap
 import time
 
 UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
-IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT = range(5)
+IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT, CLIENTS = range(6)
 CELLS = 8
 
 
@@ -32,6 +33,10 @@ class Board:
     def total(self, cell: int) -> int:
         """The sum of a number over all workers."""
         return sum(self._cells[cell::CELLS])
+
+    def least(self, cell: int) -> int:
+        """The smallest number of any worker."""
+        return min(self._cells[cell::CELLS])
 
     def forwarded(self, up: bool) -> None:
         """Note how a forwarded request went."""

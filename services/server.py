@@ -27,6 +27,7 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
+from services.board import CLIENTS, Board
 from services.errors import Problem
 from services.wire import Channel, RequestParser, Task
 
@@ -42,6 +43,9 @@ SPARE_DESCRIPTORS = 256
 # While it drains, a connection that has brought no request yet has this many seconds to bring one:
 # its client was let in, and may have sent one already.
 FIRST_REQUEST_SECONDS = 1.0
+# A worker lets the others be first for this many seconds, where one has fewer clients. Whichever
+# woke first would take them all, and refuse what is over its share of the upstream's places.
+GIVE_WAY_SECONDS = 0.002
 # A worker that ends by itself sooner than this many seconds could not start…
 START_SECONDS = 1.0
 # …and after so many of them in a row the service gives up.
@@ -51,6 +55,8 @@ START_ATTEMPTS = 5
 class Application(Protocol):
     """What is served: a WSGI application that is asked whose a request is as soon as its head is
     complete."""
+
+    board: Board
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any: ...
 
@@ -175,6 +181,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self._deadline = 0.0
         self._grace = 0.0
         self._tick_at = 0.0
+        self._gives_way_until = 0.0
         super().__init__(
             application,
             map=self.watched,
@@ -190,7 +197,26 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         """The listening socket is bound already."""
 
     def readable(self) -> bool:
-        return bool(self.accepting and len(self.active_channels) < self.adj.connection_limit)
+        return (
+            self.accepting
+            and not self._gives_way_until
+            and len(self.active_channels) < self.adj.connection_limit
+        )
+
+    def handle_accept(self) -> None:
+        """Let a client in, or give way to a worker that has fewer. Once: it may not be awake."""
+        clients = self._count_clients()
+        has_waited = self._gives_way_until or self.draining
+        if not has_waited and self.application.board.least(CLIENTS) < clients:
+            self._gives_way_until = time.monotonic() + GIVE_WAY_SECONDS
+            return
+        self._gives_way_until = 0.0
+        super().handle_accept()
+
+    def _count_clients(self) -> int:
+        clients = len(self.active_channels)
+        self.application.board.set(CLIENTS, clients)
+        return clients
 
     def fix_addr(self, addr: tuple[str, int]) -> tuple[str, int]:
         # A socket that listens on IPv6 for both shows IPv4 clients in IPv6's clothes.
@@ -218,15 +244,19 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.accept_connections()
         self.watched.rearm(self)
         while not (self.draining and self._drained()):
-            for key, mask in self.watched.selector.select(0.1 if self.draining else 1.0):
+            patience = GIVE_WAY_SECONDS if self._gives_way_until else 0.1 if self.draining else 1.0
+            for key, mask in self.watched.selector.select(patience):
                 watched = key.data
                 if mask & READ:
                     wasyncore.read(watched)
                 if mask & WRITE and watched.events & WRITE:
                     wasyncore.write(watched)
                 self.watched.rearm(watched)
-            self.watched.rearm(self)
             now = time.monotonic()
+            if self._gives_way_until and now >= self._gives_way_until:
+                self.handle_accept()
+            self._count_clients()
+            self.watched.rearm(self)
             if now >= self._tick_at:
                 self._tick_at = now + 1.0
                 self._close_expired(now)
@@ -248,6 +278,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def _drain(self, now: float) -> None:
         self.draining = True
+        self._gives_way_until = 0.0
         self._deadline = now + self.shutdown_timeout
         self._grace = now + min(FIRST_REQUEST_SECONDS, self.shutdown_timeout)
         # Who is in the queue has been let in by the kernel, and closing would turn them out.

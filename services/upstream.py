@@ -287,7 +287,8 @@ class Answer:
 
     def pieces(self) -> Iterator[bytes]:
         """The body, piece by piece as it arrives; an empty piece first where none is here yet. The
-        connection is let go before the last piece is given. Raises UpstreamBroken where it ends before its end, UpstreamTimeout where nothing comes."""
+        connection is let go before the last piece is given. Raises UpstreamBroken where the body
+        ends before its end, UpstreamTimeout where nothing comes."""
         connection = self._connection
         assert connection is not None
         connection.sock.settimeout(self._upstream.read_timeout)

@@ -321,6 +321,24 @@ def test_a_client_that_has_its_answer_may_ask_again_at_once(
                 assert client.reply(method).status in (200, 204)
 
 
+def test_clients_are_shared_out_so_that_every_worker_s_places_are_used(
+    start: Callable[..., Service], upstream: ScriptedUpstream
+) -> None:
+    """Whichever worker wakes first could take all, and refuse what is over its own cap."""
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=2, THREADS=16, UPSTREAM_MAX_IN_FLIGHT=10)
+    held = Held()
+    upstream.script(held)
+    clients = [service.client() for _ in range(16)]
+    for client in clients:
+        client.send(request(b"GET /held HTTP/1.1"))
+    for _ in clients:
+        assert held.arrived.acquire(timeout=10)
+    held.go_on.set()
+    for client in clients:
+        assert client.reply().body == b"ok"
+        client.close()
+
+
 def test_the_default_cap_leaves_threads_for_owned_paths(
     start: Callable[..., Service], fresh: ScriptedUpstream
 ) -> None:
