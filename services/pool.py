@@ -13,15 +13,18 @@ share: one server that does not answer stops them all, one after the other. Here
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import re
 import select
 import socket
+import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -48,8 +51,15 @@ PROBE_SECONDS = 0.1
 HEARSAY_SECONDS = 0.25
 # A connection that is lost may be followed by others that were lost with it.
 ATTEMPTS = 3
+# Where a conversation has had no answer for this many seconds, its server is asked whether it
+# answers anyone: a statement may take long, a server that is gone need not be waited for.
+SILENCE_SECONDS = 0.5
+# libpq's SSLRequest: a server answers it with one byte, before any session is made.
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 # How much later than statement_timeout this side gives up on an answer.
 GRACE_SECONDS = 0.5
+# How far the clocks of two servers may be apart, and a statement's time on its way.
+SKEW_SECONDS = 1.0
 # The same cause is logged once in this many seconds.
 LOG_SECONDS = 10.0
 
@@ -74,6 +84,19 @@ PROBLEMS: dict[str, type[Problem]] = {
 }
 
 
+# What says that the statement was not carried out, and may be elsewhere or later. A backend that is
+# ended after it committed says nothing any more.
+NOT_DONE = frozenset(
+    {
+        "25006",  # a standby
+        "57P01",  # ended by an administrator, or with the server
+        "57P03",  # starting up
+        "57P04",  # the database was dropped
+        "57P05",  # idle for too long
+    }
+)
+
+
 class Lost(Exception):
     """The connection was lost after a statement was sent: what became of it is not known. Where it
     was `cut` from this side, for want of an answer, the server may even carry it out later."""
@@ -83,8 +106,9 @@ class Lost(Exception):
         self.cut = cut
 
 
-class ReadOnly(Exception):
-    """The server is a standby, or shutting down: the statement was not carried out there."""
+class NotDone(Exception):
+    """The server said that it did not carry the statement out: it is a standby, or was ending the
+    connection."""
 
 
 def check_uri(uri: str) -> str | None:
@@ -103,17 +127,28 @@ def check_uri(uri: str) -> str | None:
 
 
 class Deadlines:
-    """Ends conversations that outlive their deadline, by shutting down the connection's socket:
-    libpq, which is blocked in a read, then reports a lost connection."""
+    """Ends conversations that outlive their deadline, or whose server answers nobody any more, by
+    shutting down the connection's socket: libpq, which is blocked in a read, then reports a lost
+    connection.
 
-    def __init__(self) -> None:
+    A server has `patience` seconds to answer when it is asked; `on_silence` is called where it
+    does not.
+    """
+
+    def __init__(self, patience: float, on_silence: Callable[[], None]) -> None:
+        self._patience = patience
+        self._on_silence = on_silence
         self._lock = threading.Lock()
-        self._running: dict[int, tuple[float, Any]] = {}
+        # When each began, its deadline, and the connection.
+        self._running: dict[int, tuple[float, float, Any]] = {}
         self._started = False
+        self._asking = False
+        self._heard_at = 0.0  # when a server that was asked has answered
 
     def begin(self, connection: Any, seconds: float) -> None:
+        now = time.monotonic()
         with self._lock:
-            self._running[id(connection)] = time.monotonic() + seconds, connection
+            self._running[id(connection)] = now, now + seconds, connection
             if not self._started:
                 self._started = True
                 threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
@@ -127,20 +162,73 @@ class Deadlines:
         tick = threading.Event()
         while not tick.wait(0.1):
             if self._running:
-                self.cut(time.monotonic())
+                self._look(time.monotonic())
 
-    def cut(self, due: float) -> None:
-        """End every conversation whose deadline is before `due`, on the monotonic clock."""
+    def _look(self, now: float) -> None:
         # Under the lock: once a conversation is over its descriptor may be another connection's.
         with self._lock:
-            for key, (deadline, connection) in list(self._running.items()):
-                if deadline <= due:
-                    del self._running[key]
-                    try:
-                        with socket.socket(fileno=os.dup(connection.fileno())) as sock:
-                            sock.shutdown(socket.SHUT_RDWR)
-                    except (OSError, psycopg2.Error):
-                        continue
+            silent = None
+            for key, (began, deadline, connection) in list(self._running.items()):
+                if deadline <= now:
+                    self._cut(key)
+                elif max(began, self._heard_at) + SILENCE_SECONDS <= now and not self._asking:
+                    silent = connection
+            if silent is None:
+                return
+            try:
+                with borrowed(silent) as sock:
+                    family, server = sock.family, sock.getpeername()
+            except (OSError, psycopg2.Error):
+                return  # it is lost already
+            self._asking = True
+        asking = threading.Thread(target=self._ask, args=(family, server), daemon=True)
+        asking.start()
+
+    def _ask(self, family: int, server: Any) -> None:
+        asked = time.monotonic()
+        answered = answers(family, server, self._patience)
+        if not answered:
+            self._on_silence()
+        with self._lock:
+            self._asking = False
+            self._heard_at = time.monotonic()
+            for key, (began, _, connection) in list(self._running.items()):
+                if not answered and began <= asked and peer(connection) == server:
+                    self._cut(key)
+
+    def _cut(self, key: int) -> None:
+        connection = self._running.pop(key)[2]
+        with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def borrowed(connection: Any) -> socket.socket:
+    """The socket of a connection, to be closed without closing the connection."""
+    return socket.socket(fileno=os.dup(connection.fileno()))
+
+
+def peer(connection: Any) -> Any:
+    """The address of the server that a connection is with, None where it is with none."""
+    with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
+        return sock.getpeername()
+
+
+def answers(family: int, server: Any, seconds: float) -> bool:
+    """Whether the server at this address does anything at all within `seconds` when it is spoken
+    to: an answer, a refusal and a closed connection are all signs of life."""
+    until = time.monotonic() + seconds
+    with socket.socket(family) as sock:
+        try:
+            sock.settimeout(seconds)
+            sock.connect(server)
+            sock.sendall(SSL_REQUEST)
+            sock.settimeout(max(0.001, until - time.monotonic()))
+            sock.recv(1)
+        except TimeoutError:
+            return False
+        except OSError:
+            pass
+    return True
 
 
 class Connection(psycopg2.extensions.connection):
@@ -168,6 +256,8 @@ class Waiter:
 class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     """A deferred database; `configure` says where it is, and the first use connects."""
 
+    connect_timeout = 0.0
+
     def __init__(self) -> None:
         super().__init__(None)
         # Only thread-local state is guarded by it, and it was held while connecting.
@@ -177,7 +267,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._pid = os.getpid()
-        self._deadlines = Deadlines()
+        self._deadlines = Deadlines(self.connect_timeout, self._silent)
         self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
         self._count = 0  # connections open, or being made
         self._connecting = 0
@@ -207,12 +297,12 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         """
         parameters = parse_dsn(uri)
         self.init(parameters.get("dbname") or parameters.get("user") or "postgres")
-        self._forget()
         self.uri = uri
         self.size = size
         self.wait = wait
         self.connect_timeout = connect_timeout
         self.statement_timeout = statement_timeout
+        self._forget()
         # How long a caller waits who may get a new connection: so long that it hears what became
         # of the attempt to make one.
         self._patience = max(wait, connect_timeout + HEARSAY_SECONDS)
@@ -236,7 +326,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         """Send one statement and return its rows: one round trip.
 
         `within` bounds the whole in seconds, where it is less than the usual time-outs. Raises
-        Lost or ReadOnly, or the Problem that the caller is to be told.
+        Lost or NotDone, or the Problem that the caller is to be told.
         """
         until = math.inf if within is None else time.monotonic() + within
         connection = self._acquire(until)
@@ -262,36 +352,38 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         for _ in range(ATTEMPTS):
             try:
                 return self.run(sql, params, within)
-            except ReadOnly:
+            except NotDone:
                 continue
             except Lost as lost:
                 if lost.cut:  # no answer for so long: another try would take as long again
                     break
         raise DatabaseUnavailable
 
-    def write(self, sql: str, params: Any) -> tuple[list[Row], bool]:
+    def write(self, sql: str, params: Mapping[str, Any]) -> tuple[list[Row], bool]:
         """Run a statement that leads to the same state when it is run twice in a row.
 
         If its connection is lost it is run again, which either finds the first run's work or does
-        it; the second value tells whether that happened. Raises DatabaseUnavailable with
+        it; the second value tells whether that happened. `untouched` is among its parameters then:
+        for how many seconds nobody may have changed what it changes, lest it be done once more
+        over what came between; None in the first run. Raises DatabaseUnavailable with
         `outcome="unknown"` where no run is answered, and Lost where a run was cut: it may still
         come late, over what has happened since.
         """
-        again = False
+        began, untouched = time.monotonic(), None
         for _ in range(ATTEMPTS):
             try:
-                return self.run(sql, params), again
-            except ReadOnly:
+                return self.run(sql, {**params, "untouched": untouched}), untouched is not None
+            except NotDone:
                 continue
             except Lost as lost:
                 if lost.cut:
                     raise
-                again = True
+                untouched = time.monotonic() - began + SKEW_SECONDS
             except (DatabaseUnavailable, SchemaNotMigrated):
-                if again:
+                if untouched is not None:
                     break
                 raise
-        raise unknown() if again else DatabaseUnavailable()
+        raise DatabaseUnavailable() if untouched is None else unknown()
 
     # Checking out.
 
@@ -428,11 +520,6 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _failed(self, error: Exception, seconds: float) -> None:
         self._say(str(error) or type(error).__name__)
-        if seconds >= self.connect_timeout:
-            # A server that does not take a connection for so long has stopped answering on the
-            # old ones too: what has waited as long on one of those need not wait on.
-            started = time.monotonic() - self.connect_timeout
-            self._deadlines.cut(started + self.statement_timeout + GRACE_SECONDS)
         with self._mutex:
             self._connecting -= 1
             self._count -= 1
@@ -440,11 +527,22 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 # Else nobody waited for this one any more: the next caller finds out anew.
                 self._down = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
-            if self._count:
-                return  # others are open, or being opened, and may yet serve the queue
+            self._dismiss()
+
+    def _silent(self) -> None:
+        """The server that conversations wait for answers nobody: who asks is told so at once."""
+        self._say("the server has stopped answering")
+        with self._mutex:
+            self._down = True
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+
+    def _dismiss(self) -> None:
+        # Where the server is down and no connection is open, or being opened, nothing will ever
+        # serve those who wait.
+        if self._down and not self._count:
             queue, self._queue = self._queue, deque()
-        for waiter in queue:
-            waiter.give(DatabaseUnavailable())
+            for waiter in queue:
+                waiter.give(DatabaseUnavailable())
 
     # Checking in.
 
@@ -462,6 +560,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 self._count -= 1
                 if self._queue:
                     self._start_connecting()
+                    self._dismiss()
                 self._post()
             else:
                 self._hand_over(connection)
@@ -485,11 +584,11 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         lost = connection.closed or (
             state is None and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
         )
-        if lost or state == "25006" or (state or "").startswith("57P"):
+        if lost or state in NOT_DONE:
             self._release(connection, broken=True)
             self._distrust()
             self._note(error)
-            return Lost(cut) if lost else ReadOnly()
+            return NotDone() if state in NOT_DONE else Lost(cut)
         self._release(connection)
         problem = PROBLEMS.get(state or "") or PROBLEMS.get((state or "")[:2])
         if problem is None:

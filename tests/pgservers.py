@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -328,13 +328,21 @@ class Relay:
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
 
-    def lose(self, *statements: bytes, answer: bool, times: int = 1) -> None:
+    def lose(
+        self,
+        *statements: bytes,
+        answer: bool,
+        times: int = 1,
+        then: Callable[[], object] = lambda: None,
+    ) -> None:
         """Cut the next connection on which one of `statements` (its first word) is sent.
 
         With `answer` the server gets the statement, and what it answers is lost; without, the
-        statement itself is. Several calls take effect one after the other.
+        statement itself is. `then` is called before the connection is cut. Several calls take
+        effect one after the other.
         """
         self._losing += [(statements, answer)] * times
+        self._then = then
 
     @property
     def lost(self) -> bool:
@@ -391,6 +399,7 @@ class Relay:
             while data := source.recv(65536):
                 flowing.wait()
                 if doomed.is_set():
+                    self._then()
                     break
                 # A statement comes after its message's type and length.
                 if outward and self._losing and data[5:].startswith(self._losing[0][0]):

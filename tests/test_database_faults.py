@@ -290,6 +290,47 @@ def test_a_path_that_dies_after_the_handshake(
     assert_recovers(service, time.monotonic())
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("fault", ["path", "server"])
+def test_25_callers_of_a_warm_pool_are_told_within_3_seconds(
+    server: Server, store: str, relay: Relay, gatehouse: Start, fault: str, method: str
+) -> None:
+    """With the default timeouts: who is in the middle of a statement need not wait for its own."""
+    service = gatehouse(
+        app_uri(server, store, relay.port),
+        DB_CONNECT_TIMEOUT=2,
+        DB_STATEMENT_TIMEOUT=5,
+        DB_POOL_TIMEOUT=2,
+    )
+    warm(service, 8)
+    with contextlib.ExitStack() as stack:
+        if fault == "path":
+            relay.blackhole()
+        else:
+            stack.enter_context(server.frozen())
+        body = new_user if method == "POST" else lambda: None
+        for seconds, reply in at_once(25, lambda: service.call(method, "/users", body())):
+            assert_told(reply)
+            assert seconds < 3
+    relay.heal()
+    assert_recovers(service, time.monotonic())
+
+
+def test_a_statement_that_takes_long_is_not_taken_for_a_server_that_is_lost(
+    server: Server, store: str, gatehouse: Start
+) -> None:
+    service = gatehouse(app_uri(server, store), **{**PATIENT, "DB_CONNECT_TIMEOUT": 1})
+    user = create(service)
+    target = f"/users/{user['id']}"
+    lock = "SELECT FROM users WHERE id = %s FOR UPDATE"
+    with ThreadPoolExecutor(1) as threads:
+        with server.holding(lock, user["id"], database=store):
+            held = threads.submit(lambda: service.call("PATCH", target, {"name": "changed"}))
+            time.sleep(2.5)
+            assert not held.done()
+        assert held.result().status == 200
+
+
 def test_health_answers_many_callers_in_time_where_the_path_is_dead(
     server: Server, store: str, relay: Relay, gatehouse: Start
 ) -> None:
@@ -403,6 +444,27 @@ def test_writes_whose_answer_is_lost_are_looked_up(
     assert reply.status == 204 or is_unknown(reply), reply
     assert service.call("GET", target).status == 404
     assert [user["id"] for user in service.call("GET", "/users").json()["users"]] == [posted["id"]]
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+def test_a_write_whose_answer_is_lost_does_not_undo_a_later_one(
+    server: Server, store: str, relay: Relay, gatehouse: Start, method: str
+) -> None:
+    """Run again, it would be done twice: before the other caller's change, and over it."""
+    service = gatehouse(app_uri(server, store, relay.port), **PATIENT)
+    user = create(service)
+    target = f"/users/{user['id']}"
+    later = (
+        "INSERT INTO users (id, email, name) VALUES (%s, 'later@example.com', 'later')"
+        " ON CONFLICT (id) DO UPDATE SET name = 'later', updated_at = clock_timestamp()"
+    )
+    statement = {"PUT": b"INSERT", "PATCH": b"UPDATE", "DELETE": b"DELETE"}[method]
+    relay.lose(statement, answer=True, then=lambda: server.sql(later, user["id"], database=store))
+    body = {"PUT": new_user(), "PATCH": {"name": "first"}, "DELETE": None}[method]
+    reply = service.call(method, target, body)
+    assert relay.lost
+    assert reply.status in (200, 204) or is_unknown(reply), reply
+    assert service.call("GET", target).json()["name"] == "later"
 
 
 def test_a_write_that_cannot_be_looked_up_is_unknown(
