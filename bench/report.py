@@ -215,8 +215,8 @@ requests at once, and all else as it is by default.
 
 The peers do the same four calls on the same table, check what they are given, and stream what they
 proxy. They do not do the rest of what Gatehouse does (entity tags, problem documents, forwarding
-headers, request ids, deadlines), so they have less work. A commit does not wait for the disk, for
-any of them. "CPU µs" is the server's own time a request, in all its processes; PostgreSQL's stands
+headers, request ids, deadlines), so they have less work. A commit does not wait for the disk, and
+nothing is vacuumed meanwhile, for any of them. "CPU µs" is the server's own time a request, in all its processes; PostgreSQL's stands
 beside it, since work can be moved there, and Gatehouse has PostgreSQL make the JSON. Latencies are
 those of 64 connections that always have a request under way: under such a load they say who is
 saturated, not how long a lone request takes.

@@ -45,7 +45,7 @@ SPARE_DESCRIPTORS = 256
 FIRST_REQUEST_SECONDS = 1.0
 # A worker lets the others be first for this many seconds, where one has fewer clients. Whichever
 # woke first would take them all, and refuse what is over its share of the upstream's places.
-GIVE_WAY_SECONDS = 0.002
+GIVE_WAY_SECONDS = 0.005
 # A worker that ends by itself sooner than this many seconds could not start…
 START_SECONDS = 1.0
 # …and after so many of them in a row the service gives up.

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -277,10 +278,11 @@ class ScriptedUpstream:
 
     `answer` is bytes to send after each request, or a function of (socket, Seen); a function
     that returns False, or raises OSError, has the connection closed. `early` is such a function
-    too, called when a request's head is there and before its body is read.
+    too, called when a request's head is there and before its body is read. With `tls` it is an
+    https one; the end of an answer is then no orderly end of TLS, unless the test makes one.
     """
 
-    def __init__(self, answer: bytes | Answer = ok) -> None:
+    def __init__(self, answer: bytes | Answer = ok, tls: ssl.SSLContext | None = None) -> None:
         self.answer: bytes | Answer = answer
         self.early: Answer | None = None
         self.seen: list[Seen] = []
@@ -288,7 +290,8 @@ class ScriptedUpstream:
         self.open: set[socket.socket] = set()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = int(self.listener.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.tls = tls
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -306,6 +309,9 @@ class ScriptedUpstream:
     def _serve(self, sock: socket.socket, number: int) -> None:
         buffer = b""
         try:
+            if self.tls is not None:
+                sock = self.tls.wrap_socket(sock, server_side=True)
+                self.open.add(sock)
             while True:
                 while b"\r\n\r\n" not in buffer:
                     data = sock.recv(65536)

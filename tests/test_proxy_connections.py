@@ -325,7 +325,7 @@ def test_clients_are_shared_out_so_that_every_worker_s_places_are_used(
     start: Callable[..., Service], upstream: ScriptedUpstream
 ) -> None:
     """Whichever worker wakes first could take all, and refuse what is over its own cap."""
-    service = start(UPSTREAM_URL=upstream.url, WORKERS=2, THREADS=16, UPSTREAM_MAX_IN_FLIGHT=10)
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=2, THREADS=16, UPSTREAM_MAX_IN_FLIGHT=12)
     held = Held()
     upstream.script(held)
     clients = [service.client() for _ in range(16)]

@@ -1,0 +1,132 @@
+"""Ending conversations with PostgreSQL that nobody should wait for any longer.
+
+Nothing in libpq bounds a server that is frozen, for its kernel goes on acknowledging, nor a path
+that is lost. And a deadline alone cannot tell such a server from a statement that waits for a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg2
+
+# Where a conversation has had no answer for this many seconds, its server is asked whether it
+# answers anyone: a statement may take long, a server that is gone need not be waited for.
+SILENCE_SECONDS = 0.5
+# libpq's SSLRequest: a server answers it with one byte, before any session is made.
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+
+
+class Deadlines:
+    """Ends conversations that outlive their deadline, or whose server answers nobody any more, by
+    shutting down the connection's socket: libpq, which is blocked in a read, then reports a lost
+    connection.
+
+    A server has `patience` seconds to answer when it is asked; `on_silence` is called where it
+    does not.
+    """
+
+    def __init__(self, patience: float, on_silence: Callable[[], None]) -> None:
+        self._patience = patience
+        self._on_silence = on_silence
+        self._lock = threading.Lock()
+        # When each began, its deadline, and the connection.
+        self._running: dict[int, tuple[float, float, Any]] = {}
+        self._started = False
+        self._asking = False
+        self._heard_at = 0.0  # when a server that was asked has answered
+
+    def begin(self, connection: Any, seconds: float) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._running[id(connection)] = now, now + seconds, connection
+            if not self._started:
+                self._started = True
+                threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
+
+    def end(self, connection: Any) -> bool:
+        """The conversation is over; returns whether it was cut."""
+        with self._lock:
+            return self._running.pop(id(connection), None) is None
+
+    def _watch(self) -> None:
+        tick = threading.Event()
+        while not tick.wait(0.1):
+            if self._running:
+                self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        # Under the lock: once a conversation is over its descriptor may be another connection's.
+        with self._lock:
+            silent = None
+            for key, (began, deadline, connection) in list(self._running.items()):
+                if deadline <= now:
+                    self._cut(key)
+                elif max(began, self._heard_at) + SILENCE_SECONDS <= now and not self._asking:
+                    silent = connection
+            if silent is None:
+                return
+            try:
+                with borrowed(silent) as sock:
+                    family, server = sock.family, sock.getpeername()
+            except (OSError, psycopg2.Error):
+                return  # it is lost already
+            thread = threading.Thread(
+                target=self._ask, args=(family, server), name="asking", daemon=True
+            )
+            with contextlib.suppress(RuntimeError):  # no more threads: at the next tick, then
+                thread.start()
+                self._asking = True
+
+    def _ask(self, family: int, server: Any) -> None:
+        asked = time.monotonic()
+        answered = answers(family, server, self._patience)
+        if not answered:
+            self._on_silence()
+        with self._lock:
+            self._asking = False
+            self._heard_at = time.monotonic()
+            for key, (began, _, connection) in list(self._running.items()):
+                if not answered and began <= asked and peer(connection) == server:
+                    self._cut(key)
+
+    def _cut(self, key: int) -> None:
+        connection = self._running.pop(key)[2]
+        with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def borrowed(connection: Any) -> socket.socket:
+    """The socket of a connection, to be closed without closing the connection."""
+    return socket.socket(fileno=os.dup(connection.fileno()))
+
+
+def peer(connection: Any) -> Any:
+    """The address of the server that a connection is with, None where it is with none."""
+    with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
+        return sock.getpeername()
+
+
+def answers(family: int, server: Any, seconds: float) -> bool:
+    """Whether the server at this address does anything at all within `seconds` when it is spoken
+    to: an answer, a refusal and a closed connection are all signs of life."""
+    until = time.monotonic() + seconds
+    with socket.socket(family) as sock:
+        try:
+            sock.settimeout(seconds)
+            sock.connect(server)
+            sock.sendall(SSL_REQUEST)
+            sock.settimeout(max(0.001, until - time.monotonic()))
+            sock.recv(1)
+        except TimeoutError:
+            return False
+        except OSError:
+            pass
+    return True
