@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
@@ -25,6 +26,7 @@ from dotenv import dotenv_values
 from models import database
 from services import pool, schema, server, users
 from services.board import Board
+from services.channel import Channel
 from services.errors import (
     BadRequest,
     DatabaseUnavailable,
@@ -42,10 +44,11 @@ from services.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from services.fields import Field
 from services.health import Health
-from services.proxy import Proxy, field_values, origin_form
+from services.parser import RequestParser
+from services.proxy import Proxy, origin_form
 from services.upstream import ClientGone, Upstream
-from services.wire import Field, RequestParser, status_line
 from settings import Settings, SettingsError, environment, postgres_uri
 
 VERSION = "1.0.0"
@@ -64,11 +67,16 @@ UNROUTABLE = re.compile(r"[^!-~]")
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # On all that Gatehouse itself answers.
-OWN_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
+OWN_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
+STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+
+# A status line, header lines and a body.
+Reply = tuple[str, list[Field], Iterable[bytes]]
+Handler = Callable[..., Reply]
 
 
 class Gatehouse:
-    """The application that is served: the WSGI callable, and what the server asks it before.
+    """The application that is served: what answers a request, and what the server asks before.
 
     `ca_bundle` is a file of certificates to trust for an https upstream.
     """
@@ -112,7 +120,7 @@ class Gatehouse:
         self.owned = self._routes()
 
     def _routes(self) -> bottle.Bottle:
-        routes: dict[str, dict[str, Callable[..., bottle.HTTPResponse]]] = {
+        routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self.get_health},
             "/health/live": {"GET": self.get_live},
             "/health/ready": {"GET": self.get_ready},
@@ -125,7 +133,6 @@ class Gatehouse:
             },
         }
         app = bottle.Bottle()
-        app.config["catchall"] = False  # errors are answered in __call__, all of them
         for path, methods in routes.items():
             allow = ", ".join(
                 sorted([*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])])
@@ -134,7 +141,6 @@ class Gatehouse:
                 app.route(path, method, handler)
             app.route(path, "OPTIONS", _options(allow))
             app.route(path, "ANY", _refuse_method(allow))
-        app.error(404)(_not_found)
         return app
 
     # What the server asks.
@@ -142,8 +148,9 @@ class Gatehouse:
     def admit(self, request: RequestParser) -> tuple[str, int]:
         """Whose a request is, decided on its decoded path when its head is complete: the lane that
         serves it and the largest body it may have. Raises the Problem to refuse it with."""
-        given = _one(request, "x-request-id") or ""
-        request.id = given if REQUEST_ID.fullmatch(given) else users.new_id()
+        given = request.values.get("x-request-id", [])
+        usable = len(given) == 1 and REQUEST_ID.fullmatch(given[0])
+        request.id = given[0] if usable else users.new_id()
         if request.command == "CONNECT":
             self.proxy.admit(request)
         request.target = origin_form(request.request_uri, request.command)
@@ -160,7 +167,7 @@ class Gatehouse:
     def _authorize(self, request: RequestParser) -> None:
         if not self.tokens:
             return
-        given = field_values(request.fields, "authorization")
+        given = request.values.get("authorization", [])
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         token = token.strip(" ")
         # Every token is compared, so that the time tells nothing.
@@ -186,69 +193,60 @@ class Gatehouse:
         database.close_all()
         self.proxy.upstream.close()
 
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """The WSGI application; the one place that turns exceptions into answers."""
-        request: RequestParser = environ["gatehouse.request"]
+    def answer(self, request: RequestParser, client: Channel) -> Reply:
+        """Answer a request; the one place that turns exceptions into answers. Raises ClientGone
+        where nobody is there to be answered."""
         try:
             if request.error is not None:
                 raise request.error
             if request.lane == "proxy":
-                return self.proxy.forward(environ, start_response)
-            return self._answer(request, environ, start_response)
+                return self.proxy.forward(request, client)
+            return self._answer(request)
         except ClientGone:
             raise
         except Problem as problem:
-            return self._refuse(problem, request, start_response)
+            return self._refuse(problem, request)
         except Exception:
             log.exception("%s request_id=%s", request.command, request.id)
-            return self._refuse(Problem(), request, start_response)
+            return self._refuse(Problem(), request)
 
-    def _answer(
-        self, request: RequestParser, environ: dict[str, Any], start_response: Any
-    ) -> Iterable[bytes]:
+    def _answer(self, request: RequestParser) -> Reply:
         waited = time.monotonic() - request.arrived
         if request.lane == "users" and waited > self.settings.db_pool_timeout:
             raise DatabaseUnavailable("Too many requests wait for the database.")
-        # Bottle drops bytes that are not UTF-8, ignores a line feed at the end of a path and takes
-        # any case for a method: it is given nothing of the kind. One trailing slash is ignored.
+        # Bottle's router ignores a line feed at the end of a path and takes any case for a method:
+        # it is given nothing of the kind. One trailing slash is ignored.
         path = UNROUTABLE.sub("?", request.path)
-        environ["PATH_INFO"] = path[:-1] if path.endswith("/") else path
-        environ["REQUEST_METHOD"] = request.command if request.command in METHODS else "OTHER"
+        method = request.command if request.command in METHODS else "OTHER"
+        try:
+            route, arguments = self.owned.match(
+                {"REQUEST_METHOD": method, "PATH_INFO": path.removesuffix("/")}
+            )
+        except bottle.HTTPError:
+            raise NotFound from None
+        reply: Reply = route.callback(request, **arguments)
+        reply[1].extend((*OWN_FIELDS, ("X-Request-Id", request.id)))
+        return reply
 
-        def start(status: str, headers: list[Field], exc_info: Any = None) -> Any:
-            headers = [*headers, *OWN_HEADERS, ("X-Request-Id", request.id)]
-            return start_response(status, headers, exc_info)
-
-        body: Iterable[bytes] = self.owned(environ, start)
-        return body
-
-    def _refuse(
-        self, problem: Problem, request: RequestParser, start_response: Any
-    ) -> Iterable[bytes]:
+    def _refuse(self, problem: Problem, request: RequestParser) -> Reply:
         request.id = request.id or users.new_id()
         if isinstance(problem, UpstreamUnreachable | UpstreamBroken | UpstreamTimeout):
             cause = " ".join(str(problem.__cause__ or problem.detail).split())
             log.warning("%s: %s request_id=%s", problem.name, cause, request.id)
         document = problem.document(request.id)
-        headers = [
-            ("Content-Type", "application/problem+json"),
-            ("Content-Length", str(len(document))),
-            *problem.headers,
-            *OWN_HEADERS,
-            ("X-Request-Id", request.id),
-        ]
-        start_response(status_line(problem.status), headers)
-        return [document]
+        reply = _reply(problem.status, "application/problem+json", document, *problem.headers)
+        reply[1].extend((*OWN_FIELDS, ("X-Request-Id", request.id)))
+        return reply
 
     # /health
 
-    def get_health(self) -> bottle.HTTPResponse:
+    def get_health(self, request: RequestParser) -> Reply:
         return _json(200, json.dumps(self.health.report()))
 
-    def get_live(self) -> bottle.HTTPResponse:
+    def get_live(self, request: RequestParser) -> Reply:
         return _json(200, '{"status": "ok"}')
 
-    def get_ready(self) -> bottle.HTTPResponse:
+    def get_ready(self, request: RequestParser) -> Reply:
         match self.health.database()["status"]:
             case "up":
                 return _json(200, '{"status": "ok"}')
@@ -259,80 +257,65 @@ class Gatehouse:
 
     # /users
 
-    def list_users(self) -> bottle.HTTPResponse:
-        limit, after, email = _page_query(_request().query)
+    def list_users(self, request: RequestParser) -> Reply:
+        limit, after, email = _page_query(request.query)
         found, last = users.page(limit, after, email)
-        headers = {}
-        following = "null"
-        if last is not None:
-            query = {"limit": limit, "after": last} | ({} if email is None else {"email": email})
-            target = f"/users?{urlencode(query)}"
-            headers["Link"] = f'<{target}>; rel="next"'
-            following = json.dumps(target)
-        return _json(200, f'{{"users": [{", ".join(found)}], "next": {following}}}', headers)
+        if last is None:
+            return _json(200, f'{{"users": [{", ".join(found)}], "next": null}}')
+        query = {"limit": limit, "after": last} | ({} if email is None else {"email": email})
+        target = f"/users?{urlencode(query)}"
+        body = f'{{"users": [{", ".join(found)}], "next": {json.dumps(target)}}}'
+        return _json(200, body, ("Link", f'<{target}>; rel="next"'))
 
-    def create_user(self) -> bottle.HTTPResponse:
-        user_id, user = users.create(_members(JSON))
-        return _user(201, user, {"Location": f"/users/{user_id}"})
+    def create_user(self, request: RequestParser) -> Reply:
+        user_id, user = users.create(_members(request, JSON))
+        return _user(201, user, ("Location", f"/users/{user_id}"))
 
-    def get_user(self, user_id: str) -> bottle.HTTPResponse:
+    def get_user(self, request: RequestParser, user_id: str) -> Reply:
         user = users.get(_existing(user_id))
-        tags = _tags("If-None-Match", weak=True)
+        tags = _tags(request, "If-None-Match", weak=True)
         if tags is not None and (tags == users.ANY or user.version in tags):
-            return bottle.HTTPResponse(status=304, headers={"ETag": f'"{user.version}"'})
+            return STATUS_LINES[304], [("ETag", f'"{user.version}"')], []
         return _user(200, user)
 
-    def put_user(self, user_id: str) -> bottle.HTTPResponse:
-        user = users.put(user_id, _members(JSON), _condition())
+    def put_user(self, request: RequestParser, user_id: str) -> Reply:
+        user = users.put(user_id, _members(request, JSON), _condition(request))
         if user.created:
-            return _user(201, user, {"Location": f"/users/{user_id.lower()}"})
+            return _user(201, user, ("Location", f"/users/{user_id.lower()}"))
         return _user(200, user)
 
-    def patch_user(self, user_id: str) -> bottle.HTTPResponse:
-        user_id, condition = _existing(user_id), _condition()
-        members = _members(JSON, "application/merge-patch+json")
+    def patch_user(self, request: RequestParser, user_id: str) -> Reply:
+        user_id, condition = _existing(user_id), _condition(request)
+        members = _members(request, JSON, "application/merge-patch+json")
         return _user(200, users.patch(user_id, members, condition))
 
-    def delete_user(self, user_id: str) -> bottle.HTTPResponse:
-        users.delete(_existing(user_id), _condition())
-        return bottle.HTTPResponse(status=204)
+    def delete_user(self, request: RequestParser, user_id: str) -> Reply:
+        users.delete(_existing(user_id), _condition(request))
+        return STATUS_LINES[204], [], []
 
 
-def _options(allow: str) -> Callable[..., bottle.HTTPResponse]:
-    return lambda **_: bottle.HTTPResponse(status=204, headers={"Allow": allow})
+def _options(allow: str) -> Handler:
+    return lambda *_, **__: (STATUS_LINES[204], [("Allow", allow)], [])
 
 
-def _refuse_method(allow: str) -> Callable[..., bottle.HTTPResponse]:
-    def refuse(**_: str) -> bottle.HTTPResponse:
+def _refuse_method(allow: str) -> Handler:
+    def refuse(*_: Any, **__: str) -> Reply:
         raise MethodNotAllowed(headers=[("Allow", allow)])
 
     return refuse
 
 
-def _not_found(_: bottle.HTTPError) -> str:
-    raise NotFound
+def _reply(status: int, media_type: str, body: bytes, *fields: Field) -> Reply:
+    own = [("Content-Type", media_type), ("Content-Length", str(len(body))), *fields]
+    return STATUS_LINES[status], own, [body]
 
 
-def _json(status: int, body: str, headers: dict[str, str] | None = None) -> bottle.HTTPResponse:
-    return bottle.HTTPResponse(
-        body.encode(), status_line(status), {"Content-Type": JSON, **(headers or {})}
-    )
+def _json(status: int, body: str, *fields: Field) -> Reply:
+    return _reply(status, JSON, body.encode(), *fields)
 
 
-def _user(
-    status: int, user: users.Found, headers: dict[str, str] | None = None
-) -> bottle.HTTPResponse:
-    return _json(status, user.json, {"ETag": f'"{user.version}"', **(headers or {})})
-
-
-def _request() -> RequestParser:
-    request: RequestParser = bottle.request.environ["gatehouse.request"]
-    return request
-
-
-def _one(request: RequestParser, name: str) -> str | None:
-    values = field_values(request.fields, name)
-    return values[0] if len(values) == 1 else None
+def _user(status: int, user: users.Found, *fields: Field) -> Reply:
+    return _json(status, user.json, ("ETag", f'"{user.version}"'), *fields)
 
 
 def _existing(user_id: str) -> str:
@@ -342,10 +325,10 @@ def _existing(user_id: str) -> str:
         raise NoSuchUser from None
 
 
-def _tags(name: str, *, weak: bool) -> tuple[str, ...] | None:
+def _tags(request: RequestParser, name: str, *, weak: bool) -> tuple[str, ...] | None:
     """The entity tags in a header (RFC 9110 section 13.1), None where it is absent; weak ones are
     left out unless `weak`, for they match nothing in a strong comparison. Raises BadRequest."""
-    values = field_values(_request().fields, name.lower())
+    values = request.values.get(name.lower())
     if not values:
         return None
     text = ", ".join(values)
@@ -366,22 +349,24 @@ def _tags(name: str, *, weak: bool) -> tuple[str, ...] | None:
     return tuple(tags)
 
 
-def _condition() -> users.Condition:
-    return users.Condition(_tags("If-Match", weak=False), _tags("If-None-Match", weak=True))
+def _condition(request: RequestParser) -> users.Condition:
+    return users.Condition(
+        _tags(request, "If-Match", weak=False), _tags(request, "If-None-Match", weak=True)
+    )
 
 
-def _members(*media_types: str) -> dict[str, Any]:
+def _members(request: RequestParser, *media_types: str) -> dict[str, Any]:
     """The members of the JSON object in the body. Raises UnsupportedMediaType, MalformedJson, or
     InvalidUser where it is another kind of JSON."""
-    request = _request()
-    media_type, _, parameters = (_one(request, "content-type") or "").partition(";")
+    values = request.values.get("content-type", [])
+    media_type, _, parameters = (values[0] if len(values) == 1 else "").partition(";")
     given = [parameter.strip().lower() for parameter in parameters.split(";")]
     other = set(given) - {"", "charset=utf-8", 'charset="utf-8"'}
     if media_type.strip().lower() not in media_types or other:
         raise UnsupportedMediaType(f"The body must be {' or '.join(media_types)}, in UTF-8.")
     try:
         body = json.loads(
-            bottle.request.environ["wsgi.input"].read().decode("utf-8"),
+            request.get_body_stream().read().decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_int=float,  # no number is ever right, so none needs to be exact

@@ -22,7 +22,8 @@ from services.errors import (
     UpgradeNotSupported,
     UpstreamBusy,
 )
-from services.upstream import Answer, Client, Field, Upstream
+from services.fields import Field, field_values, listed
+from services.upstream import Answer, Client, Upstream
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -65,16 +66,6 @@ def origin_form(target: str, method: str) -> str:
         raise BadRequest("The request target is malformed.")
     rest = target[absolute.end() :]
     return rest if rest.startswith("/") else "/" + rest
-
-
-def listed(values: Iterable[str]) -> list[str]:
-    """The members of a comma-separated header that may stand on several lines."""
-    return [member.strip(" \t") for value in values for member in value.split(",")]
-
-
-def field_values(fields: Iterable[Field], name: str) -> list[str]:
-    """The values of the header lines of this lower-case name, in their order."""
-    return [value for key, value in fields if key.lower() == name]
 
 
 def dropped(fields: Iterable[Field], always: frozenset[str]) -> frozenset[str]:
@@ -204,42 +195,32 @@ class Proxy:
         """
         if request.command == "CONNECT":
             raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", ANY)])
-        upgrades, via = [], []
-        for name, value in request.fields:
-            match name.lower():
-                case "upgrade":
-                    upgrades.append(value.lower())
-                case "via":
-                    via.append(value)
-        if "websocket" in listed(upgrades):
+        upgrades = listed(request.values.get("upgrade", []))
+        if any(upgrade.lower() == "websocket" for upgrade in upgrades):
             raise UpgradeNotSupported
-        if any(self.name in hop.split()[1:2] for hop in listed(via)):
+        if any(self.name in hop.split()[1:2] for hop in listed(request.values.get("via", []))):
             raise LoopDetected
 
-    def forward(
-        self, environ: dict[str, Any], start_response: Callable[[str, list[Field]], Any]
-    ) -> Iterable[bytes]:
-        """Forward a request: a WSGI application.
+    def forward(self, request: Any, client: Client) -> tuple[str, list[Field], Body]:
+        """Forward a request; returns the status line, the header lines and the body to answer with.
 
         Raises the Problem that its caller is to be told, or ClientGone where there is no caller
         any more.
         """
-        request, client = environ["gatehouse.request"], environ["gatehouse.client"]
         self.places.enter()
         try:
-            answer = self._exchange(request, client, environ["wsgi.input"])
+            answer = self._exchange(request, client)
         except BaseException:
             self.places.leave()
             raise
-        start_response(f"{answer.status} {answer.reason}", self.answer_fields(answer, request.id))
-        return Body(answer, self.places)
+        fields = self.answer_fields(answer, request.id)
+        return f"{answer.status} {answer.reason}", fields, Body(answer, self.places)
 
-    def _exchange(self, request: Any, client: Client, body: Any) -> Answer:
-        head = self.request_head(request, client.addr[0])  # type: ignore[attr-defined]
+    def _exchange(self, request: Any, client: Client) -> Answer:
+        head = self.request_head(request, client.addr[0])
+        body = request.get_body_stream() if request.body_size else None
         try:
-            answer = self.upstream.exchange(
-                request.command, head, body if request.body_size else None, client
-            )
+            answer = self.upstream.exchange(request.command, head, body, client)
         except Problem:
             self.board.forwarded(up=False)
             raise
@@ -307,7 +288,7 @@ class Proxy:
         """The address of the client: the nearest in X-Forwarded-For that is not itself a trusted
         proxy, where the peer is one; else the peer."""
         if self.trusts(peer):
-            for hop in reversed(listed(field_values(request.fields, "x-forwarded-for"))):
+            for hop in reversed(listed(request.values.get("x-forwarded-for", []))):
                 try:
                     if not self.trusts(hop):
                         return str(ipaddress.ip_address(hop))

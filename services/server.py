@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from json.encoder import encode_basestring_ascii as json_string
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -28,8 +28,10 @@ from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
 from services.board import CLIENTS, Board
+from services.channel import Channel, Task
 from services.errors import Problem
-from services.wire import Channel, RequestParser, Task
+from services.fields import Field
+from services.parser import RequestParser
 
 log = logging.getLogger("gatehouse")
 
@@ -53,12 +55,15 @@ START_ATTEMPTS = 5
 
 
 class Application(Protocol):
-    """What is served: a WSGI application that is asked whose a request is as soon as its head is
-    complete."""
+    """What is served."""
 
     board: Board
 
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any: ...
+    def answer(
+        self, request: RequestParser, client: Channel
+    ) -> tuple[str, list[Field], Iterable[bytes]]:
+        """Answer a request: status line, header lines, body. Raises where nobody wants an answer
+        any more."""
 
     def admit(self, request: RequestParser) -> tuple[str, int]:
         """The request's lane and the largest body it may have. Raises a Problem to refuse it."""

@@ -24,8 +24,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
 from services.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
-
-Field = tuple[str, str]
+from services.fields import Field, listed
 
 PIECE_BYTES = 65536
 MAX_HEAD_BYTES = 262144
@@ -37,7 +36,8 @@ IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 FRESH_SECONDS = 1.0
 
 STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r]*))?")
-HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\0\r]*)")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*+([^\0\r]*)")
+FOLD = re.compile(r"\n[ \t]++")
 LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
 
@@ -45,6 +45,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
 class Client(Protocol):
     """Who a request is forwarded for: `on_gone` is called, once, when they have gone."""
 
+    addr: tuple[str, int]
     gone: bool
     on_gone: Any
 
@@ -175,15 +176,13 @@ class Connection:
 
 def parse_head(head: str) -> tuple[str, int, str, list[Field]]:
     """Version, status, reason and header lines of an answer. Raises UpstreamBroken."""
-    lines = head.replace("\r\n", "\n").removesuffix("\r").split("\n")
-    match = STATUS_LINE.fullmatch(lines[0])
+    first, _, rest = head.replace("\r\n", "\n").removesuffix("\r").partition("\n")
+    match = STATUS_LINE.fullmatch(first)
     if match is None:
         raise UpstreamBroken("The status line of the upstream's answer is malformed.")
     fields: list[Field] = []
-    for line in lines[1:]:
-        if line[:1] in (" ", "\t") and fields:  # obs-fold, RFC 9112 section 5.2
-            name, value = fields.pop()
-            line = name + ": " + value + " " + line.strip(" \t")
+    # A line that begins with white space goes on from the one before (RFC 9112 section 5.2).
+    for line in FOLD.sub(" ", rest).split("\n") if rest else ():
         field = HEADER_LINE.fullmatch(line)
         if field is None:
             raise UpstreamBroken("A header line of the upstream's answer is malformed.")
@@ -250,7 +249,7 @@ class Answer:
         version, self.status, self.reason, self.fields = self._final_head(connection)
         lengths: list[str] = []
         codings: list[str] = []
-        options: set[str] = set()
+        options: list[str] = []
         for name, value in self.fields:
             match name.lower():
                 case "content-length":
@@ -258,7 +257,7 @@ class Answer:
                 case "transfer-encoding":
                     codings.append(value.lower())
                 case "connection":
-                    options.update(option.strip(" \t").lower() for option in value.split(","))
+                    options += listed([value.lower()])
         if any(not LENGTH.fullmatch(length) for length in lengths) or len(lengths) > 1:
             raise UpstreamBroken("The Content-Length of the upstream's answer is malformed.")
         if codings and (codings != ["chunked"] or lengths or version == "1.0"):

@@ -31,6 +31,7 @@ DATABASE = {"models", "peewee", "playhouse", "psycopg2", "peewee_migrate"}
 MAY_IMPORT = {
     "settings": set(),
     "services.errors": set(),
+    "services.fields": set(),
     "models": {"peewee", "playhouse", "services.pool"},
     "services.users": {"peewee", "email_validator", "models", "services.errors", "services.pool"},
     "services.health": {"peewee", "models", "services.errors", "services.board"},
@@ -39,9 +40,19 @@ MAY_IMPORT = {
         "urllib3",
         "services.errors",
         "services.board",
+        "services.fields",
         "services.upstream",
     },
-    "services.server": {"waitress", "services.errors", "services.board", "services.wire"},
+    "services.parser": {"waitress", "services.errors", "services.fields"},
+    "services.channel": {"waitress", "services.fields", "services.parser"},
+    "services.server": {
+        "waitress",
+        "services.errors",
+        "services.board",
+        "services.fields",
+        "services.parser",
+        "services.channel",
+    },
 }
 
 # Runs in a new process: imports one module and tells what that did.

@@ -224,6 +224,9 @@ HOSTILE = [
     b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nthen gone",
     b"GET /" + b"a" * 70000,
     b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n" * 100,
+    # Against expressions that look at a run of white space from each of its characters.
+    b"GET / HTTP/1.1\r\nHost: x\r\nX:" + b" " * 65000 + b"\0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a" * 65000 + b"\r\n\r\n",
 ]
 
 

@@ -238,6 +238,17 @@ def test_lone_line_feeds_and_folded_lines_are_understood(
     assert reply.all("X-Fold") == ["one two three"]
 
 
+def test_the_time_that_a_head_takes_is_in_proportion_to_its_size(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """Folded lines and white space were gone through anew from each of them: minutes."""
+    folded = b"X-Fold: 0" + b"\r\n 1" * 50_000
+    _, reply = forward(service, upstream, request(), message(b"200 OK", folded, LENGTH_0))
+    assert reply.all("X-Fold") == ["0" + " 1" * 50_000]
+    upstream.script(message(b"200 OK", b"X:" + b" " * 200_000 + b"\0", LENGTH_0))
+    assert service.call("GET", "/").status == 502
+
+
 SIZES = [0, 1, 65_536, 1_000_003]
 
 

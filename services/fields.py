@@ -1,0 +1,18 @@
+"""Header fields, as both sides of the wire have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# A header line: name and value, decoded as latin-1, byte for byte.
+Field = tuple[str, str]
+
+
+def field_values(fields: Iterable[Field], name: str) -> list[str]:
+    """The values of the header lines of this lower-case name, in their order."""
+    return [value for key, value in fields if key.lower() == name]
+
+
+def listed(values: Iterable[str]) -> list[str]:
+    """The members of a comma-separated header that may stand on several lines."""
+    return [member.strip(" \t") for value in values for member in value.split(",")]

@@ -1,0 +1,189 @@
+"""Reading requests: a strict parser in place of waitress's, which keeps what came as it came."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from waitress.buffers import OverflowableBuffer
+from waitress.parser import HTTPRequestParser
+from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
+
+from services.errors import BadRequest, BodyTooLarge, Problem
+from services.fields import Field, listed
+
+MAX_HEAD_BYTES = 65536
+MAX_HEADER_LINES = 200
+# A request has this many seconds, plus one for each MIN_BYTES_PER_SECOND that have arrived.
+REQUEST_SECONDS = 30.0
+MIN_BYTES_PER_SECOND = 500
+
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) HTTP/(1\.[01])")
+# One header line, from its beginning to its end: a line that is anything else is not found. Nothing
+# is given back of the white space (`*+`), or a long run of it would be gone through again from each
+# of its characters.
+HEADER_LINE = re.compile(
+    r"(?<=\r\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*)\r\n"
+)
+# RFC 3986 section 3.2.2 host, with an optional port.
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]*)?")
+DIGITS = re.compile(r"[0-9]+")
+# No body and no chunk is as large as this; what says so only means to confuse.
+ABSURD_BYTES = 1 << 60
+
+
+class RequestParser(HTTPRequestParser):  # type: ignore[misc]
+    """One request, with its header lines as they came.
+
+    Waitress drops names with underscores, joins repeated lines with a comma (wrong for Cookie and
+    for Host), up-cases methods, honours Transfer-Encoding in HTTP/1.1 only (in HTTP/1.0 its body
+    would run as a second request) and takes Content-Length beside it. So the head is parsed here.
+
+    `fields` are the header lines in order and `values` the same by lower-case name, `lane` says
+    whose request it is, `error` is the Problem that it is refused with, if any: decided when the
+    head is complete, before a body is read.
+    """
+
+    completed = False
+    header_plus = b""
+    command = ""
+    request_uri = ""
+    id = ""
+    target = ""
+    arrived = 0.0
+    path = ""
+    query = ""
+    lane = "quick"
+    max_body = 0
+    error: Problem | None = None
+    body_unread = False
+
+    def __init__(self, adj: Any) -> None:
+        super().__init__(adj)
+        self.fields: list[Field] = []
+        self.values: dict[str, list[str]] = {}
+        self.started = time.monotonic()
+        self.bytes_received = 0
+
+    def received(self, data: bytes) -> int:
+        """Take bytes from the connection and return how many of them belong to this request."""
+        if self.completed:
+            return 0
+        self.bytes_received += len(data)
+        consumed = self._head(data) if self.body_rcv is None else self._body(data)
+        # What follows a request that ends the connection belongs to none.
+        return len(data) if self.body_unread else consumed
+
+    def _head(self, data: bytes) -> int:
+        # Empty lines before a request are ignored (RFC 9112 section 2.2).
+        head = self.header_plus + data if self.header_plus else data.lstrip(b"\r\n")
+        end = head.find(b"\r\n\r\n")
+        try:
+            if (len(head) if end < 0 else end) > MAX_HEAD_BYTES:
+                raise BadRequest(f"The head is larger than {MAX_HEAD_BYTES} bytes.")
+            if end < 0:
+                self.header_plus = head
+                return len(data)
+            self.headers_finished = True
+            self.parse_header(head[:end])
+        except Problem as problem:
+            self._refuse(problem)
+        else:
+            self.completed = self.body_rcv is None
+        return len(data) - (len(head) - end - 4)
+
+    def _body(self, data: bytes) -> int:
+        consumed: int = self.body_rcv.received(data)
+        size = len(self.body_rcv)
+        announced = self.body_rcv.chunk_remainder if self.chunked else 0
+        if (
+            self.body_rcv.error
+            or announced >= ABSURD_BYTES
+            # Chunk extensions and trailers, which ChunkedReceiver does not bound.
+            or self.bytes_received > 16 * size + 2 * MAX_HEAD_BYTES
+        ):
+            self._refuse(BadRequest("The chunked body is malformed."))
+        elif size + announced > self.max_body:
+            self._refuse(BodyTooLarge(f"The body is larger than {self.max_body} bytes."))
+        elif self.body_rcv.completed:
+            self.completed = True
+        return consumed
+
+    def _refuse(self, problem: Problem) -> None:
+        # A problem that leaves the framing in doubt, or body bytes unread, ends the connection.
+        self.error = problem
+        self.lane = "quick"
+        self.completed = True
+        self.expect_continue = False
+        self.body_unread = (
+            isinstance(problem, BadRequest) or self.chunked or self.content_length > 0
+        )
+
+    def parse_header(self, head: bytes) -> None:
+        """Parse a head (without its last empty line) and ask who owns the request.
+
+        Raises the Problem that the request is to be refused with.
+        """
+        text = head.decode("latin-1") + "\r\n"
+        end = text.index("\r\n")
+        line = REQUEST_LINE.fullmatch(text, 0, end)
+        if line is None:
+            raise BadRequest("The request line is malformed.")
+        self.command, self.request_uri, self.version = line.groups()
+        lines = HEADER_LINE.findall(text, end + 2)
+        if len(lines) != text.count("\r\n", end + 2):
+            raise BadRequest("A header line is malformed.")
+        if len(lines) > MAX_HEADER_LINES:
+            raise BadRequest(f"There are more than {MAX_HEADER_LINES} header lines.")
+        self.fields = [(name, value.rstrip(" \t")) for name, value in lines]
+        for name, value in self.fields:
+            self.values.setdefault(name.lower(), []).append(value)
+        hosts = self.values.get("host", [])
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+            raise BadRequest("There must be one valid Host header.")
+        self._connection()
+        self._framing()
+        self.lane, self.max_body = self.adj.admit(self)
+        if self.content_length > self.max_body:
+            raise BodyTooLarge(f"The body is larger than {self.max_body} bytes.")
+        if self.chunked:
+            self.body_rcv = ChunkedReceiver(OverflowableBuffer(self.adj.inbuf_overflow))
+        elif self.content_length:
+            buffer = OverflowableBuffer(self.adj.inbuf_overflow)
+            self.body_rcv = FixedStreamReceiver(self.content_length, buffer)
+        # Only where a body is to come: waitress would wait for ever for one that is not.
+        if self.body_rcv is not None and self.version == "1.1":
+            self.expect_continue = self.values.get("expect", [""])[-1].lower() == "100-continue"
+
+    def _connection(self) -> None:
+        options = [option.lower() for option in listed(self.values.get("connection", []))]
+        if self.version == "1.1":
+            self.connection_close = "close" in options
+        else:
+            self.connection_close = "keep-alive" not in options or "close" in options
+
+    def _framing(self) -> None:
+        lengths = self.values.get("content-length", [])
+        codings = self.values.get("transfer-encoding")
+        if codings:
+            if self.version == "1.0" or lengths or [c.lower() for c in codings] != ["chunked"]:
+                raise BadRequest("Transfer-Encoding must be chunked, alone, and in HTTP/1.1.")
+            self.chunked = True
+        elif lengths:
+            if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+                raise BadRequest("Content-Length must be one number.")
+            # int() refuses thousands of digits.
+            digits = lengths[0].lstrip("0")
+            self.content_length = int(digits or 0) if len(digits) < 19 else ABSURD_BYTES
+
+    @property
+    def body_size(self) -> int | None:
+        """Bytes of the body; None where the request has no body (RFC 9112 section 6.3)."""
+        if self.chunked:
+            return len(self.body_rcv)
+        return self.content_length if "content-length" in self.values else None
+
+    def overdue(self, now: float) -> bool:
+        """Whether the sender has taken longer than a request of this size may take."""
+        return now - self.started > REQUEST_SECONDS + self.bytes_received / MIN_BYTES_PER_SECOND
