@@ -58,9 +58,9 @@ MIGRATIONS = ROOT / "migrations"
 log = logging.getLogger("gatehouse")
 
 MAX_USER_BYTES = 65536
-DEFAULT_PAGE = 50
 HEALTH_THREADS = 64
 JSON = "application/json"
+ALLOWED_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 UNROUTABLE = re.compile(r"[^!-~]")
@@ -155,7 +155,9 @@ class Gatehouse:
             self.proxy.admit(request)
         request.target = origin_form(request.request_uri, request.command)
         path, _, request.query = request.target.partition("?")
-        request.path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
+        if "%" in path:
+            path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
+        request.path = path
         owner = OWNED.fullmatch(request.path)
         if owner is None:
             self.proxy.admit(request)
@@ -359,18 +361,12 @@ def _members(request: RequestParser, *media_types: str) -> dict[str, Any]:
     """The members of the JSON object in the body. Raises UnsupportedMediaType, MalformedJson, or
     InvalidUser where it is another kind of JSON."""
     values = request.values.get("content-type", [])
-    media_type, _, parameters = (values[0] if len(values) == 1 else "").partition(";")
-    given = [parameter.strip().lower() for parameter in parameters.split(";")]
-    other = set(given) - {"", "charset=utf-8", 'charset="utf-8"'}
-    if media_type.strip().lower() not in media_types or other:
+    media_type, *parameters = (values[0] if len(values) == 1 else "").lower().split(";")
+    others = {parameter.strip() for parameter in parameters} - ALLOWED_PARAMETERS
+    if media_type.strip() not in media_types or others:
         raise UnsupportedMediaType(f"The body must be {' or '.join(media_types)}, in UTF-8.")
     try:
-        body = json.loads(
-            request.get_body_stream().read().decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_int=float,  # no number is ever right, so none needs to be exact
-        )
+        body = DECODER.decode(request.get_body_stream().read().decode("utf-8"))
     except (ValueError, RecursionError):
         raise MalformedJson from None
     if not isinstance(body, dict):
@@ -389,9 +385,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_constant=_no_constant,
+    parse_int=float,  # no number is ever right, so none needs to be exact
+)
+
+
 def _page_query(query: str) -> tuple[int, str | None, str | None]:
     """The limit, after and email of a page. Raises InvalidQuery that names every bad parameter."""
-    limit, after, email = DEFAULT_PAGE, None, None
+    limit, after, email = users.DEFAULT_PAGE, None, None
     errors, seen = [], set()
     for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
         try:

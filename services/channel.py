@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
+from functools import lru_cache
 from typing import Any
 
 from waitress.channel import ClientDisconnected, HTTPChannel
@@ -105,7 +106,7 @@ class Task:
         elif request.version == "1.0":
             lines.append("Connection: keep-alive")
         if not dated:
-            lines.append(f"Date: {http_date()}")  # RFC 9110 section 6.6.1
+            lines.append(f"Date: {http_date(int(time.time()))}")  # RFC 9110 section 6.6.1
         self.head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
     @property
@@ -340,13 +341,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not self.requests and quiet > self.adj.channel_timeout
 
 
-def http_date() -> str:
-    """The time now as RFC 9110 section 5.6.7 has it; composed once a second."""
-    global _date
-    now = int(time.time())
-    if _date[0] != now:
-        _date = now, formatdate(now, usegmt=True)
-    return _date[1]
-
-
-_date = (0, "")
+@lru_cache(2)
+def http_date(now: int) -> str:
+    """Seconds since 1970 as RFC 9110 section 5.6.7 has them."""
+    return formatdate(now, usegmt=True)

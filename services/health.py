@@ -10,13 +10,15 @@ from typing import Any
 from models import User, database
 from services.board import IDLE, IN_FLIGHT, IN_USE, Board
 from services.errors import Problem, SchemaNotMigrated
+from services.pool import Statement
 
 log = logging.getLogger("gatehouse")
 
 # One round trip: the migrations that have been applied, and whether the table is there.
-PROBE = (
+PROBE = Statement(
     f"SELECT name, to_regclass('{User._meta.table_name}') IS NOT NULL FROM migratehistory"
-    " UNION ALL SELECT NULL, NULL"
+    " UNION ALL SELECT NULL, NULL",
+    {},
 )
 # Of the half second that an answer may take longer than connecting; the rest is for all else.
 MARGIN_SECONDS = 0.2
@@ -74,7 +76,7 @@ class Health:
     def _measure(self) -> dict[str, Any]:
         began = time.monotonic()
         try:
-            rows = database.read(PROBE, within=database.connect_timeout + MARGIN_SECONDS)
+            rows = database.read(PROBE, {}, within=database.connect_timeout + MARGIN_SECONDS)
         except SchemaNotMigrated:
             applied, usable = set(), False
         except Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from typing import Any
@@ -31,6 +32,19 @@ HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]*)?"
 DIGITS = re.compile(r"[0-9]+")
 # No body and no chunk is as large as this; what says so only means to confuse.
 ABSURD_BYTES = 1 << 60
+
+
+class Small(io.BytesIO):
+    """A buffer for a body that is known to fit into memory, without the ceremony of waitress's."""
+
+    append = io.BytesIO.write
+
+    def __len__(self) -> int:
+        return self.getbuffer().nbytes
+
+    def getfile(self) -> Small:
+        self.seek(0)
+        return self
 
 
 class RequestParser(HTTPRequestParser):  # type: ignore[misc]
@@ -95,8 +109,14 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
 
     def _body(self, data: bytes) -> int:
         consumed: int = self.body_rcv.received(data)
+        self.completed = self.body_rcv.completed
+        if self.chunked:
+            self._check_chunks()
+        return consumed
+
+    def _check_chunks(self) -> None:
         size = len(self.body_rcv)
-        announced = self.body_rcv.chunk_remainder if self.chunked else 0
+        announced = self.body_rcv.chunk_remainder
         if (
             self.body_rcv.error
             or announced >= ABSURD_BYTES
@@ -106,9 +126,6 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
             self._refuse(BadRequest("The chunked body is malformed."))
         elif size + announced > self.max_body:
             self._refuse(BodyTooLarge(f"The body is larger than {self.max_body} bytes."))
-        elif self.body_rcv.completed:
-            self.completed = True
-        return consumed
 
     def _refuse(self, problem: Problem) -> None:
         # A problem that leaves the framing in doubt, or body bytes unread, ends the connection.
@@ -137,8 +154,13 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         if len(lines) > MAX_HEADER_LINES:
             raise BadRequest(f"There are more than {MAX_HEADER_LINES} header lines.")
         self.fields = [(name, value.rstrip(" \t")) for name, value in lines]
+        values = self.values
         for name, value in self.fields:
-            self.values.setdefault(name.lower(), []).append(value)
+            key = name.lower()
+            if key in values:
+                values[key].append(value)
+            else:
+                values[key] = [value]
         hosts = self.values.get("host", [])
         if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             raise BadRequest("There must be one valid Host header.")
@@ -150,7 +172,8 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         if self.chunked:
             self.body_rcv = ChunkedReceiver(OverflowableBuffer(self.adj.inbuf_overflow))
         elif self.content_length:
-            buffer = OverflowableBuffer(self.adj.inbuf_overflow)
+            small = self.content_length <= self.adj.inbuf_overflow
+            buffer = Small() if small else OverflowableBuffer(self.adj.inbuf_overflow)
             self.body_rcv = FixedStreamReceiver(self.content_length, buffer)
         # Only where a body is to come: waitress would wait for ever for one that is not.
         if self.body_rcv is not None and self.version == "1.1":

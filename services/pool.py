@@ -12,6 +12,7 @@ share: one server that does not answer stops them all, one after the other. Here
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ import peewee
 import psycopg2
 import psycopg2.extensions
 from playhouse.pool import PooledPostgresqlDatabase
+from psycopg2.errors import DuplicatePreparedStatement, InvalidSqlStatementName
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, parse_dsn
 
 from services.board import IDLE, IN_USE, Board
@@ -119,9 +121,35 @@ def check_uri(uri: str) -> str | None:
 
 
 class Connection(psycopg2.extensions.connection):
-    """A connection that knows since when it is."""
+    """A connection that knows since when it is, and which statements its server has prepared."""
 
     generation = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.prepared: set[str] = set()
+        self.reused = self.cursor()
+        self.poller = select.poll()
+        self.poller.register(self.fileno(), select.POLLIN)
+
+
+class Statement:
+    """One statement, which a connection's server parses and plans once, when it is first run.
+
+    `sql` has its values by name, as psycopg2 does; `types` says of which SQL type each is.
+    """
+
+    def __init__(self, sql: str, types: Mapping[str, str]) -> None:
+        self.plain = sql
+        body = sql % {name: f"${number}" for number, name in enumerate(types, 1)}
+        # The same name is the same statement, whoever shares the session (PgBouncer's clients do).
+        digest = hashlib.sha256(body.encode()).hexdigest()[:16]
+        self.name = f"gatehouse_{body.partition(' ')[0].lower()}_{digest}"
+        kinds = f" ({', '.join(types.values())})" if types else ""
+        values = f" ({', '.join(f'%({name})s' for name in types)})" if types else ""
+        self.execute = f"EXECUTE {self.name}{values}"
+        # Both in one round trip.
+        self.prepare = f"PREPARE {self.name}{kinds} AS {body.replace('%', '%%')}; {self.execute}"
 
 
 class Waiter:
@@ -165,6 +193,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._logged: dict[str, float] = {}
         self._board: Board | None = None
         self._without_options = False
+        self._prepares = True
 
     def configure(
         self,
@@ -209,7 +238,9 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         parts = {parameters.get("password") or "", *re.split(r"[@/:?]", userinfo)}
         self._secrets = [part for part in {*parts, *map(unquote, parts)} if len(part) > 2]
 
-    def run(self, sql: str, params: Any = None, within: float | None = None) -> list[Row]:
+    def run(
+        self, statement: Statement, params: Mapping[str, Any], within: float | None = None
+    ) -> list[Row]:
         """Send one statement and return its rows: one round trip.
 
         `within` bounds the whole in seconds, where it is less than the usual time-outs. Raises
@@ -220,9 +251,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
         self._deadlines.begin(connection, seconds)
         try:
-            with connection.cursor() as cursor:
-                cursor.execute(sql, params)
-                rows: list[Row] = cursor.fetchall()
+            rows = self._send(connection, statement, params)
         except psycopg2.Error as error:
             cut = self._deadlines.end(connection)
             raise self._translate(connection, error, cut) from None
@@ -234,11 +263,34 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._release(connection)
         return rows
 
-    def read(self, sql: str, params: Any = None, within: float | None = None) -> list[Row]:
+    def _send(
+        self, connection: Connection, statement: Statement, params: Mapping[str, Any]
+    ) -> list[Row]:
+        cursor = connection.reused
+        while True:
+            sql = statement.plain
+            if self._prepares:
+                known = statement.name in connection.prepared
+                sql = statement.execute if known else statement.prepare
+            try:
+                cursor.execute(sql, params)
+                connection.prepared.add(statement.name)
+                rows: list[Row] = cursor.fetchall()
+                return rows
+            except DuplicatePreparedStatement:
+                connection.prepared.add(statement.name)  # by a run that failed after it
+            except InvalidSqlStatementName:
+                # PgBouncer gives each transaction another of its servers, and this one has not
+                # prepared it. Nothing has been done in either case.
+                self._prepares = False
+
+    def read(
+        self, statement: Statement, params: Mapping[str, Any], within: float | None = None
+    ) -> list[Row]:
         """Run a statement that changes nothing; if its connection is lost, again on another."""
         for _ in range(ATTEMPTS):
             try:
-                return self.run(sql, params, within)
+                return self.run(statement, params, within)
             except NotDone:
                 continue
             except Lost as lost:
@@ -246,7 +298,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                     break
         raise DatabaseUnavailable
 
-    def write(self, sql: str, params: Mapping[str, Any]) -> tuple[list[Row], bool]:
+    def write(self, statement: Statement, params: Mapping[str, Any]) -> tuple[list[Row], bool]:
         """Run a statement that leads to the same state when it is run twice in a row.
 
         If its connection is lost it is run again, which either finds the first run's work or does
@@ -259,7 +311,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         began, untouched = time.monotonic(), None
         for _ in range(ATTEMPTS):
             try:
-                return self.run(sql, {**params, "untouched": untouched}), untouched is not None
+                rows = self.run(statement, {**params, "untouched": untouched})
+                return rows, untouched is not None
             except NotDone:
                 continue
             except Lost as lost:
@@ -342,13 +395,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _usable(self, connection: Any, since: float, until: float) -> bool:
         # Readable while idle: the server has closed it, or says that it is about to.
-        poller = select.poll()
-        try:
-            poller.register(connection.fileno(), select.POLLIN)
-        except psycopg2.Error:
-            self._release(connection, broken=True)
-            return False
-        if connection.closed or poller.poll(0):
+        if connection.closed or connection.poller.poll(0):
             self._release(connection, broken=True)
             return False
         now = time.monotonic()
@@ -356,8 +403,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             return True
         self._deadlines.begin(connection, min(self.connect_timeout, until - now))
         try:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
+            connection.reused.execute("SELECT 1")
         except psycopg2.Error:
             self._deadlines.end(connection)
             self._release(connection, broken=True)
@@ -401,6 +447,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             if self._without_options or "unsupported startup parameter" not in str(error):
                 raise
             self._without_options = True
+            self._prepares = False
             return self._open()
         connection.autocommit = True
         return connection

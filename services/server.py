@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii as json_string
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -325,11 +326,10 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         if not self.access_log:
             return
         request = task.request
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        now = time.time_ns() // 1_000_000
         milliseconds = (time.monotonic() - request.arrived) * 1000
         line = (
-            f'{{"time": "{stamp}.{int(now % 1 * 1000):03}Z", "method": "{request.command}",'
+            f'{{"time": "{second(now // 1000)}.{now % 1000:03}Z", "method": "{request.command}",'
             f' "target": {json_string(request.request_uri)}, "status": {task.status[:3] or 0},'
             f' "bytes": {task.bytes_sent}, "ms": {milliseconds:.3f},'
             f' "caller": "{self.application.caller(request, task.channel.addr[0])}",'
@@ -359,6 +359,12 @@ class Lifeline:
 
     def writable(self) -> bool:
         return False
+
+
+@lru_cache(2)
+def second(now: int) -> str:
+    """Seconds since 1970 as a date and a time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
 
 
 def connection_limit() -> int:

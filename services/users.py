@@ -7,16 +7,16 @@ what is sent, whichever the number of rows.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
-from peewee import EXCLUDED, SQL, Case, Query, fn
+from peewee import EXCLUDED, SQL, Case, Query, Select, fn
 
 from models import User, database
 from services.errors import (
@@ -26,7 +26,7 @@ from services.errors import (
     NoSuchUser,
     PreconditionFailed,
 )
-from services.pool import Lost, unknown
+from services.pool import Lost, Statement, unknown
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 # Internal domains such as .local and .test are as good as any; the library's own documentation
@@ -41,11 +41,13 @@ PLAIN_EMAIL = re.compile(
 )
 MAX_PLAIN = 64
 MAX_NAME = 200
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+DEFAULT_PAGE = 50
 MAX_PAGE = 500
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A user as JSON, and its version: the same until the user is changed."""
 
     json: str
@@ -69,15 +71,28 @@ class Condition:
 ANY = ("*",)
 
 
+# What a statement may be given, and its SQL type.
+TYPES = {
+    "id": "uuid",
+    "email": "text",
+    "name": "text",
+    "match": "text[]",
+    "none_match": "text[]",
+    "untouched": "double precision",
+    "after": "uuid",
+    "limit": "integer",
+}
+
+
 def given(name: str) -> SQL:
     return SQL(f"%({name})s")
 
 
-def text(query: Query) -> str:
-    """The SQL of a query whose only values are given by name."""
+def statement(query: Query) -> Statement:
+    """A query whose only values are given by name, composed once."""
     sql, params = query.sql()
     assert not params, params
-    return str(sql)
+    return Statement(sql, {name: kind for name, kind in TYPES.items() if f"%({name})s" in sql})
 
 
 def _time(field: Any) -> Any:
@@ -87,19 +102,21 @@ def _time(field: Any) -> Any:
 
 
 _version = _time(User.updated_at)
-# The members of a user in their order.
-JSON = fn.json_build_object(
-    SQL("'id'"),
+# The members of a user in their order. It takes PostgreSQL a third less than json_build_object,
+# which looks up at every row how each value is written.
+JSON = fn.CONCAT(  # in lower case it is a method of peewee's
+    SQL("""'{"id": "'"""),
     User.id,
-    SQL("'email'"),
-    User.email,
-    SQL("'name'"),
-    User.name,
-    SQL("'created_at'"),
+    SQL("""'", "email": '"""),
+    fn.to_json(User.email),
+    SQL("""', "name": '"""),
+    fn.to_json(User.name),
+    SQL("""', "created_at": "'"""),
     _time(User.created_at),
-    SQL("'updated_at'"),
+    SQL("""'", "updated_at": "'"""),
     _version,
-).cast("text")
+    SQL("""'"}'"""),
+)
 
 THIS = User.id == given("id")
 # Microseconds may repeat, and clocks go back: a change always makes a later time.
@@ -125,9 +142,9 @@ _NEW_EMAIL = fn.coalesce(given("email"), User.email)
 _NEW_NAME = fn.coalesce(given("name"), User.name)
 _ROW = {User.id: given("id"), User.email: given("email"), User.name: given("name")}
 
-GET = text(User.select(JSON, _version).where(THIS))
-CREATE = text(User.insert(_ROW).on_conflict_ignore().returning(JSON, _version))
-PUT = text(
+GET = statement(User.select(JSON, _version).where(THIS))
+CREATE = statement(User.insert(_ROW).on_conflict_ignore().returning(JSON, _version))
+PUT = statement(
     User.insert(_ROW)
     .on_conflict(
         conflict_target=[User.id],
@@ -140,7 +157,7 @@ PUT = text(
     )
     .returning(JSON, _version, SQL("xmax = 0"))
 )
-UPDATE = text(
+UPDATE = statement(
     User.update(
         {
             User.email: _NEW_EMAIL,
@@ -151,27 +168,32 @@ UPDATE = text(
     .where(THIS & _allowed())
     .returning(JSON, _version)
 )
-DELETE = text(User.delete().where(THIS & _allowed()).returning(User.id))
+DELETE = statement(User.delete().where(THIS & _allowed()).returning(User.id))
 
 
 @functools.cache
-def _page(after: bool, email: bool) -> str:
-    query = User.select(JSON, User.id.cast("text")).order_by(User.id).limit(SQL("%(limit)s"))
+def _page(after: bool, email: bool, default: bool) -> Statement:
+    # The usual limit is part of the statement. For one that is only known when it is run,
+    # PostgreSQL does well not to keep the plan, which depends on how many rows are wanted.
+    limit = str(DEFAULT_PAGE + 1) if default else "%(limit)s"
+    found = User.select(JSON.alias("line")).order_by(User.id).limit(SQL(limit))
     if after:
-        query = query.where(User.id > given("after"))
+        found = found.where(User.id > given("after"))
     if email:
-        query = query.where(fn.lower(User.email) == fn.lower(given("email")))
-    return text(query)
+        found = found.where(fn.lower(User.email) == fn.lower(given("email")))
+    # One row with a line for each user: as many rows cost both sides more.
+    lines = fn.string_agg(SQL("line"), SQL(r"E'\n'"))
+    return statement(Select([found.alias("found")], [lines]).bind(database))
 
 
 def new_id() -> str:
     """A UUID version 7 (RFC 9562 section 5.7): milliseconds since 1970, then random bits."""
-    milliseconds = time.time_ns() // 1_000_000
-    number = milliseconds << 80 | int.from_bytes(os.urandom(10), "big")
-    number = number & ~(0xF000 << 64) | 0x7000 << 64
-    number = number & ~(0xC000 << 48) | 0x8000 << 48
-    digits = f"{number:032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    milliseconds = f"{time.time_ns() // 1_000_000:012x}"
+    random = os.urandom(10).hex()
+    variant = "89ab"[int(random[18], 16) % 4]
+    return (
+        f"{milliseconds[:8]}-{milliseconds[8:]}-7{random[:3]}-{variant}{random[3:6]}-{random[6:18]}"
+    )
 
 
 def parse_id(value: str) -> str:
@@ -224,10 +246,9 @@ def valid_name(value: str) -> str:
     name = value.strip()
     if not 1 <= len(name) <= MAX_NAME:
         raise ValueError(f"must have 1 to {MAX_NAME} characters besides surrounding white space")
-    categories = {unicodedata.category(character) for character in name}
-    if "Cc" in categories:
+    if CONTROL.search(name):
         raise ValueError("must not contain control characters")
-    if "Cs" in categories:
+    if SURROGATE.search(name):
         raise ValueError("must not contain lone surrogates")
     return name
 
@@ -320,10 +341,13 @@ def delete(user_id: str, condition: Condition) -> None:
 def page(limit: int, after: str | None, email: str | None) -> tuple[list[str], str | None]:
     """At most `limit` users as JSON, by id, after the id `after`, with the address `email`; and
     the id after which the next page starts, None where this is the last."""
-    sql = _page(after is not None, email is not None)
-    rows = database.read(sql, {"limit": limit + 1, "after": after, "email": email})
-    more = len(rows) > limit
-    return [row[0] for row in rows[:limit]], rows[limit - 1][1] if more else None
+    sql = _page(after is not None, email is not None, limit == DEFAULT_PAGE)
+    values = {"limit": limit + 1, "after": after, "email": email}
+    [(text,)] = database.read(sql, values)
+    lines = text.split("\n") if text else []
+    if len(lines) <= limit:
+        return lines, None
+    return lines[:limit], json.loads(lines[limit - 1])["id"]
 
 
 def _asked(condition: Condition) -> dict[str, Any]:
@@ -363,7 +387,7 @@ def _confirmed(values: Mapping[str, Any]) -> list[Any]:
 _NEW = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
 # A lock is a write: with a synchronous standby it is answered when that has all before it too,
 # where a mere read may see what would be gone after a failover.
-SAME = text(
+SAME = statement(
     User.select(JSON, _version, _NEW)
     .where(THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME))
     .for_update()

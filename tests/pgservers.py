@@ -335,7 +335,8 @@ class Relay:
         times: int = 1,
         then: Callable[[], object] = lambda: None,
     ) -> None:
-        """Cut the next connection on which one of `statements` (its first word) is sent.
+        """Cut the next connection on which one of `statements` (its first word) is sent, be it
+        as it is, or prepared under a name that has this word in it.
 
         With `answer` the server gets the statement, and what it answers is lost; without, the
         statement itself is. `then` is called before the connection is cut. Several calls take
@@ -402,7 +403,7 @@ class Relay:
                     self._then()
                     break
                 # A statement comes after its message's type and length.
-                if outward and self._losing and data[5:].startswith(self._losing[0][0]):
+                if outward and self._losing and begins_with(self._losing[0][0], data[5:]):
                     doomed.set()
                     _, answer = self._losing.pop(0)
                     if not answer:
@@ -441,3 +442,11 @@ def unanswered_port() -> Iterator[int]:
             with contextlib.suppress(BlockingIOError):
                 filler.connect(address)
         yield int(address[1])
+
+
+def begins_with(statements: tuple[bytes, ...], query: bytes) -> bool:
+    """Whether a query is, prepares or runs a statement with one of these first words."""
+    named = [b"gatehouse_" + statement.lower() for statement in statements]
+    return query.startswith(
+        (*statements, *(word + name for word in (b"EXECUTE ", b"PREPARE ") for name in named))
+    )

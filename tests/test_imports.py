@@ -34,7 +34,13 @@ MAY_IMPORT = {
     "services.fields": set(),
     "models": {"peewee", "playhouse", "services.pool"},
     "services.users": {"peewee", "email_validator", "models", "services.errors", "services.pool"},
-    "services.health": {"peewee", "models", "services.errors", "services.board"},
+    "services.health": {
+        "peewee",
+        "models",
+        "services.errors",
+        "services.board",
+        "services.pool",
+    },
     "services.proxy": {
         "requests",
         "urllib3",

@@ -15,7 +15,16 @@ import psycopg2
 import pytest
 
 from services.schema import LOCK_TIMEOUT, PARTS, differences, names, pending
-from tests.harness import DEAD_DATABASE, ROOT, Databases, pw_migrate
+from tests.harness import (
+    DEAD_DATABASE,
+    ROOT,
+    Databases,
+    Reply,
+    ScriptedUpstream,
+    Service,
+    problem,
+    pw_migrate,
+)
 
 MIGRATIONS = ROOT / "migrations"
 FILES = sorted(MIGRATIONS.glob("[0-9]*.py"))
@@ -112,6 +121,32 @@ def test_a_migration_does_not_wait_long_behind_an_open_transaction(database: str
     finally:
         holder.close()
     assert differences(database, MIGRATIONS) == []
+
+
+def test_a_running_service_follows_a_rollback_and_a_migration(
+    databases: Databases, upstream: ScriptedUpstream
+) -> None:
+    """Its statements were prepared for a table that is gone, then for another of the same name."""
+    uri = databases.create()
+    with Service(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url, DB_POOL_SIZE=1) as service:
+        target = f"/users/{uuid.uuid4()}"
+
+        def calls() -> list[Reply]:
+            return [
+                service.call("PUT", target, {"email": "ann@example.com", "name": "Ann"}),
+                service.call("GET", target),
+                service.call("GET", "/users"),
+                service.call("PATCH", target, {"name": "Bob"}),
+                service.call("DELETE", target),
+            ]
+
+        for _ in range(2):
+            assert [reply.status for reply in calls()] == [201, 200, 200, 200, 204]
+            assert pw_migrate("rollback", uri=uri).returncode == 0
+            for reply in calls():
+                problem(reply, 503, "schema-not-migrated")
+            assert pw_migrate("migrate", uri=uri).returncode == 0
+        assert [reply.status for reply in calls()] == [201, 200, 200, 200, 204]
 
 
 @pytest.mark.parametrize("command", [["migrate"], ["rollback"], ["list"]])

@@ -38,7 +38,7 @@ class PgBouncer:
     default, before it knocks again at a server that was down.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *options: str) -> None:
         self.server = server
         self.port = quiet_port()
         self.folder = Path(tempfile.mkdtemp(prefix="gatehouse-pgbouncer-"))
@@ -58,6 +58,7 @@ class PgBouncer:
             default_pool_size = 2
             server_login_retry = 1
             """.replace("            ", "")
+            + "".join(option + "\n" for option in options)
         )
         if server.user is not None:
             # It refuses to run as root, as PostgreSQL does.
@@ -128,25 +129,42 @@ def test_the_config_refuses_startup_options(bouncer: PgBouncer, store: str) -> N
         psycopg2.connect(bouncer.uri(store) + "?options=-cstatement_timeout%3D1000")
 
 
-def test_more_callers_than_server_connections_each_get_their_own_answer(service: Service) -> None:
-    def life(number: int) -> None:
-        body = {"email": f"{number}-{uuid.uuid4().hex}@example.com", "name": f"Ann {number}"}
-        reply = service.call("POST", "/users", body)
-        assert reply.status == 201, reply
-        user = reply.json()
-        target = f"/users/{user['id']}"
-        assert service.call("GET", target).json() == user
-        assert service.call("GET", f"/users?email={body['email']}").json()["users"] == [user]
-        reply = service.call("PATCH", target, {"name": f"Bob {number}"})
-        assert reply.status == 200 and reply.json()["name"] == f"Bob {number}", reply
-        assert service.call("POST", "/users", body).status == 409
-        assert service.call("DELETE", target).status == 204
-        assert service.call("GET", target).status == 404
+def life(service: Service, number: int) -> None:
+    body = {"email": f"{number}-{uuid.uuid4().hex}@example.com", "name": f"Ann {number}"}
+    reply = service.call("POST", "/users", body)
+    assert reply.status == 201, reply
+    user = reply.json()
+    target = f"/users/{user['id']}"
+    assert service.call("GET", target).json() == user
+    assert service.call("GET", f"/users?email={body['email']}").json()["users"] == [user]
+    reply = service.call("PATCH", target, {"name": f"Bob {number}"})
+    assert reply.status == 200 and reply.json()["name"] == f"Bob {number}", reply
+    assert service.call("POST", "/users", body).status == 409
+    assert service.call("DELETE", target).status == 204
+    assert service.call("GET", target).status == 404
 
+
+def test_more_callers_than_server_connections_each_get_their_own_answer(service: Service) -> None:
     with ThreadPoolExecutor(12) as threads:
-        list(threads.map(life, range(60)))
+        list(threads.map(lambda number: life(service, number), range(60)))
     health = service.call("GET", "/health").json()
     assert (health["status"], health["database"]["status"]) == ("ok", "up")
+
+
+def test_statements_that_were_prepared_in_another_session_are_run_all_the_same(
+    server: Server, store: str, start: Start
+) -> None:
+    """Where PgBouncer drops the `options`, nothing tells a service that it is there; what it
+    prepares in one session is then missing from the next, or there already."""
+    bouncer = PgBouncer(server, "ignore_startup_parameters = options")
+    try:
+        for _ in range(2):  # the second meets what the first has prepared
+            service = start(POSTGRES_URI=bouncer.uri(store), DB_POOL_SIZE=4)
+            with ThreadPoolExecutor(12) as threads:
+                list(threads.map(lambda number: life(service, number), range(60)))  # noqa: B023
+            service.stop()
+    finally:
+        bouncer.close()
 
 
 def test_the_service_leaves_nothing_in_sessions_that_others_get(

@@ -426,3 +426,16 @@ def test_every_write_is_one_statement(
             statements.clear()
             assert service.call(method, target, body).status == status
             assert len(statements) == 1, (method, statements)
+
+
+def test_a_statement_that_fails_when_it_is_first_run_can_be_run_again(
+    database: str, start: Callable[..., Service]
+) -> None:
+    """It has been prepared all the same, and a connection must not be told to do so again."""
+    service = start(POSTGRES_URI=database, DB_POOL_SIZE=1)
+    taken = create_user(service).json()["email"]
+    for _ in range(2):
+        reply = service.call("PUT", f"/users/{uuid.uuid4()}", {"email": taken, "name": "Ann"})
+        problem(reply, 409, "email-taken")
+    body = {"email": new_email(), "name": "Ann"}
+    assert service.call("PUT", f"/users/{uuid.uuid4()}", body).status == 201
