@@ -24,28 +24,25 @@ import bottle
 from dotenv import dotenv_values
 
 from models import database
-from services import pool, schema, server, users
+from services import inputs, pool, schema, users, workers
 from services.board import Board
 from services.channel import Channel
 from services.errors import (
-    BadRequest,
     DatabaseUnavailable,
     InvalidQuery,
-    InvalidUser,
-    MalformedJson,
     MethodNotAllowed,
     NoSuchUser,
     NotFound,
     Problem,
     SchemaNotMigrated,
     Unauthorized,
-    UnsupportedMediaType,
     UpstreamBroken,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
 from services.fields import Field
 from services.health import Health
+from services.listener import bind
 from services.parser import RequestParser
 from services.proxy import Proxy, origin_form
 from services.upstream import ClientGone, Upstream
@@ -60,11 +57,9 @@ log = logging.getLogger("gatehouse")
 MAX_USER_BYTES = 65536
 HEALTH_THREADS = 64
 JSON = "application/json"
-ALLOWED_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 UNROUTABLE = re.compile(r"[^!-~]")
-ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # On all that Gatehouse itself answers.
 OWN_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
@@ -270,25 +265,25 @@ class Gatehouse:
         return _json(200, body, ("Link", f'<{target}>; rel="next"'))
 
     def create_user(self, request: RequestParser) -> Reply:
-        user_id, user = users.create(_members(request, JSON))
+        user_id, user = users.create(inputs.members(request, JSON))
         return _user(201, user, ("Location", f"/users/{user_id}"))
 
     def get_user(self, request: RequestParser, user_id: str) -> Reply:
         user = users.get(_existing(user_id))
-        tags = _tags(request, "If-None-Match", weak=True)
+        tags = inputs.tags(request, "If-None-Match", weak=True)
         if tags is not None and (tags == users.ANY or user.version in tags):
             return STATUS_LINES[304], [("ETag", f'"{user.version}"')], []
         return _user(200, user)
 
     def put_user(self, request: RequestParser, user_id: str) -> Reply:
-        user = users.put(user_id, _members(request, JSON), _condition(request))
+        user = users.put(user_id, inputs.members(request, JSON), _condition(request))
         if user.created:
             return _user(201, user, ("Location", f"/users/{user_id.lower()}"))
         return _user(200, user)
 
     def patch_user(self, request: RequestParser, user_id: str) -> Reply:
         user_id, condition = _existing(user_id), _condition(request)
-        members = _members(request, JSON, "application/merge-patch+json")
+        members = inputs.members(request, JSON, "application/merge-patch+json")
         return _user(200, users.patch(user_id, members, condition))
 
     def delete_user(self, request: RequestParser, user_id: str) -> Reply:
@@ -327,69 +322,11 @@ def _existing(user_id: str) -> str:
         raise NoSuchUser from None
 
 
-def _tags(request: RequestParser, name: str, *, weak: bool) -> tuple[str, ...] | None:
-    """The entity tags in a header (RFC 9110 section 13.1), None where it is absent; weak ones are
-    left out unless `weak`, for they match nothing in a strong comparison. Raises BadRequest."""
-    values = request.values.get(name.lower())
-    if not values:
-        return None
-    text = ", ".join(values)
-    if text == "*":
-        return users.ANY
-    tags = []
-    # Piece by piece: one expression for the whole list would look ahead from every comma.
-    pieces = re.findall(r'"[^"]*"?|[^",]+|,', text)
-    members = "".join("\n" if piece == "," else piece for piece in pieces).split("\n")
-    for member in filter(None, (part.strip(" \t") for part in members)):
-        match = ENTITY_TAG.fullmatch(member)
-        if match is None:
-            raise BadRequest(f"{name} must be * or entity tags in quotes.")
-        if weak or not match[1]:
-            tags.append(match[2])
-    if not tags and not values[0].strip():
-        raise BadRequest(f"{name} must be * or entity tags in quotes.")
-    return tuple(tags)
-
-
 def _condition(request: RequestParser) -> users.Condition:
     return users.Condition(
-        _tags(request, "If-Match", weak=False), _tags(request, "If-None-Match", weak=True)
+        inputs.tags(request, "If-Match", weak=False),
+        inputs.tags(request, "If-None-Match", weak=True),
     )
-
-
-def _members(request: RequestParser, *media_types: str) -> dict[str, Any]:
-    """The members of the JSON object in the body. Raises UnsupportedMediaType, MalformedJson, or
-    InvalidUser where it is another kind of JSON."""
-    values = request.values.get("content-type", [])
-    media_type, *parameters = (values[0] if len(values) == 1 else "").lower().split(";")
-    others = {parameter.strip() for parameter in parameters} - ALLOWED_PARAMETERS
-    if media_type.strip() not in media_types or others:
-        raise UnsupportedMediaType(f"The body must be {' or '.join(media_types)}, in UTF-8.")
-    try:
-        body = DECODER.decode(request.get_body_stream().read().decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise MalformedJson from None
-    if not isinstance(body, dict):
-        raise InvalidUser(errors=[("body", "must be a JSON object")])
-    return body
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a member twice")
-    return members
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique,
-    parse_constant=_no_constant,
-    parse_int=float,  # no number is ever right, so none needs to be exact
-)
 
 
 def _page_query(query: str) -> tuple[int, str | None, str | None]:
@@ -481,7 +418,7 @@ def check(settings: Settings) -> int:
 def run(settings: Settings) -> int:
     """Serve until told to stop; returns the exit code."""
     try:
-        listener = server.bind(settings.host, settings.port)
+        listener = bind(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or str(error)
         print(f"cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)
@@ -496,7 +433,7 @@ def run(settings: Settings) -> int:
         "worker" if settings.workers == 1 else "workers",
     )
     limit = settings.upstream_max_in_flight
-    return server.serve(
+    return workers.serve(
         Gatehouse(settings, os.environ.get("REQUESTS_CA_BUNDLE")),
         listener,
         workers=settings.workers,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from peewee import SQL, Check, Model, TextField, UUIDField, fn
 from playhouse.postgres_ext import DateTimeTZField
 
-from services.pool import Pool
+from services.statements import Database
 
-database = Pool()
+database = Database()
 
 NOW = SQL("DEFAULT now()")
 

@@ -10,7 +10,7 @@ from typing import Any
 from models import User, database
 from services.board import IDLE, IN_FLIGHT, IN_USE, Board
 from services.errors import Problem, SchemaNotMigrated
-from services.pool import Statement
+from services.statements import Statement
 
 log = logging.getLogger("gatehouse")
 

@@ -25,7 +25,7 @@ from services.errors import (
     NoSuchUser,
     PreconditionFailed,
 )
-from services.pool import Lost, Statement, unknown
+from services.statements import Lost, Statement, unknown
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
@@ -128,7 +128,7 @@ def _allowed() -> Any:
     # A condition that is not asked for is null.
     match = SQL("(%(match)s IS NULL)") | (_version == SQL("ANY(%(match)s)"))
     none = SQL("(%(none_match)s IS NULL)") | ~(_version == SQL("ANY(%(none_match)s)"))
-    # A run after one of which nobody knows whether it was carried out: see Pool.write.
+    # A run after one of which nobody knows whether it was carried out: see Database.write.
     since = fn.now() - SQL("make_interval(secs => %(untouched)s)")
     untouched = SQL("(%(untouched)s IS NULL)") | (User.updated_at < since)
     return match & none & untouched

@@ -32,14 +32,20 @@ MAY_IMPORT = {
     "settings": set(),
     "services.errors": set(),
     "services.fields": set(),
-    "models": {"peewee", "playhouse", "services.pool"},
-    "services.users": {"peewee", "email_validator", "models", "services.errors", "services.pool"},
+    "models": {"peewee", "playhouse", "services.statements"},
+    "services.users": {
+        "peewee",
+        "email_validator",
+        "models",
+        "services.errors",
+        "services.statements",
+    },
     "services.health": {
         "peewee",
         "models",
         "services.errors",
         "services.board",
-        "services.pool",
+        "services.statements",
     },
     "services.proxy": {
         "requests",
@@ -49,6 +55,7 @@ MAY_IMPORT = {
         "services.fields",
         "services.upstream",
     },
+    "services.answers": {"services.errors", "services.fields"},
     "services.parser": {"waitress", "services.errors", "services.fields"},
     "services.channel": {"waitress", "services.fields", "services.parser"},
     "services.server": {
@@ -56,9 +63,13 @@ MAY_IMPORT = {
         "services.errors",
         "services.board",
         "services.fields",
+        "services.listener",
         "services.parser",
         "services.channel",
     },
+    "services.inputs": {"services.errors", "services.parser"},
+    "services.listener": set(),
+    "services.workers": {"services.listener", "services.server"},
 }
 
 # Runs in a new process: imports one module and tells what that did.
@@ -157,7 +168,9 @@ def test_what_proxies_knows_no_database(name: str) -> None:
     assert not set(importing(name)["modules"]) & DATABASE
 
 
-@pytest.mark.parametrize("name", ["services.users", "services.health", "services.pool", "models"])
+@pytest.mark.parametrize(
+    "name", ["services.users", "services.health", "services.statements", "services.pool", "models"]
+)
 def test_what_uses_the_database_knows_no_http(name: str) -> None:
     assert not reachable(name) & {"requests", "urllib3", "waitress", "http", "services.proxy"}
 

@@ -1,0 +1,56 @@
+"""The listening socket: binding it, and closing it without turning anyone out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import socket
+import struct
+import sys
+
+SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
+# Descriptors that are not client connections: upstream and database connections, spooled bodies.
+SPARE_DESCRIPTORS = 256
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound, but does not listen before a worker is ready. Raises OSError."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+    try:
+        sock.bind(address)
+        return sock
+    except OSError:
+        sock.close()
+        raise
+
+
+def let_nobody_in(listener: socket.socket) -> None:
+    """Have the kernel ignore new connections, so that the queue can be emptied before the socket is
+    closed: who knocks then is refused when they knock again. Elsewhere than on Linux who comes
+    between the two is turned out."""
+    if sys.platform == "linux":
+        # A packet filter of one instruction, BPF_RET 0: drop. See filter.txt of the kernel.
+        drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+        program = struct.pack("HP", 1, ctypes.addressof(drop))
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+def connection_limit() -> int:
+    """How many clients a worker lets in at once: as many as it may have descriptors for, each with
+    one to the upstream."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard == resource.RLIM_INFINITY or hard > 65536:
+            hard = 65536
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+        soft = max(soft, hard)
+    except (ImportError, ValueError, OSError):
+        soft = 1024
+    return max(64, (soft - SPARE_DESCRIPTORS) // 2)
