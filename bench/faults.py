@@ -90,10 +90,10 @@ def hammering(port: int, pause: float) -> Iterator[list[int]]:
     process.start()
     counts: list[int] = []
     try:
-        wait_for(lambda: sum(answers) > 0, 20, "the callers to start")
+        wait_for(lambda: answers[0] + answers[1], 20, "the callers to start")
         yield counts
     finally:
-        counts[:] = list(answers)
+        counts[:] = answers[0], answers[1]
         stopping.set()
         process.join(60)
 
@@ -191,7 +191,8 @@ def at_once(port: int, count: int, write: bool) -> list[tuple[float, Reply]]:
         user = {"email": f"{uuid.uuid4().hex}@example.com", "name": "Ann"}
         barrier.wait()
         began = time.monotonic()
-        reply = call(port, *(("POST", "/users", user) if write else ("GET", "/users")), timeout=60)
+        method, body = ("POST", user) if write else ("GET", None)
+        reply = call(port, method, "/users", body, timeout=60)
         return time.monotonic() - began, reply
 
     with ThreadPoolExecutor(count) as threads:
@@ -252,7 +253,8 @@ def measure_restarts(repeats: int) -> None:
         Service(POSTGRES_URI=server.uri(server.create()), ACCESS_LOG="off") as service,
         Audit(service.port) as audit,
     ):
-        restarts, crashes = [], []
+        restarts: list[float] = []
+        crashes: list[float] = []
         for _ in range(repeats):
             for end, times in ((server.stop, restarts), (server.crash, crashes)):
                 audit.more(50)
@@ -319,13 +321,14 @@ def main() -> int:
     quick = parser.parse_args().quick
     missed = 0
     with Server() as server:
-        for section in (
+        sections: list[Callable[[], None]] = [
             lambda: measure_proxy(server, 2 if quick else 12, 1 if quick else 2),
             lambda: measure_callers(server),
             lambda: measure_restarts(1 if quick else 5),
             lambda: measure_promotions(1 if quick else 5),
             lambda: measure_kills(500 if quick else 5000, 2 if quick else 10),
-        ):
+        ]
+        for section in sections:
             try:
                 section()
             except Missed as goal:

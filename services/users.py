@@ -44,11 +44,15 @@ MAX_PAGE = 500
 
 
 class Found(NamedTuple):
-    """A user as JSON, and its version: the same until the user is changed."""
+    """A user as JSON."""
 
     json: str
-    version: str
     created: bool = False
+
+    @property
+    def version(self) -> str:
+        """The same until the user is changed: `updated_at`, the last member of its JSON."""
+        return self.json.rpartition(': "')[2].removesuffix('"}')
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,8 @@ _NEW_EMAIL = fn.coalesce(given("email"), User.email)
 _NEW_NAME = fn.coalesce(given("name"), User.name)
 _ROW = {User.id: given("id"), User.email: given("email"), User.name: given("name")}
 
-GET = statement(User.select(JSON, _version).where(THIS))
-CREATE = statement(User.insert(_ROW).on_conflict_ignore().returning(JSON, _version))
+GET = statement(User.select(JSON).where(THIS))
+CREATE = statement(User.insert(_ROW).on_conflict_ignore().returning(JSON))
 PUT = statement(
     User.insert(_ROW)
     .on_conflict(
@@ -151,7 +155,7 @@ PUT = statement(
         },
         where=_allowed(),
     )
-    .returning(JSON, _version, SQL("xmax = 0"))
+    .returning(JSON, SQL("xmax = 0"))
 )
 UPDATE = statement(
     User.update(
@@ -162,7 +166,7 @@ UPDATE = statement(
         }
     )
     .where(THIS & _allowed())
-    .returning(JSON, _version)
+    .returning(JSON)
 )
 DELETE = statement(User.delete().where(THIS & _allowed()).returning(User.id))
 
@@ -385,12 +389,12 @@ def _confirmed(values: Mapping[str, Any]) -> list[Any]:
         raise unknown() from None
 
 
-# The third: made by that run, not changed by it.
+# The second: made by that run, not changed by it.
 _NEW = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
 # A lock is a write: with a synchronous standby it is answered when that has all before it too,
 # where a mere read may see what would be gone after a failover.
 SAME = statement(
-    User.select(JSON, _version, _NEW)
+    User.select(JSON, _NEW)
     .where(THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME))
     .for_update()
 )
