@@ -40,7 +40,7 @@ from services.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from services.fields import Field
+from services.fields import ANY, Field
 from services.health import Health
 from services.listener import bind
 from services.parser import RequestParser
@@ -146,7 +146,7 @@ class Gatehouse:
         given = request.values.get("x-request-id", [])
         usable = len(given) == 1 and REQUEST_ID.fullmatch(given[0])
         request.id = given[0] if usable else users.new_id()
-        if request.command == "CONNECT":
+        if request.command == "CONNECT" and not request.request_uri.startswith("/"):
             self.proxy.admit(request)
         request.target = origin_form(request.request_uri, request.command)
         path, _, request.query = request.target.partition("?")
@@ -271,7 +271,7 @@ class Gatehouse:
     def get_user(self, request: RequestParser, user_id: str) -> Reply:
         user = users.get(_existing(user_id))
         tags = inputs.tags(request, "If-None-Match", weak=True)
-        if tags is not None and (tags == users.ANY or user.version in tags):
+        if tags is not None and (tags == ANY or user.version in tags):
             return STATUS_LINES[304], [("ETag", f'"{user.version}"')], []
         return _user(200, user)
 
@@ -333,6 +333,8 @@ def _page_query(query: str) -> tuple[int, str | None, str | None]:
     """The limit, after and email of a page. Raises InvalidQuery that names every bad parameter."""
     limit, after, email = users.DEFAULT_PAGE, None, None
     errors, seen = [], set()
+    # Octets that should have been percent-encoded mean what they would mean then.
+    query = query.encode("latin-1").decode("utf-8", errors="replace")
     for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
         try:
             if name in seen:
@@ -362,7 +364,7 @@ def _page_query(query: str) -> tuple[int, str | None, str | None]:
 def load_settings() -> Settings:
     """The settings from the environment and, where it has none, from `.env` beside this file.
     Raises SettingsError that names every problem."""
-    environ = environment(dotenv_values(ROOT / ".env", interpolate=False), os.environ)
+    environ = environment(lambda: dotenv_values(ROOT / ".env", interpolate=False), os.environ)
     problems: list[str] = []
     settings = None
     try:

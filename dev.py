@@ -72,8 +72,8 @@ class Child:
 
 def run() -> int:
     """Serve until Ctrl-C or SIGTERM; a second one stops at once. Returns the exit code."""
-    given = environment(dotenv_values(ROOT / ".env", interpolate=False), os.environ)
     try:
+        given = environment(lambda: dotenv_values(ROOT / ".env", interpolate=False), os.environ)
         # Judged before anything is started, with placeholders for what will be.
         placeholders = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://127.0.0.1"}
         settings = Settings.from_env(placeholders | given)

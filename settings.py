@@ -85,8 +85,17 @@ class Settings:
         return cls(**values)
 
 
-def environment(filed: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, str]:
-    """What is set: in `environ`, or else in the file; an empty value is not."""
+def environment(
+    read: Callable[[], Mapping[str, str | None]], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """What is set: in `environ`, or else in the file that `read` reads; an empty value is not.
+    Raises SettingsError where the file cannot be read."""
+    try:
+        filed = read()
+    except UnicodeDecodeError:
+        raise SettingsError([".env is not in UTF-8"]) from None
+    except OSError as error:
+        raise SettingsError([f".env cannot be read: {error.strerror}"]) from None
     given = [*filed.items(), *environ.items()]
     return {name: value for name, value in given if value and value.strip()}
 

@@ -22,7 +22,7 @@ ROOT = Path(CONTEXT.params["directory"]).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from services.schema import applied, reason  # noqa: E402
-from settings import environment, postgres_uri  # noqa: E402
+from settings import SettingsError, environment, postgres_uri  # noqa: E402
 
 CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise
 MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
@@ -34,7 +34,10 @@ LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this databa
 
 def parameters() -> dict[str, str]:
     """What POSTGRES_URI says, as libpq's keywords; exits with one line where it is unusable."""
-    given = environment(dotenv_values(ROOT / ".env", interpolate=False), os.environ)
+    try:
+        given = environment(lambda: dotenv_values(ROOT / ".env", interpolate=False), os.environ)
+    except SettingsError as error:
+        raise SystemExit(str(error)) from None
     uri = given.get("POSTGRES_URI", "").strip()
     if not uri:
         raise SystemExit("POSTGRES_URI is required")

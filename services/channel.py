@@ -9,6 +9,7 @@ import contextlib
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
@@ -28,6 +29,8 @@ READER_SECONDS = 60.0
 # socket with unread bytes resets it, which may destroy the answer (RFC 9112 section 9.6).
 LINGER_BYTES = 1 << 20
 LINGER_SECONDS = 2.0
+# States of a connection in Linux's tcp_info: reset, and closed by the other side.
+TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8
 
 
 class Task:
@@ -204,6 +207,21 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.leave()
         else:
             self.handle_close()
+
+    def has_left(self) -> bool:
+        """Whether the client has closed its side though nobody reads from it: more requests wait
+        here than one, and behind them the end of file does not show."""
+        if self.gone or len(self.requests) <= self.adj.channel_request_lookahead:
+            return False
+        try:
+            if sys.platform == "linux":
+                state = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+                return state in (TCP_CLOSE, TCP_CLOSE_WAIT)
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def leave(self) -> None:
         """The client has gone: tell whoever works for it."""

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 # A header line: name and value, decoded as latin-1, byte for byte.
 Field = tuple[str, str]
 
+# `*` where entity tags are listed (RFC 9110 section 13.1). It is none: no tag holds a quote.
+ANY = ('"',)
+
 
 def field_values(fields: Iterable[Field], name: str) -> list[str]:
     """The values of the header lines of this lower-case name, in their order."""

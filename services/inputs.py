@@ -12,9 +12,9 @@ from services.errors import (
     MalformedJson,
     UnsupportedMediaType,
 )
+from services.fields import ANY
 from services.parser import RequestParser
 
-ANY = ("*",)
 ALLOWED_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 

@@ -76,9 +76,11 @@ class Connection(psycopg2.extensions.connection):
 
 
 class Waiter:
-    """A caller that waits for a connection, or for the reason why there is none."""
+    """A caller that waits for a connection, or for the reason why there is none. One that is
+    `urgent` is first, and where all connections are in use it gets one more than there may be."""
 
-    def __init__(self) -> None:
+    def __init__(self, urgent: bool) -> None:
+        self.urgent = urgent
         self._ready = threading.Lock()
         self._ready.acquire()
         self.outcome: Any = None
@@ -179,7 +181,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                     waiter = None
                     self._post()
                 else:
-                    waiter, limit = self._enqueue(began)
+                    waiter, limit = self._enqueue(began, urgent=until < math.inf)
             if waiter is None:
                 if self._usable(connection, since, until):
                     return connection
@@ -188,7 +190,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 continue
             return self._await(waiter, began, limit, until)
 
-    def _enqueue(self, now: float) -> tuple[Waiter, float]:
+    def _enqueue(self, now: float, urgent: bool) -> tuple[Waiter, float]:
         # How long a caller may wait depends on what it waits for.
         limit = self.wait
         if self._down and self._count == self._connecting:  # none is open
@@ -196,8 +198,11 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 limit = PROBE_SECONDS
             elif now < self._retry_at:
                 raise DatabaseUnavailable
-        waiter = Waiter()
-        self._queue.append(waiter)
+        waiter = Waiter(urgent)
+        if urgent:
+            self._queue.appendleft(waiter)
+        else:
+            self._queue.append(waiter)
         self._start_connecting()
         if self._connecting and limit != PROBE_SECONDS:
             limit = self._patience
@@ -208,7 +213,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         wanted = len(self._queue)
         if self._down:
             wanted = min(wanted, int(time.monotonic() >= self._retry_at))
-        while self._connecting < wanted and self._count < self.size:
+        size = self.size + any(waiter.urgent for waiter in self._queue)
+        while self._connecting < wanted and self._count < size:
             self._count += 1
             self._connecting += 1
             threading.Thread(target=self._connect_one, name="connecting", daemon=True).start()
@@ -326,7 +332,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         if broken:
             connection.close()
         with self._mutex:
-            if broken:
+            surplus = self._count > self.size
+            if broken or surplus:
                 self._count -= 1
                 if self._queue:
                     self._start_connecting()
@@ -334,6 +341,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 self._post()
             else:
                 self._hand_over(connection)
+        if surplus:
+            connection.close()
 
     def _hand_over(self, connection: Any) -> None:
         if self._queue:

@@ -242,7 +242,7 @@ class Proxy:
             if spelled in SET:
                 if spelled is key:
                     own[key].append(value)
-            elif spelled not in ending and (spelled is key or spelled not in BELIEVED):
+            elif not {key, spelled} & ending and (spelled is key or spelled not in BELIEVED):
                 lines.append(f"{name}: {value}")
         if request.chunked:
             lines.append(f"Content-Length: {request.body_size}")

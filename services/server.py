@@ -265,6 +265,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
                 channel.refused = False
                 channel.will_close = True
                 channel.handle_close()
+            elif channel.has_left():
+                channel.leave()
 
     def _drain(self, now: float) -> None:
         self.draining = True

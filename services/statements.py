@@ -192,14 +192,16 @@ class Database(Pool):
             return NotDone() if state in NOT_DONE else Lost(cut)
         self._release(connection)
         problem = PROBLEMS.get(state or "") or PROBLEMS.get((state or "")[:2])
-        if problem is None:
-            return error
+        if problem is None:  # a defect; psycopg2's own message quotes values
+            return RuntimeError(f"SQLSTATE {state}")
         if problem is not EmailTaken:
             self._note(error)
         return problem()
 
     def _note(self, error: psycopg2.Error) -> None:
-        self._say(f"{error.pgcode or 'connection lost'}: {error}")
+        # Not the whole message: it quotes the statement, values and all.
+        cause = error.diag.message_primary if error.pgcode else error
+        self._say(f"{error.pgcode or 'connection lost'}: {cause}")
 
 
 def unknown() -> DatabaseUnavailable:

@@ -23,7 +23,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
-from services.answers import Chunks, parse_head
+from services.answers import parse_head
+from services.chunks import Chunks
 from services.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 from services.fields import Field, listed
 
@@ -36,6 +37,9 @@ IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 FRESH_SECONDS = 1.0
 
 LENGTH = re.compile(r"[0-9]{1,18}")
+# The beginning of a 1xx that is to be skipped, and how much of it is needed to tell.
+INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)[0-9]{2}")
+INTERIM_BYTES = len("HTTP/1.1 100")
 
 
 class Client(Protocol):
@@ -123,14 +127,31 @@ class Connection:
             return True
         poller = select.poll()
         poller.register(sock, select.POLLIN | select.POLLOUT)
+        deadline = time.monotonic() + seconds
         while piece:
-            events = poller.poll(seconds * 1000)
-            if not events:
+            events = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not events or time.monotonic() > deadline:
                 raise TimeoutError
-            if events[0][1] & select.POLLIN:
+            if events[0][1] & ~select.POLLOUT and self._answered():
                 return False
-            piece = piece[sock.send(piece) :]
+            if events[0][1] & select.POLLOUT:
+                piece = piece[sock.send(piece) :]
+                deadline = time.monotonic() + seconds
         return True
+
+    def _answered(self) -> bool:
+        """Read what has arrived; whether it is more than interim answers, which are dropped: the
+        upstream that sends a 100 waits for the rest of the body."""
+        if not self.receive():
+            return True
+        while INTERIM.match(self.buffer):
+            end, size = self._end_of_head(0)
+            if end < 0:
+                return len(self.buffer) > MAX_HEAD_BYTES
+            parse_head(self.buffer[:end].decode("latin-1"))
+            self.buffer = self.buffer[end + size :]
+        # Fewer bytes do not yet tell an interim answer from a final one.
+        return len(self.buffer) >= INTERIM_BYTES
 
     def receive(self) -> bool:
         """Read what has arrived, or wait for it; False at the end of file."""

@@ -25,6 +25,7 @@ from services.errors import (
     NoSuchUser,
     PreconditionFailed,
 )
+from services.fields import ANY
 from services.statements import Lost, Statement, unknown
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -58,7 +59,7 @@ class Found(NamedTuple):
 @dataclass(frozen=True)
 class Condition:
     """What a write asks of the user's present version: one of `match`, none of `none_match`.
-    None asks for nothing; `("*",)` is any version."""
+    None asks for nothing; ANY is any version."""
 
     match: tuple[str, ...] | None = None
     none_match: tuple[str, ...] | None = None
@@ -66,9 +67,6 @@ class Condition:
     @property
     def asks(self) -> bool:
         return self.match is not None or self.none_match is not None
-
-
-ANY = ("*",)
 
 
 # What a statement may be given, and its SQL type.

@@ -228,6 +228,16 @@ DOUBTFUL = [
 ]
 
 
+def test_connect_is_refused_as_any_other_method_that_a_path_does_not_have(
+    guarded: Service, service: Service
+) -> None:
+    data = b"CONNECT /users HTTP/1.1\r\nHost: x\r\n\r\n"
+    problem(guarded.exchange(data), 401, "unauthorized")
+    reply = service.exchange(data)
+    problem(reply, 405, "method-not-allowed")
+    assert reply.get("Allow") == service.call("TRACE", "/users").get("Allow")
+
+
 @pytest.mark.parametrize("method", [b"GET", b"OPTIONS", b"CONNECT"])
 @pytest.mark.parametrize("target", DOUBTFUL)
 def test_a_doubtful_spelling_is_refused_or_the_upstreams(

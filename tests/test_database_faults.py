@@ -642,10 +642,16 @@ def test_an_exhausted_pool_is_a_bounded_wait(server: Server, store: str, gatehou
                 for seconds, reply in at_once(8, lambda: service.call("GET", target)):
                     assert_refused(reply)
                     assert 0.2 < seconds < 0.3 + SLACK
+            backends = server.backends(store)
             seconds, reply = timed(lambda: service.call("GET", "/health"))
             assert reply.status == 200
-            pool = reply.json()["database"]["pool"]
-            assert (pool["size"], pool["in_use"]) == (2, 2)
+            measured = reply.json()["database"]
+            assert (measured["pool"]["size"], measured["pool"]["in_use"]) == (2, 2)
+            # Nobody else waits for it, so it is measured on a connection of its own…
+            assert measured["status"] == "up" and measured["latency_ms"] is not None
+            assert service.call("GET", "/health/ready").status == 200
+            # …which is not kept.
+            wait_for(lambda: server.backends(store) == backends, 10, "it to be closed")
         assert [future.result().status for future in held] == [200, 200]
     assert service.call("GET", target).status == 200
 

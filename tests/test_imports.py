@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "email_validator",
         "models",
         "services.errors",
+        "services.fields",
         "services.statements",
     },
     "services.health": {
@@ -56,7 +57,8 @@ MAY_IMPORT = {
         "services.upstream",
     },
     "services.answers": {"services.errors", "services.fields"},
-    "services.parser": {"waitress", "services.errors", "services.fields"},
+    "services.chunks": set(),
+    "services.parser": {"waitress", "services.chunks", "services.errors", "services.fields"},
     "services.channel": {"waitress", "services.fields", "services.parser"},
     "services.server": {
         "waitress",
@@ -67,7 +69,7 @@ MAY_IMPORT = {
         "services.parser",
         "services.channel",
     },
-    "services.inputs": {"services.errors", "services.parser"},
+    "services.inputs": {"services.errors", "services.fields", "services.parser"},
     "services.listener": set(),
     "services.workers": {"services.listener", "services.server"},
 }

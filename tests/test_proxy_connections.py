@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -424,6 +425,32 @@ def test_a_client_that_leaves_frees_its_upstream_connection(
         assert watched.closed.wait(10)
         # Two seconds is what is promised; the rest is for a busy machine.
         assert time.monotonic() - left < 4
+    wait_for(lambda: in_flight(capped) == 0)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_leaves_more_requests_behind_frees_the_connection(
+    capped: Service, upstream: ScriptedUpstream, reset: bool
+) -> None:
+    """What it sent after the one under way is not read, and its end stands behind that."""
+    arrived, closed = threading.Event(), threading.Event()
+
+    def wait_for_the_end(sock: socket.socket, seen: Seen) -> bool:
+        arrived.set()
+        sock.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            sock.recv(1)
+        closed.set()
+        return False
+
+    upstream.script(wait_for_the_end)
+    with capped.client() as client:
+        client.send(request(b"GET /a HTTP/1.1") * 4)
+        assert arrived.wait(10)
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    assert closed.wait(5)
     wait_for(lambda: in_flight(capped) == 0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import select
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tests.harness import (
     DEAD_DATABASE,
     ScriptedUpstream,
+    Seen,
     Service,
     chunked,
     forward,
@@ -332,6 +335,7 @@ def test_hop_by_hop_lines_stop_here(
         [b"Connection: X-Hop", b"Connection: keep-alive, X-Other"],
         [b"Connection:", b"Connection: ,X-Other ,, \t X-Hop\t,"],
         [b"connection: HTTP2-Settings, upgrade, x-hop, x-other", b"Upgrade: h2c"],
+        [b"Connection: x-hop, x-other, x_under", b"X_Under: 1"],
     ],
 )
 def test_lines_that_connection_names_stop_here(
@@ -580,6 +584,28 @@ def test_expect_100_is_answered_before_the_body_is_sent(
         assert client.head().startswith(b"HTTP/1.1 200 ")
     [seen] = upstream.seen
     assert (seen.body, seen.get("Expect")) == (b"hi", "100-continue")
+
+
+@pytest.mark.parametrize("interim", [b"100 Continue", b"102 Processing", b"103 Early Hints"])
+def test_an_interim_answer_while_a_body_is_sent_does_not_end_it(
+    service: Service, upstream: ScriptedUpstream, interim: bytes
+) -> None:
+    """It was taken for an early answer: both sides then waited for the other. The pieces of it
+    come one by one, as they may."""
+
+    def interim_first(sock: socket.socket, seen: Seen) -> None:
+        for piece in (b"HT", b"TP/1.1 1", interim[1:] + b"\r\nX-A: 1", b"\r\n\r\n"):
+            sock.sendall(piece)
+            assert select.select([sock], [], [], 10)[0]  # more of the body is there
+
+    upstream.script(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    upstream.early = interim_first
+    body = b"x" * 5_000_000
+    data = request(b"PUT / HTTP/1.1", b"Content-Length: %d" % len(body), body=body)
+    reply = service.exchange(data, "PUT")
+    assert (reply.status, reply.body) == (200, b"ok")
+    [seen] = upstream.seen
+    assert seen.body == body
 
 
 @pytest.mark.parametrize("size", [999, 1000])

@@ -148,6 +148,8 @@ AMBIGUOUS |= {
         b"a\x7fb",
         b"\xc3\xa9.example",
         b"http://a",
+        b"a%zz",
+        b"a%2",
         b"<a>",
         b'"a"',
     )
@@ -157,6 +159,11 @@ AMBIGUOUS |= {
     for body in (
         b"\r\n",
         b"xyz\r\n",
+        b"\r\n2\r\nhi\r\n0\r\n\r\n",
+        b"2\r\nhi\r\n\r\n0\r\n\r\n",
+        b"2\n\r\nhi\r\n0\r\n\r\n",
+        b"2\r\nhi\r\n0\r\n\n",
+        b"2\r\nhi\r\n0\r\nno field\r\n\r\n",
         b"0x0\r\n\r\n",
         b"+0\r\n\r\n",
         b"-1\r\n\r\n",

@@ -17,6 +17,7 @@ import pytest
 from tests.harness import (
     DEAD_DATABASE,
     ROOT,
+    Databases,
     Reply,
     ScriptedUpstream,
     Seen,
@@ -451,3 +452,31 @@ def answers(port: int) -> bool:
         return call(port, "GET", "/health/live").status == 200
     except OSError:
         return False
+
+
+def test_a_statement_that_fails_is_logged_without_its_values_and_once(
+    databases: Databases, start: Callable[..., Service]
+) -> None:
+    """PostgreSQL quotes the statement that it fails to run, and one that is prepared is all
+    values."""
+    uri = databases.create()
+    service = start(POSTGRES_URI=uri, DB_POOL_SIZE=1)
+    target = f"/users/{uuid.uuid4()}"
+    fragile = {"If-Match": '"fragile-tag"'}
+
+    def calls(number: int) -> list[Reply]:
+        user = {"email": f"fragile{number}@example.com", "name": "Fragile Ann"}
+        return [
+            service.call("PUT", target, user),
+            service.call("PATCH", target, user, fragile),
+            service.call("DELETE", target, headers=fragile),
+            service.call("POST", "/users", user | {"email": f"again-{user['email']}"}),
+        ]
+
+    assert [reply.status for reply in calls(0)] == [201, 412, 412, 201]
+    assert pw_migrate("rollback", uri=uri).returncode == 0
+    for number in range(3):
+        assert {reply.status for reply in calls(number)} == {503}
+    lines = [line for line in service.log.splitlines() if not line.startswith("{")]
+    assert "fragile" not in "\n".join(lines).lower()
+    assert len([line for line in lines if "42P01" in line]) == 1

@@ -309,6 +309,12 @@ def test_settings_are_read_from_env_file(checkout: Path) -> None:
     assert done.stdout.splitlines()[0] == "configuration: ok"
 
 
+def test_an_env_file_that_cannot_be_read_is_one_line_and_2(checkout: Path) -> None:
+    (checkout / ".env").write_bytes("POSTGRES_URI=postgresql://pä@x".encode("latin-1"))
+    done = run_there(checkout)
+    assert (done.returncode, done.stdout) == (2, ".env is not in UTF-8\n")
+
+
 def test_the_environment_wins_over_the_env_file(checkout: Path) -> None:
     (checkout / ".env").write_text("PORT=first\nTHREADS=second\n")
     done = run_there(checkout, **REQUIRED, PORT=str(free_port()))

@@ -116,7 +116,7 @@ def test_if_none_match_with_the_version_held_is_304(
         assert client.reply().status == 200, "the 304 had a body, or closed the connection"
 
 
-@pytest.mark.parametrize("condition", ['"other"', 'W/"other"', '"a", "b"', '""'])
+@pytest.mark.parametrize("condition", ['"other"', 'W/"other"', '"a", "b"', '""', '"*"'])
 def test_if_none_match_with_another_version_is_200(service: Service, condition: str) -> None:
     path, etag = tagged(service)
     reply = service.call("GET", path, headers={"If-None-Match": condition})
@@ -282,6 +282,15 @@ def test_email_that_nobody_has_is_an_empty_list(seeded: Seeded) -> None:
     # Not a pattern: each of these would match some address in LIKE.
     assert page(service, "/users?email=user_@example.com").json() == empty
     assert page(service, "/users?email=user%25@example.com").json() == empty
+
+
+def test_octets_of_an_address_that_are_not_percent_encoded_find_it_too(service: Service) -> None:
+    email = f"é{new_email()}"
+    user = create_user(service, email=email).json()
+    for spelled in (email, quote(email)):
+        target = f"/users?email={spelled}".encode()
+        reply = service.exchange(b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert reply.json()["users"] == [user]
 
 
 @pytest.mark.parametrize("email", ["ann+tag@look.example", "o'brien&co=%@look.example", "jö@b.de"])

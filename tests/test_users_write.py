@@ -23,7 +23,7 @@ from tests.harness import (
 
 # Conditions that no version of a user meets in an If-Match: RFC 9110 section 13.1.1 compares
 # strongly, so that a weak tag never matches, not even one of the right text.
-UNMET = ['"other"', '"a", "b"', "W/{etag}", '"other", W/{etag}', '""']
+UNMET = ['"other"', '"a", "b"', "W/{etag}", '"other", W/{etag}', '""', '"*"']
 MET = ["{etag}", "*", '"other", {etag}', '"a,b",{etag} ,"c"', 'W/"other", {etag}']
 MALFORMED = ["abc", '"abc', '"a" "b"', '*, "a"', 'w/"a"']
 
