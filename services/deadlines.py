@@ -30,7 +30,8 @@ class Deadlines:
     connection.
 
     A server has `patience` seconds to answer when it is asked; `on_silence` is called where it
-    does not.
+    does not. Where it answers others meanwhile, it is there: on a machine with more work than it
+    can do a single conversation, and the asking too, may have to wait for long.
     """
 
     def __init__(self, patience: float, on_silence: Callable[[], None]) -> None:
@@ -41,7 +42,7 @@ class Deadlines:
         self._running: dict[int, tuple[float, float, Any]] = {}
         self._started = False
         self._asking = False
-        self._heard_at = 0.0  # when a server that was asked has answered
+        self._heard: dict[Any, float] = {}  # when which server has answered anybody
 
     def begin(self, connection: Any, seconds: float) -> None:
         now = time.monotonic()
@@ -51,9 +52,11 @@ class Deadlines:
                 self._started = True
                 threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
 
-    def end(self, connection: Any) -> bool:
+    def end(self, connection: Any, answered: bool = False) -> bool:
         """The conversation is over; returns whether it was cut."""
         with self._lock:
+            if answered:
+                self._heard[connection.server] = time.monotonic()
             return self._running.pop(id(connection), None) is None
 
     def _watch(self) -> None:
@@ -67,34 +70,31 @@ class Deadlines:
         with self._lock:
             silent = None
             for key, (began, deadline, connection) in list(self._running.items()):
+                heard = max(began, self._heard.get(connection.server, 0.0))
                 if deadline <= now:
                     self._cut(key)
-                elif max(began, self._heard_at) + SILENCE_SECONDS <= now and not self._asking:
-                    silent = connection
+                elif heard + SILENCE_SECONDS <= now and not self._asking:
+                    silent = connection.server
             if silent is None:
                 return
-            try:
-                with borrowed(silent) as sock:
-                    family, server = sock.family, sock.getpeername()
-            except (OSError, psycopg2.Error):
-                return  # it is lost already
-            thread = threading.Thread(
-                target=self._ask, args=(family, server), name="asking", daemon=True
-            )
+            thread = threading.Thread(target=self._ask, args=silent, name="asking", daemon=True)
             with contextlib.suppress(RuntimeError):  # no more threads: at the next tick, then
                 thread.start()
                 self._asking = True
 
-    def _ask(self, family: int, server: Any) -> None:
-        asked = time.monotonic()
-        answered = answers(family, server, self._patience)
+    def _ask(self, family: int, address: Any) -> None:
+        server, asked = (family, address), time.monotonic()
+        answered = answers(family, address, self._patience)
+        answered = answered or self._heard.get(server, 0.0) > asked
         if not answered:
-            self._on_silence()
+            self._on_silence()  # before who is cut asks for another connection
         with self._lock:
             self._asking = False
-            self._heard_at = time.monotonic()
+            if answered:
+                self._heard[server] = time.monotonic()
+                return
             for key, (began, _, connection) in list(self._running.items()):
-                if not answered and began <= asked and peer(connection) == server:
+                if began <= asked and connection.server == server:
                     self._cut(key)
 
     def _cut(self, key: int) -> None:
@@ -106,12 +106,6 @@ class Deadlines:
 def borrowed(connection: Any) -> socket.socket:
     """The socket of a connection, to be closed without closing the connection."""
     return socket.socket(fileno=os.dup(connection.fileno()))
-
-
-def peer(connection: Any) -> Any:
-    """The address of the server that a connection is with, None where it is with none."""
-    with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
-        return sock.getpeername()
 
 
 def answers(family: int, server: Any, seconds: float) -> bool:

@@ -30,7 +30,7 @@ from playhouse.pool import PooledPostgresqlDatabase
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, parse_dsn
 
 from services.board import IDLE, IN_USE, Board
-from services.deadlines import Deadlines
+from services.deadlines import Deadlines, borrowed
 from services.errors import DatabaseUnavailable, Problem
 
 log = logging.getLogger("gatehouse.database")
@@ -63,13 +63,15 @@ def check_uri(uri: str) -> str | None:
 
 
 class Connection(psycopg2.extensions.connection):
-    """A connection that knows since when it is, and which statements its server has prepared."""
+    """A connection that knows since when it is, with which server, and what that has prepared."""
 
     generation = 0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.prepared: set[str] = set()
+        with borrowed(self) as sock:
+            self.server = sock.family, sock.getpeername()
         self.reused = self.cursor()
         self.poller = select.poll()
         self.poller.register(self.fileno(), select.POLLIN)
@@ -251,7 +253,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._release(connection, broken=True)
             self._distrust()
             return False
-        self._deadlines.end(connection)
+        self._deadlines.end(connection, answered=True)
         return True
 
     # Connecting.
@@ -275,8 +277,10 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             if self._down:
                 self._down = False
                 log.warning("the database is back")
-            self._hand_over(connection)
+            kept = self._hand_over(connection)
             self._start_connecting()
+        if not kept:
+            connection.close()
 
     def _open(self) -> Any:
         options = dict(self._libpq)
@@ -332,24 +336,30 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         if broken:
             connection.close()
         with self._mutex:
-            surplus = self._count > self.size
-            if broken or surplus:
+            if broken:
                 self._count -= 1
                 if self._queue:
                     self._start_connecting()
                     self._dismiss()
                 self._post()
-            else:
-                self._hand_over(connection)
-        if surplus:
+                return
+            kept = self._hand_over(connection)
+        if not kept:
             connection.close()
 
-    def _hand_over(self, connection: Any) -> None:
-        if self._queue:
+    def _hand_over(self, connection: Any) -> bool:
+        """Give a connection to who is first, or keep it; False where it is one too many."""
+        surplus = self._count > self.size
+        kept = True
+        if self._queue and (self._queue[0].urgent or not surplus):
             self._queue.popleft().give(connection)
+        elif surplus:
+            self._count -= 1
+            kept = False
         else:
             self._ready.append((connection, time.monotonic()))
         self._post()
+        return kept
 
     def _post(self) -> None:
         if self._board is not None:

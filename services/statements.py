@@ -114,7 +114,7 @@ class Database(Pool):
             self._deadlines.end(connection)
             self._release(connection, broken=True)
             raise
-        self._deadlines.end(connection)
+        self._deadlines.end(connection, answered=True)
         self._release(connection)
         return rows
 

@@ -281,8 +281,9 @@ class Relay:
 
     blackhole(): bytes are taken and go nowhere, on open connections and on new ones; heal()
     delivers them late, as TCP does when a path comes back. stall(): the same, for the
-    connections open now only. refuse(): open connections are ended and new ones refused.
-    lose(): the connection that a certain statement comes on is cut.
+    connections open now only. starve(): the same, for one of these and for new ones. refuse(): open
+    connections are ended and new ones refused. lose(): the connection that a certain statement
+    comes on is cut.
     """
 
     def __init__(self, target: int) -> None:
@@ -316,6 +317,11 @@ class Relay:
         with self._lock:
             for flowing in self._links.values():
                 flowing.clear()
+
+    def starve(self) -> None:
+        with self._lock:
+            self._path.clear()
+            next(iter(self._links.values())).clear()
 
     def refuse(self) -> None:
         if self._listener is not None:

@@ -290,6 +290,30 @@ def test_a_path_that_dies_after_the_handshake(
     assert_recovers(service, time.monotonic())
 
 
+def test_a_server_that_answers_others_is_not_taken_for_silent(
+    server: Server, store: str, relay: Relay, gatehouse: Start
+) -> None:
+    """Where a machine has more to do than it can, one backend may wait for seconds, and a new one
+    too, while the others answer: all callers were told that the database is away."""
+    service = gatehouse(
+        app_uri(server, store, relay.port),
+        **{**PATIENT, "DB_CONNECT_TIMEOUT": 1, "DB_POOL_SIZE": 2},
+    )
+    warm(service, 2)
+    wait_for(lambda: len(server.backends(store)) == 2, 10, "both connections")
+    relay.starve()
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(service.call, "GET", "/users") for _ in range(2)]
+        wait_for(lambda: any(one.done() for one in both), 10, "one of them to be answered")
+        began = time.monotonic()
+        while time.monotonic() - began < 2.5:  # half a second of silence, one of asking
+            assert service.call("GET", "/users").status == 200
+        assert [one.done() for one in both].count(False) == 1
+        relay.heal()
+        assert [one.result().status for one in both] == [200, 200]
+    assert "stopped answering" not in service.log
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("fault", ["path", "server"])
 def test_25_callers_of_a_warm_pool_are_told_within_3_seconds(
