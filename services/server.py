@@ -34,9 +34,11 @@ BACKLOG = 1024
 # While it drains, a connection that has brought no request yet has this many seconds to bring one:
 # its client was let in, and may have sent one already.
 FIRST_REQUEST_SECONDS = 1.0
-# A worker lets the others be first for this many seconds, where one has fewer clients. Whichever
-# woke first would take them all, and refuse what is over its share of the upstream's places.
+# A worker lets the others be first for this many seconds for each client that one of them has
+# fewer, up to a limit: it may be starting, or waiting for the processor. Whichever woke first would
+# take them all, and refuse what is over its share of the upstream's places.
 GIVE_WAY_SECONDS = 0.005
+MOST_GIVE_WAY_SECONDS = 0.025
 
 
 class Application(Protocol):
@@ -195,10 +197,10 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def handle_accept(self) -> None:
         """Let a client in, or give way to a worker that has fewer. Once: it may not be awake."""
-        clients = self._count_clients()
-        has_waited = self._gives_way_until or self.draining
-        if not has_waited and self.application.board.least(CLIENTS) < clients:
-            self._gives_way_until = time.monotonic() + GIVE_WAY_SECONDS
+        fewer = self._count_clients() - self.application.board.least(CLIENTS)
+        if fewer > 0 and not (self._gives_way_until or self.draining):
+            seconds = min(fewer * GIVE_WAY_SECONDS, MOST_GIVE_WAY_SECONDS)
+            self._gives_way_until = time.monotonic() + seconds
             return
         self._gives_way_until = 0.0
         super().handle_accept()
