@@ -65,6 +65,9 @@ class Child:
             self.process.send_signal(self.ask)
         self.process.wait()
 
+    def ended(self) -> str:
+        return f"{self.name} ended by itself, with exit code {self.process.returncode}"
+
     def kill(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, self.force)
@@ -103,6 +106,7 @@ class Session:
         self.settings = settings
         self.environ = environ
         self.children: list[Child] = []
+        self.postgres: Child | None = None
         self.cleanup = ExitStack()
         self.stopping = threading.Event()
 
@@ -132,7 +136,15 @@ class Session:
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.wait_until(lambda: answers(address, port), "Gatehouse did not answer", 30)
         print(to_try(address, port, self.settings.users_token, own_upstream), flush=True)
+        if self.postgres is not None:
+            self.outlive(self.postgres)
         self.wait_until(lambda: False)
+
+    def outlive(self, child: Child) -> None:
+        """Wait for the end of what Gatehouse serves on without."""
+        self.wait_until(lambda: child.process.poll() is not None)
+        self.children.remove(child)
+        print(f"{child.ended()}; Gatehouse serves on without it", file=sys.stderr, flush=True)
 
     def start(self, name: str, command: list[str | Path], **options: Any) -> Child:
         """Start a process, which is stopped at the end."""
@@ -150,9 +162,8 @@ class Session:
             if self.stopping.wait(0.05):
                 raise Stopped
             for child in self.children:
-                code = child.process.poll()
-                if code is not None and not ready():
-                    raise Failed(f"{child.name} ended by itself, with exit code {code}")
+                if child.process.poll() is not None and not ready():
+                    raise Failed(child.ended())
             if time.monotonic() > deadline:
                 raise Failed(f"{complaint} within {seconds:g} seconds")
 
@@ -208,7 +219,7 @@ class Session:
         if server.system_user:  # we are root, as which PostgreSQL refuses to run
             shutil.chown(sockets, server.system_user, server.system_user)
             options = {"user": server.system_user, "group": server.system_user, "extra_groups": []}
-        self.start(
+        self.postgres = self.start(
             "PostgreSQL (see .data/postgres.log)",
             [server.bin_path / "postgres", "-D", data, "-k", sockets, "-c", "listen_addresses="],
             ask=signal.SIGINT,  # end the sessions there are, and stop

@@ -139,11 +139,23 @@ def test_a_killed_run_is_no_trouble_for_the_next(checkout: Path) -> None:
         for child in run.children()
         if child.ppid() == run.process.pid and child.name() == "postgres"
     )
-    children = run.children()
     postgres.kill()
+    # Gatehouse is not down because its database is.
+    told = next(line for line in run.process.stdout or () if "ended" in line)
+    assert told == (
+        "PostgreSQL (see .data/postgres.log) ended by itself, with exit code -9;"
+        " Gatehouse serves on without it\n"
+    )
+    assert call(port, "GET", "/anything").status == 200
+    assert call(port, "GET", "/users").json()["type"] == "urn:gatehouse:database-unavailable"
+    assert call(port, "GET", "/health").json()["status"] == "degraded"
+
+    children = run.children()
+    (gatehouse,) = (child for child in children if "app.py" in child.cmdline())
+    gatehouse.kill()
     out, _ = run.process.communicate(timeout=30)
     assert run.process.returncode == 1
-    assert "PostgreSQL (see .data/postgres.log) ended by itself" in out
+    assert "Gatehouse ended by itself, with exit code -9\n" in out
     assert gone(children)
 
 
