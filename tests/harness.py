@@ -5,9 +5,12 @@ Everything listens on 127.0.0.1 and is stopped by its process id.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -26,6 +29,23 @@ import psycopg2
 ROOT = Path(__file__).resolve().parent.parent
 # A closed port: connecting to it is refused at once.
 DEAD_DATABASE = "postgresql://nobody@127.0.0.1:1/none"
+
+
+def copied(folder: Path) -> Path:
+    """`folder`, with a copy of all that runs: a `.env` in it is nobody else's."""
+    for name in ("app.py", "dev.py", "demo.py", "models.py", "settings.py"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("services", "migrations"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@functools.cache
+def checkout() -> Path:
+    """The copy that the tests run, where a developer's own `.env` has no say."""
+    folder = tempfile.TemporaryDirectory(prefix="gatehouse-checkout-")
+    atexit.register(folder.cleanup)
+    return copied(Path(folder.name))
 
 
 def free_port() -> int:
@@ -378,7 +398,7 @@ class Service:
         self._log = tempfile.NamedTemporaryFile(prefix="gatehouse-test-", suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "app.py"],
-            cwd=ROOT,
+            cwd=checkout(),
             env=environ,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -459,7 +479,7 @@ def run_app(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     environ |= {name: str(value) for name, value in settings.items()}
     return subprocess.run(
         [sys.executable, "app.py", *args],
-        cwd=ROOT,
+        cwd=checkout(),
         env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -485,7 +505,7 @@ def pw_migrate(*args: str, uri: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("pw_migrate")), *args]
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=checkout(),
         env={**os.environ, "POSTGRES_URI": uri},
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import ROOT, call, free_port
+from tests.harness import call, copied, free_port
 
 
 class Dev:
@@ -60,11 +60,7 @@ def checkout() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="gatehouse-dev-"))
     copy = folder / ("a long path " + "x" * 100)
     copy.mkdir()
-    for name in ("app.py", "dev.py", "demo.py", "models.py", "settings.py"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("services", "migrations"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    yield copy
+    yield copied(copy)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if folder in Path(process.cwd()).parents:

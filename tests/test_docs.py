@@ -50,7 +50,7 @@ from dotenv import dotenv_values
 
 from app import Gatehouse
 from settings import VARIABLES, Settings
-from tests.harness import DEAD_DATABASE, ROOT, Databases, call, free_port, wait_for
+from tests.harness import DEAD_DATABASE, ROOT, Databases, call, checkout, free_port, wait_for
 from tests.test_problems import CONTRACT
 
 README = ROOT / "README.md"
@@ -261,7 +261,7 @@ def dev_service(uri: str) -> Iterator[int]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "app.py", "--dev"],
-            cwd=ROOT,
+            cwd=checkout(),
             env=environ | {"POSTGRES_URI": uri, "PORT": str(port)},
             stdout=log,
             stderr=log,

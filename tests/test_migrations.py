@@ -17,16 +17,16 @@ import pytest
 from services.schema import LOCK_TIMEOUT, PARTS, differences, names, pending
 from tests.harness import (
     DEAD_DATABASE,
-    ROOT,
     Databases,
     Reply,
     ScriptedUpstream,
     Service,
+    checkout,
     problem,
     pw_migrate,
 )
 
-MIGRATIONS = ROOT / "migrations"
+MIGRATIONS = checkout() / "migrations"
 FILES = sorted(MIGRATIONS.glob("[0-9]*.py"))
 
 

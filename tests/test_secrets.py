@@ -16,13 +16,13 @@ import pytest
 
 from tests.harness import (
     DEAD_DATABASE,
-    ROOT,
     Databases,
     Reply,
     ScriptedUpstream,
     Seen,
     Service,
     call,
+    checkout,
     free_port,
     ok,
     problem,
@@ -430,7 +430,7 @@ def test_standard_output_has_the_access_log_and_nothing_else(tmp_path: Path) -> 
     output = tmp_path / "stdout"
     with output.open("wb") as stdout, (tmp_path / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=ROOT, env=settings, stdout=stdout, stderr=stderr
+            [sys.executable, "app.py"], cwd=checkout(), env=settings, stdout=stdout, stderr=stderr
         )
     try:
         wait_for(lambda: answers(port), 20, "the service to answer")

@@ -14,7 +14,7 @@ import pytest
 from dotenv import dotenv_values
 
 from settings import VARIABLES, Settings, SettingsError
-from tests.harness import DEAD_DATABASE, ROOT, free_port, run_app
+from tests.harness import DEAD_DATABASE, ROOT, copied, free_port, run_app
 
 REQUIRED = {
     "POSTGRES_URI": "postgresql://ann@db.example/users",
@@ -274,12 +274,7 @@ def test_an_unknown_command_is_one_line_of_usage(arguments: list[str]) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what production needs, in which a `.env` is nobody else's."""
-    for name in ("app.py", "models.py", "settings.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("services", "migrations"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path
+    return copied(tmp_path)
 
 
 def run_there(checkout: Path, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:

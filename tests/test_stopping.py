@@ -19,12 +19,12 @@ import pytest
 
 from tests.harness import (
     DEAD_DATABASE,
-    ROOT,
     Databases,
     RawClient,
     ScriptedUpstream,
     Seen,
     Service,
+    checkout,
     free_port,
     wait_for,
 )
@@ -351,7 +351,7 @@ def test_a_port_in_use_is_one_clear_line_and_no_success(workers: int) -> None:
         }
         done = subprocess.run(
             [sys.executable, "app.py"],
-            cwd=ROOT,
+            cwd=checkout(),
             env=environ,
             capture_output=True,
             text=True,
