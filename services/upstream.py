@@ -57,10 +57,14 @@ class ClientGone(Exception):
 class Connection:
     """A connection of urllib3's, with what a forwarder needs to know of it."""
 
+    _body: BinaryIO  # what the pieces of a request's body come from
+
     def __init__(self, raw: Any) -> None:
         self.raw = raw
         self.buffer = b""
         self.heard = False  # whether a byte of an answer has arrived
+        self._unsent = memoryview(b"")  # the piece of the body that is next
+        self.refused = False  # whether the upstream would not take all of it
         self._ours = threading.Lock()
         self._released = False
 
@@ -83,6 +87,11 @@ class Connection:
             # An end of file without TLS's own would pass for the end of the body.
             self.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the request has been written."""
+        return not (self._unsent or self.refused)
+
     def close(self) -> None:
         self.raw.close()
 
@@ -101,49 +110,71 @@ class Connection:
         with self._ours:
             self._released = True
 
-    def send(self, head: bytes, body: BinaryIO | None, seconds: float) -> bool:
-        """Write a request; False where the upstream stopped reading before its end, which it may
-        do after an early answer (RFC 9112 section 9.3). Raises TimeoutError after `seconds`
-        in which nothing could be written."""
+    def send(self, head: bytes, body: BinaryIO | None, seconds: float) -> None:
+        """Write a request up to its end, or to where the upstream begins its final answer: what is
+        left then is written while that is read. Raises TimeoutError after `seconds` in which
+        nothing could be written."""
         sock = self.sock
         sock.settimeout(seconds)
         try:
             if body is None:
                 sock.sendall(head)
-                return True
-            piece = body.read(PIECE_BYTES)
-            sock.sendall(head + piece)
-            while piece := body.read(PIECE_BYTES):
-                if not self._send_unless_answered(memoryview(piece), seconds):
-                    return False
+                return
+            sock.sendall(head + body.read(PIECE_BYTES))
+            self._body, self._unsent = body, memoryview(body.read(PIECE_BYTES))
+            deadline = time.monotonic() + seconds
+            while self._unsent:
+                arrived = self._move()
+                if arrived is None:
+                    deadline = time.monotonic() + seconds
+                elif not arrived or self._answered():
+                    return
+                elif time.monotonic() > deadline:  # nothing but interim answers
+                    raise TimeoutError
         except ConnectionError:
-            return False
-        return True
+            # It may have answered before (RFC 9112 section 9.3).
+            self._stop_sending()
 
-    def _send_unless_answered(self, piece: memoryview, seconds: float) -> bool:
+    def _stop_sending(self) -> None:
+        self._unsent = memoryview(b"")
+        self.refused = True
+
+    def _move(self) -> bool | None:
+        """Wait until something can be read, or more of the body be written, and do that. Returns
+        whether anything arrived, False at the end of file, None where there was nothing to read.
+        Raises TimeoutError where neither could be done within the socket's time-out."""
         sock = self.sock
-        if isinstance(sock, ssl.SSLSocket):  # readable may mean a session ticket
-            sock.sendall(piece)
-            return True
+        seconds = sock.gettimeout()
         poller = select.poll()
         poller.register(sock, select.POLLIN | select.POLLOUT)
-        deadline = time.monotonic() + seconds
-        while piece:
-            events = poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not events or time.monotonic() > deadline:
-                raise TimeoutError
-            if events[0][1] & ~select.POLLOUT and self._answered():
-                return False
-            if events[0][1] & select.POLLOUT:
-                piece = piece[sock.send(piece) :]
-                deadline = time.monotonic() + seconds
-        return True
+        ready = poller.poll(seconds * 1000)
+        if not ready:
+            raise TimeoutError
+        events = ready[0][1]
+        sock.settimeout(0)  # with TLS, readable may mean a session ticket, and writable too little
+        try:
+            if events & ~select.POLLOUT:
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+                    return self._arrived(sock.recv(PIECE_BYTES))
+            if events & select.POLLOUT:
+                self._write(sock)
+        finally:
+            sock.settimeout(seconds)
+        return None
+
+    def _write(self, sock: Any) -> None:
+        try:
+            self._unsent = self._unsent[sock.send(self._unsent) :]
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return
+        except OSError:
+            self._stop_sending()
+        if not self._unsent and not self.refused:
+            self._unsent = memoryview(self._body.read(PIECE_BYTES))
 
     def _answered(self) -> bool:
-        """Read what has arrived; whether it is more than interim answers, which are dropped: the
-        upstream that sends a 100 waits for the rest of the body."""
-        if not self.receive():
-            return True
+        """Whether what has arrived is more than interim answers, which are dropped: the upstream
+        that sends a 100 waits for the rest of the body."""
         while INTERIM.match(self.buffer):
             end, size = self._end_of_head(0)
             if end < 0:
@@ -154,8 +185,15 @@ class Connection:
         return len(self.buffer) >= INTERIM_BYTES
 
     def receive(self) -> bool:
-        """Read what has arrived, or wait for it; False at the end of file."""
-        data = self.sock.recv(PIECE_BYTES)
+        """Read what has arrived, or wait for it, and write meanwhile what is left of the body: an
+        upstream that answers as it reads waits for both. False at the end of file."""
+        while self._unsent:
+            arrived = self._move()
+            if arrived is not None:
+                return arrived
+        return self._arrived(self.sock.recv(PIECE_BYTES))
+
+    def _arrived(self, data: bytes) -> bool:
         self.buffer = self.buffer + data if self.buffer else data
         self.heard = self.heard or bool(data)
         return bool(data)
@@ -194,7 +232,7 @@ class Connection:
 class Answer:
     """An answer: `status`, `reason` and `fields` as they came, and the body by `pieces`."""
 
-    def __init__(self, upstream: Upstream, connection: Connection, method: str, keep: bool) -> None:
+    def __init__(self, upstream: Upstream, connection: Connection, method: str) -> None:
         self._upstream = upstream
         self._connection: Connection | None = connection
         version, self.status, self.reason, self.fields = self._final_head(connection)
@@ -219,7 +257,10 @@ class Answer:
         self._left: int | None = 0 if bodiless else int(lengths[0]) if lengths else None
         persistent = "keep-alive" in options if version == "1.0" else True
         framed = self._chunked or self._left is not None
-        self._keep = keep and framed and persistent and "close" not in options
+        # One that must have no body but announces one may send it, as the next caller's answer.
+        announced = bool(codings) or (self.status == 204 and lengths not in ([], ["0"]))
+        stray = announced and self.status in (204, 304)
+        self._keep = framed and persistent and not stray and "close" not in options
 
     def _final_head(self, connection: Connection) -> tuple[str, int, str, list[Field]]:
         deadline = time.monotonic() + self._upstream.read_timeout
@@ -270,6 +311,8 @@ class Answer:
             piece, connection.buffer = connection.buffer, b""
             yield piece
             if not connection.receive():
+                if connection.refused:  # which took the place of the error that tells a reset
+                    raise EOFError
                 return
 
     def _by_chunks(self, connection: Connection) -> Iterator[bytes]:
@@ -291,7 +334,8 @@ class Answer:
         connection, self._connection = self._connection, None
         if connection is not None:
             # Bytes after the end belong to no request: the connection is out of step.
-            self._upstream.release(connection, keep=self._keep and not connection.buffer)
+            keep = self._keep and connection.whole and not connection.buffer
+            self._upstream.release(connection, keep)
 
     def close(self) -> None:
         """Let the connection go; it is closed where the body was not read to its end."""
@@ -373,8 +417,8 @@ class Upstream(HTTPAdapter):
         try:
             if client.gone:
                 raise ClientGone
-            whole = connection.send(head, body, self.read_timeout)
-            return Answer(self, connection, method, keep=whole)
+            connection.send(head, body, self.read_timeout)
+            return Answer(self, connection, method)
         except TimeoutError:
             self.release(connection, keep=False)
             raise UpstreamTimeout from None

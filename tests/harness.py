@@ -293,6 +293,18 @@ def ok(sock: socket.socket, seen: Seen) -> None:
     sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
 
+def echo_at_once(sock: socket.socket, seen: Seen) -> bool:
+    """An `early` that answers at once and sends back each piece of the body as it comes."""
+    left = int(seen.get("Content-Length") or 0)
+    sock.sendall(message(b"HTTP/1.1 200 OK", b"Content-Length: %d" % left))
+    piece = seen.body
+    while piece:
+        sock.sendall(piece)
+        left -= len(piece)
+        piece = sock.recv(65536) if left else b""
+    return False
+
+
 class ScriptedUpstream:
     """An upstream over raw sockets: records each request, answers what the test scripts.
 

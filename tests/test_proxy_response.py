@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import socket
 import statistics
+import struct
 import threading
 import time
 from itertools import pairwise
@@ -20,6 +22,7 @@ from tests.harness import (
     Seen,
     Service,
     chunked,
+    echo_at_once,
     forward,
     message,
     request,
@@ -621,3 +624,36 @@ def test_an_answer_that_comes_before_the_body_was_read_is_passed_on(
     reply = service.exchange(data, "POST")
     done.set()
     assert (reply.status, reply.body, reply.complete) == (413, b"full", True)
+
+
+def test_an_upstream_that_answers_as_it_reads_gets_all_of_the_body(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """Its answer was taken for a refusal: the rest was not sent, and both waited for the other."""
+    upstream.script(b"")
+    upstream.early = echo_at_once
+    body = os.urandom(20_000_000)
+    reply = service.call("POST", "/echo", body)
+    assert (reply.status, reply.complete) == (200, True)
+    assert reply.body == body
+
+
+def test_a_reset_while_the_body_is_sent_never_looks_like_the_answer_s_end(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    def die(sock: socket.socket, seen: Seen) -> bool:
+        sock.sendall(message(b"HTTP/1.1 200 OK", body=b"half"))
+        sock.recv(65536)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        return False
+
+    upstream.script(b"")
+    upstream.early = die
+    body = b"x" * 20_000_000
+    head = request(b"POST / HTTP/1.1", b"Content-Length: %d" % len(body))
+    for _ in range(10):
+        with service.client() as client:
+            client.send(head + body)
+            reply = client.reply("POST")
+            assert (reply.status, reply.complete) == (200, False)

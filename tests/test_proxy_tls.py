@@ -20,6 +20,7 @@ from tests.harness import (
     Seen,
     Service,
     chunked,
+    echo_at_once,
     message,
     ok,
     problem,
@@ -157,6 +158,17 @@ def test_large_bodies_pass_both_ways(service: Service, upstream: ScriptedUpstrea
         reply = service.call("POST", "/", body)
         assert (reply.status, reply.complete) == (200, True)
         assert reply.body == body
+
+
+def test_an_upstream_that_answers_as_it_reads_gets_all_of_the_body(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(b"")
+    upstream.early = echo_at_once
+    body = os.urandom(8 << 20)
+    reply = service.call("POST", "/echo", body)
+    assert (reply.status, reply.complete) == (200, True)
+    assert reply.body == body
 
 
 def test_pieces_flow_as_they_arrive(service: Service, upstream: ScriptedUpstream) -> None:
