@@ -201,8 +201,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             if not data or self.lingered > LINGER_BYTES:
                 self.handle_close()
         elif data:
-            self.last_activity = time.time()
             self.received(data)
+            if self.request is not None or self.requests:  # else it was empty lines
+                self.last_activity = time.time()
         elif self.requests:
             self.leave()
         else:
@@ -310,6 +311,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.requests = []
                 self.close_when_flushed = True
             else:
+                if self.request is not None:
+                    # A part of the next one is here already, and had to wait for this one's end.
+                    self.request.started = time.monotonic()
                 self.requests.pop(0).close()
                 if self.requests:
                     self.server.add_task(self)
@@ -344,8 +348,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def reset_on_close(self) -> None:
         """Make closing the socket send a reset, not an orderly end."""
-        with contextlib.suppress(OSError):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock = self.socket  # None once the loop has closed it
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def expired(self, now: float) -> bool:
         """Whether this connection has used up its time: idle, sending or reading too slowly."""
@@ -354,9 +360,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         quiet = time.time() - self.last_activity
         if self.total_outbufs_len:
             return quiet > READER_SECONDS
+        if self.requests:  # whatever comes after them has to wait for their answers
+            return False
         if self.request is not None:
             return bool(self.request.overdue(now))
-        return not self.requests and quiet > self.adj.channel_timeout
+        return bool(quiet > self.adj.channel_timeout)
 
 
 @lru_cache(2)

@@ -32,6 +32,7 @@ HEADER_LINE = re.compile(
 HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})++)(?::[0-9]*)?"
 )
+LONE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 DIGITS = re.compile(r"[0-9]+")
 # No body and no chunk is as large as this; what says so only means to confuse.
 ABSURD_BYTES = 1 << 60
@@ -82,6 +83,7 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
     """
 
     completed = False
+    empty = False
     header_plus = b""
     command = ""
     request_uri = ""
@@ -112,13 +114,18 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         return len(data) if self.body_unread else consumed
 
     def _head(self, data: bytes) -> int:
-        # Empty lines before a request are ignored (RFC 9112 section 2.2).
+        # Empty lines before a request are ignored (RFC 9112 section 2.2), and alone are no request.
         head = self.header_plus + data if self.header_plus else data.lstrip(b"\r\n")
+        self.completed = self.empty = not head
+        if self.empty:
+            return len(data)
         end = head.find(b"\r\n\r\n")
         try:
             if (len(head) if end < 0 else end) > MAX_HEAD_BYTES:
                 raise BadRequest(f"The head is larger than {MAX_HEAD_BYTES} bytes.")
             if end < 0:
+                if LONE_LINE_FEED.search(head, max(0, len(self.header_plus) - 1)):
+                    raise BadRequest("A line of the head ends with a line feed alone.")
                 self.header_plus = head
                 return len(data)
             self.headers_finished = True

@@ -12,10 +12,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
+from services.parser import REQUEST_SECONDS
 from tests.harness import RawClient, Reply, ScriptedUpstream, Seen, Service, ok, problem, wait_for
 
 USERS_LIMIT = 65536
@@ -347,3 +349,76 @@ def trickle_into(senders: list[RawClient], stop: threading.Event) -> None:
         for sender in senders:
             with contextlib.suppress(OSError):
                 sender.send(b"a")
+
+
+def test_the_time_of_a_request_is_counted_while_it_may_arrive(
+    database: str, upstream: ScriptedUpstream
+) -> None:
+    """Half a minute is what a request has to arrive in. It was counted for the next one, or for an
+    empty line, while Gatehouse itself made that wait: what was under way was cut then."""
+    seconds = REQUEST_SECONDS + 3
+    post = b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+    expects = b"PUT /x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        if seen.target == b"/slow":
+            threading.Event().wait(seconds)
+        if seen.target == b"/stream":
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+            threading.Event().wait(seconds)
+            sock.sendall(b"ok")
+        else:
+            ok(sock, seen)
+
+    def empty_line(client: RawClient) -> None:
+        client.send(post + b"\r\n")
+        assert client.reply().body == b"ok"
+
+    def empty_line_behind_a_stream(client: RawClient) -> None:
+        client.send(post.replace(b"slow", b"stream") + b"\r\n")
+        reply = client.reply()
+        assert (reply.body, reply.complete) == (b"ok", True)
+
+    def one_that_waits_to_be_asked_for_its_body(client: RawClient) -> None:
+        client.send(post + expects)
+        assert client.reply().body == b"ok"
+        assert client.head() == b"HTTP/1.1 100 Continue"
+        client.send(b"hi")
+        assert client.reply().body == b"ok"
+
+    def one_whose_body_is_not_read_yet(client: RawClient) -> None:
+        client.send(post + post.replace(b"slow", b"fast") + post[:-2].replace(b"slow", b"fast"))
+        client.send(b"hi")
+        for _ in range(3):
+            assert client.reply().body == b"ok"
+
+    def nothing_but_empty_lines(client: RawClient) -> None:
+        client.send(b"\r\n")
+        threading.Event().wait(seconds)
+        client.send(b"GET /fast HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.reply().body == b"ok"
+
+    def a_head_that_is_never_whole(client: RawClient) -> None:
+        began = time.monotonic()
+        client.send(b"GET /x HTTP/1.1\r\nHo")
+        assert client.closed(REQUEST_SECONDS + 8)
+        assert time.monotonic() - began > REQUEST_SECONDS
+
+    def try_one(sends: Callable[[RawClient], None]) -> None:
+        with service.client(timeout=seconds + 10) as client:
+            sends(client)
+
+    upstream.script(answer)
+    ways = [
+        empty_line,
+        empty_line_behind_a_stream,
+        one_that_waits_to_be_asked_for_its_body,
+        one_whose_body_is_not_read_yet,
+        nothing_but_empty_lines,
+        a_head_that_is_never_whole,
+    ]
+    with (
+        Service(POSTGRES_URI=database, UPSTREAM_URL=upstream.url) as service,
+        ThreadPoolExecutor(len(ways)) as threads,
+    ):
+        list(threads.map(try_one, ways))

@@ -122,6 +122,7 @@ def test_requests_under_way_are_answered_and_no_new_ones_taken(
     for client in idle:
         client.send(b"GET /health/live HTTP/1.1\r\nHost: a.example\r\n\r\n")
         assert client.reply().status == 200
+    idle[0].send(b"\r\n")  # which begins no request (RFC 9112 section 2.2)
     with under_way(service, held, ["/plain", "/stream"] * 6) as clients:
         service.process.send_signal(how)
         wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
