@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 
 MAX_LINE_BYTES = 65536
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\0\r]*)?")
+# Some servers fill the size up with spaces.
+FILLED_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")
 
 
 class Chunks:
     """Takes a chunked body apart (RFC 9112 section 7.1), strictly; trailers are dropped.
 
-    A line may end with a line feed alone, unless `exact`: a request that two readers may take for
-    two things is refused, an answer is only read.
+    A line may end with a line feed alone and a size with spaces, unless `exact`: a request that two
+    readers may take for two things is refused, an answer is only read.
     """
 
     SIZE, DATA, END, TRAILER = range(4)
@@ -53,7 +55,7 @@ class Chunks:
 
     def _line(self, line: bytes) -> None:
         if self._state == self.SIZE:
-            size = CHUNK_LINE.fullmatch(line)
+            size = (CHUNK_LINE if self._exact else FILLED_LINE).fullmatch(line)
             self.malformed = size is None
             self.left = int(size[1], 16) if size else 0
             self._state = self.DATA if self.left else self.TRAILER

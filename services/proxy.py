@@ -196,7 +196,8 @@ class Proxy:
         if request.command == "CONNECT":
             raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", ANY)])
         upgrades = listed(request.values.get("upgrade", []))
-        if any(upgrade.lower() == "websocket" for upgrade in upgrades):
+        asked = any(upgrade.lower() == "websocket" for upgrade in upgrades)
+        if asked and request.version == "1.1":  # RFC 9110 section 7.8: ignored in HTTP/1.0
             raise UpgradeNotSupported
         if any(self.name in hop.split()[1:2] for hop in listed(request.values.get("via", []))):
             raise LoopDetected
@@ -254,7 +255,7 @@ class Proxy:
             forwarded_host = (own["x-forwarded-host"] or [host])[0]
             if own["x-forwarded-proto"] in (["https"], ["http"]):
                 proto = own["x-forwarded-proto"][0]
-        via = [*own["via"], f"{request.version} {self.name}"]
+        via = [*(value for value in own["via"] if value), f"{request.version} {self.name}"]
         target = request.target if request.target == "*" else self.prefix + request.target
         return "\r\n".join(
             (
@@ -289,9 +290,11 @@ class Proxy:
         proxy, where the peer is one; else the peer."""
         if self.trusts(peer):
             for hop in reversed(listed(request.values.get("x-forwarded-for", []))):
+                # Not the zone of an IPv6 address: it may be any text, and means nothing here.
+                address = hop.partition("%")[0]
                 try:
-                    if not self.trusts(hop):
-                        return str(ipaddress.ip_address(hop))
+                    if not self.trusts(address):
+                        return str(ipaddress.ip_address(address))
                 except ValueError:
                     break
         return peer

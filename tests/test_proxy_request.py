@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -231,6 +232,28 @@ def test_a_malformed_request_line_is_400(
     assert upstream.seen == []
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"GET / HTTP/1.1\nHost: h\n\n"],
+        [b"GET / HTTP/1.1\r\nHost: h\r\n\n"],
+        [b"GET / HTTP/1.1\r", b"\nHost: h\r\nX-A: 1", b"\n\r\n"],
+    ],
+)
+def test_a_head_with_a_lone_line_feed_is_400_at_once(
+    service: Service, upstream: ScriptedUpstream, pieces: list[bytes]
+) -> None:
+    """Its end would be waited for in vain."""
+    upstream.script(b"")
+    with service.client(timeout=5) as client:
+        for piece in pieces:
+            client.send(piece)
+            threading.Event().wait(0.05)  # so that it is read by itself
+        problem(client.reply(), 400, "bad-request")
+        assert client.closed()
+    assert upstream.seen == []
+
+
 def test_header_lines_arrive_in_their_order_and_case_and_nothing_is_invented(
     service: Service, upstream: ScriptedUpstream
 ) -> None:
@@ -376,6 +399,13 @@ def test_a_websocket_upgrade_is_501(
     assert upstream.seen == []
 
 
+def test_an_upgrade_is_ignored_in_http_1_0(service: Service, upstream: ScriptedUpstream) -> None:
+    """RFC 9110 section 7.8."""
+    lines = [b"Connection: Upgrade", b"Upgrade: websocket"]
+    seen, reply = forward(service, upstream, request(b"GET /ws HTTP/1.0", *lines))
+    assert (reply.status, seen.get("Upgrade")) == (200, None)
+
+
 def test_the_upstream_is_asked_for_by_its_own_host(
     service: Service, upstream: ScriptedUpstream
 ) -> None:
@@ -408,6 +438,11 @@ def test_via_names_this_hop_after_those_before_it(
     entries = (seen.get("Via") or "").split(", ")
     assert entries[:-1] == ["1.0 a", "2 b (c)", "1.1 d:80"]
     assert entries[-1].startswith(f"{hop} gatehouse-")
+
+
+def test_an_empty_via_adds_no_empty_member(service: Service, upstream: ScriptedUpstream) -> None:
+    seen, _ = forward(service, upstream, request(b"GET / HTTP/1.1", b"Via:", b"Via: 1.0 a"))
+    assert (seen.get("Via") or "").startswith("1.0 a, 1.1 gatehouse-")
 
 
 @pytest.mark.parametrize("value", ["a", "x" * 128, "01936f3e-A._~+/=:@-9"])

@@ -169,6 +169,7 @@ AMBIGUOUS |= {
         b"-1\r\n\r\n",
         b"0_0\r\n\r\n",
         b" 0\r\n\r\n",
+        b"2 \r\nhi\r\n0\r\n\r\n",
         b"f" * 40 + b"\r\n",
         b"2\r\nhello\r\n0\r\n\r\n",
         b"2\r\nhi0\r\n\r\n",
