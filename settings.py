@@ -15,6 +15,11 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # RFC 6750 section 2.1, the b64token that may follow "Bearer ".
 TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
+# A host name or an IPv6 address in brackets, and perhaps a port.
+AUTHORITY = re.compile(
+    r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?|\[(?P<literal>[0-9A-Fa-f:.]+)\])(?::[0-9]*)?"
+)
+
 
 class SettingsError(Exception):
     """Settings that are missing or wrong; `problems` has one line for each."""
@@ -185,6 +190,15 @@ def postgres_uri(text: str) -> str:
     raise ValueError("must start with postgresql:// or postgres://")
 
 
+def _is_authority(text: str) -> bool:
+    match = AUTHORITY.fullmatch(text)
+    try:
+        ipaddress.IPv6Address(match["literal"] or "::" if match else "")
+    except ValueError:
+        return False
+    return True
+
+
 def _upstream_url(text: str) -> str:
     try:
         url = urlsplit(text)
@@ -193,10 +207,10 @@ def _upstream_url(text: str) -> str:
         raise ValueError("is not a valid URL") from None
     if url.scheme not in ("http", "https"):
         raise ValueError("must start with http:// or https://")
-    if not url.hostname or port == 0:
-        raise ValueError("must name a host, and a port from 1 to 65535 if any")
     if url.username is not None or url.password is not None:
         raise ValueError("must not contain a user name or password")
+    if port == 0 or not _is_authority(url.netloc):
+        raise ValueError("must name a host, and a port from 1 to 65535 if any")
     if url.query or url.fragment or not re.fullmatch(r"[!-~]+", text):
         raise ValueError("must be a plain base URL, without query, fragment or white space")
     return text

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import select
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Iterable
-from functools import lru_cache
-from json.encoder import encode_basestring_ascii as json_string
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -24,6 +21,7 @@ from services.channel import Channel, Task
 from services.errors import Problem
 from services.fields import Field
 from services.listener import connection_limit, let_nobody_in
+from services.logs import Output, access_line, quoted
 from services.parser import RequestParser
 
 log = logging.getLogger("gatehouse")
@@ -39,6 +37,8 @@ FIRST_REQUEST_SECONDS = 1.0
 # take them all, and refuse what is over its share of the upstream's places.
 GIVE_WAY_SECONDS = 0.005
 MOST_GIVE_WAY_SECONDS = 0.025
+# At its end a worker waits this many seconds for the access log's reader.
+LOG_SECONDS = 1.0
 
 
 class Application(Protocol):
@@ -168,7 +168,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         adjustments.admit = application.admit
         self.lanes = {name: Lane(name, limit) for name, limit in lanes.items()}
         self.shutdown_timeout = shutdown_timeout
-        self.access_log = access_log
+        self.access_log = Output(1) if access_log else None
         self.watched = Watched(selectors.DefaultSelector())
         self._deadline = 0.0
         self._grace = 0.0
@@ -252,6 +252,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             if now >= self._tick_at:
                 self._tick_at = now + 1.0
                 self._close_expired(now)
+                self._see_to_access_log()
             if self.draining:
                 self._close_idle(now)
             elif self.stopping:
@@ -260,6 +261,15 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             channel.reset_on_close()  # an answer that is cut here must not look whole
             channel.will_close = False
             channel.handle_close()
+        left = self._deadline - time.monotonic()
+        self._see_to_access_log(min(LOG_SECONDS, max(0.0, left)))
+
+    def _see_to_access_log(self, seconds: float = 0.0) -> None:
+        if self.access_log is None:
+            return
+        self.access_log.finish(seconds)
+        if dropped := self.access_log.dropped():
+            log.warning("%d lines of the access log were dropped, for nobody took them", dropped)
 
     def _close_expired(self, now: float) -> None:
         for channel in list(self.active_channels.values()):
@@ -303,33 +313,15 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         log.error(
             "%s %s cut: %s request_id=%s",
             request.command,
-            json_string(request.request_uri),
+            quoted(request.request_uri),
             error if unexpected is None else type(error).__name__,
             request.id,
             exc_info=unexpected,
         )
 
     def log_access(self, task: Task) -> None:
-        """One line of JSON for each request on standard output."""
-        if not self.access_log:
-            return
-        request = task.request
-        now = time.time_ns() // 1_000_000
-        milliseconds = (time.monotonic() - request.arrived) * 1000
-        line = (
-            f'{{"time": "{second(now // 1000)}.{now % 1000:03}Z", "method": "{request.command}",'
-            f' "target": {json_string(request.request_uri)}, "status": {task.status[:3] or 0},'
-            f' "bytes": {task.bytes_sent}, "ms": {milliseconds:.3f},'
-            f' "caller": "{self.application.caller(request, task.channel.addr[0])}",'
-            f' "request_id": "{request.id}"}}\n'
-        )
-        try:
-            os.write(1, line.encode())
-        except OSError:  # nobody reads the log: no reason to stop serving
-            self.access_log = False
-
-
-@lru_cache(2)
-def second(now: int) -> str:
-    """Seconds since 1970 as a date and a time in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        """Write the access log's line of a request."""
+        if self.access_log is not None:
+            request = task.request
+            caller = self.application.caller(request, task.channel.addr[0])
+            self.access_log.write(access_line(request, task.status, task.bytes_sent, caller))

@@ -469,6 +469,7 @@ def logged_caller(service: Service, marker: str) -> str:
         ("", "127.0.0.1"),
         ("nonsense", "127.0.0.1"),
         ('127.0.0.1", "status": 200', "127.0.0.1"),
+        ('2001:db8::7%"\\', "2001:db8::7"),
     ],
 )
 def test_the_log_names_the_nearest_caller_that_is_not_a_trusted_proxy(

@@ -66,11 +66,13 @@ MAY_IMPORT = {
         "services.board",
         "services.fields",
         "services.listener",
+        "services.logs",
         "services.parser",
         "services.channel",
     },
     "services.inputs": {"services.errors", "services.fields", "services.parser"},
     "services.listener": set(),
+    "services.logs": {"services.parser"},
     "services.workers": {"services.listener", "services.server"},
 }
 

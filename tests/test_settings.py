@@ -61,6 +61,15 @@ BAD = {
         "http://app.example/#top",
         "http://app.example/a b",
         "http://[::1",
+        "http://[::1]x",
+        "http://[::g]",
+        "http://[fe80::1%25eth0]",
+        "http://[v1.x]",
+        "http://*app.example",
+        "http://.app.example",
+        "http://app..example",
+        "http://app%zz",
+        "http://app\\example",
     ],
     "HOST": ["two words", "http://127.0.0.1", "a/b"],
     "PORT": ["-1", "65536", "eighty", "80.0", "0x50", "8_0", "٨٠", "+80"],
@@ -179,6 +188,7 @@ def test_a_problem_quotes_no_secret(variable: str, value: str, secret: str) -> N
         ),
         ("UPSTREAM_URL", "https://app.example:8443/base/", "https://app.example:8443/base/"),
         ("UPSTREAM_URL", "http://[::1]:3000", "http://[::1]:3000"),
+        ("UPSTREAM_URL", "HTTP://My_App.example.", "HTTP://My_App.example."),
     ],
 )
 def test_a_good_value_is_taken(variable: str, text: str, value: Any) -> None:
@@ -270,6 +280,19 @@ def test_an_unknown_command_is_one_line_of_usage(arguments: list[str]) -> None:
     done = run_app(*arguments)
     assert done.returncode == 2
     assert done.stdout.startswith("usage: ") and len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_certificates_that_cannot_be_read_are_named(tmp_path: Path, made: bool) -> None:
+    bundle = tmp_path / "bundle.pem"
+    if made:
+        bundle.write_text("no certificate")
+    given: dict[str, Any] = {"REQUESTS_CA_BUNDLE": bundle}
+    done = run_app(UPSTREAM_URL="https://127.0.0.1:1", **given)
+    line = "REQUESTS_CA_BUNDLE must be a file or a folder of certificates\n"
+    assert (done.returncode, done.stdout) == (2, line)
+    # Nobody reads it for an upstream without TLS.
+    assert run_app("check", UPSTREAM_URL="http://127.0.0.1:1", **given).returncode == 5
 
 
 @pytest.fixture

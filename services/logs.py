@@ -1,0 +1,123 @@
+"""The logs: lines for whoever reads standard output and error, who may be slow, or gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import threading
+import time
+from collections import deque
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii as json_string
+
+from services.parser import RequestParser
+
+# What waits for a slow reader, at most; lines beyond that are dropped.
+PENDING_BYTES = 1 << 20
+# A line of the access log fits into PIPE_BUF, so that two workers' do not run into each other: a
+# longer method or target is cut. A character may take six bytes.
+LONGEST_METHOD, LONGEST_TARGET, LONGEST_ESCAPED = 100, 3000, 3500
+USERINFO = re.compile(r"//[^/?#]*@")
+
+
+class Output:
+    """Lines to a descriptor, from any thread, none of which waits for the reader.
+
+    The descriptor stays as it is: other processes share it, and O_NONBLOCK would be theirs too.
+    One that can be written to takes PIPE_BUF bytes at once, unless another process is quicker: then
+    one thread waits, and the others leave their lines to it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._pending: deque[bytes] = deque()
+        self._size = 0
+        self._dropped = 0
+        self._writing = threading.Lock()
+
+    def write(self, text: str) -> None:
+        """Write lines, now or when the reader takes them."""
+        data = text.encode(errors="backslashreplace")
+        with self._lock:
+            if self._size + len(data) > PENDING_BYTES:
+                self._dropped += 1
+                return
+            self._pending.append(data)
+            self._size += len(data)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the reader takes now."""
+        # Again after the release: a line may have been left to this thread just before it.
+        while self._pending and self._takes(0) and self._writing.acquire(blocking=False):
+            try:
+                while self._pending and self._takes(0):
+                    if not self._write_some():
+                        return
+            finally:
+                self._writing.release()
+
+    def finish(self, seconds: float) -> None:
+        """Wait this long at most for the reader to take what is left."""
+        until = time.monotonic() + seconds
+        while self._pending and self._takes(max(0.0, until - time.monotonic())):
+            self.flush()
+
+    def dropped(self) -> int:
+        """How many lines have been dropped since this was last asked."""
+        with self._lock:
+            number, self._dropped = self._dropped, 0
+        return number
+
+    def _takes(self, seconds: float) -> bool:
+        poller = select.poll()
+        poller.register(self._descriptor, select.POLLOUT)
+        return bool(poller.poll(seconds * 1000))
+
+    def _write_some(self) -> bool:
+        data = self._pending[0]
+        try:
+            written = os.write(self._descriptor, data[: select.PIPE_BUF])
+        except BlockingIOError:  # another process has made it so
+            return False
+        except OSError:  # nobody reads it any more: no reason to stop serving
+            written = len(data)
+        with self._lock:
+            self._size -= written
+            if written < len(data):
+                self._pending[0] = data[written:]
+            else:
+                self._pending.popleft()
+        return True
+
+
+def access_line(request: RequestParser, status: str, size: int, caller: str) -> str:
+    """The access log's line, of JSON, for a request that has just been answered."""
+    now = time.time_ns() // 1_000_000
+    milliseconds = (time.monotonic() - request.arrived) * 1000
+    return (
+        f'{{"time": "{second(now // 1000)}.{now % 1000:03}Z",'
+        f' "method": "{request.command[:LONGEST_METHOD]}", "target": {quoted(request.request_uri)},'
+        f' "status": {status[:3] or 0}, "bytes": {size}, "ms": {milliseconds:.3f},'
+        f' "caller": "{caller}", "request_id": "{request.id}"}}\n'
+    )
+
+
+def quoted(target: str) -> str:
+    """A request target as a JSON string, without the user name and password that it may hold."""
+    if not target.startswith("/"):
+        target = USERINFO.sub("//", target)
+    text = json_string(target)
+    if len(text) > LONGEST_TARGET:
+        text = json_string(target[:LONGEST_TARGET] + "…")
+    if len(text) > LONGEST_ESCAPED:
+        text = json_string(target[: LONGEST_TARGET // 6] + "…")
+    return text
+
+
+@lru_cache(2)
+def second(now: int) -> str:
+    """Seconds since 1970 as a date and a time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))

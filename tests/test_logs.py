@@ -1,0 +1,157 @@
+"""The logs: whoever reads them slowly, or not at all, delays nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import IO
+
+import pytest
+
+from tests.harness import (
+    DEAD_DATABASE,
+    RawClient,
+    ScriptedUpstream,
+    call,
+    checkout,
+    free_port,
+    ok,
+    wait_for,
+)
+
+Run = Callable[..., tuple[subprocess.Popen[bytes], int]]
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Start Gatehouse with pipes for its standard output and error, which nobody reads from yet."""
+    processes = []
+
+    def run(**settings: str) -> tuple[subprocess.Popen[bytes], int]:
+        port = free_port()
+        environ = {"POSTGRES_URI": DEAD_DATABASE, "PORT": str(port), "PATH": os.environ["PATH"]}
+        process = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=checkout(),
+            env=environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        processes.append(process)
+
+        def is_up() -> bool:
+            assert process.poll() is None
+            try:
+                return call(port, "GET", "/health/live").status == 200
+            except OSError:
+                return False
+
+        wait_for(is_up, 20, "the service to answer")
+        return process, port
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ask(port: int, targets: list[str], status: int) -> None:
+    """Ask for each target on one connection, and count on an answer."""
+    with RawClient(port, timeout=10) as client:
+        for target in targets:
+            client.send(f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            assert client.reply().status == status
+
+
+def read_line(stream: IO[bytes] | None) -> bytes:
+    assert stream is not None
+    return stream.readline()
+
+
+workers = pytest.mark.parametrize("workers", ["1", "2"])
+
+
+@workers
+def test_lines_that_nobody_takes_yet_are_kept(
+    run: Run, upstream: ScriptedUpstream, workers: str
+) -> None:
+    upstream.script(ok)
+    process, port = run(UPSTREAM_URL=upstream.url, WORKERS=workers)
+    targets = [f"/{number}/{'x' * 200}" for number in range(1000)]  # some five pipes full
+    ask(port, targets, 200)
+    told = []
+    while len(told) < len(targets):
+        target = json.loads(read_line(process.stdout))["target"]
+        if target != "/health/live":
+            told.append(target)
+    assert told == targets
+
+
+def test_lines_beyond_a_mebibyte_are_dropped_and_counted(
+    run: Run, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(ok)
+    process, port = run(UPSTREAM_URL=upstream.url)
+    targets = [f"/{number}/{'x' * 2900}" for number in range(600)]
+    ask(port, targets, 200)
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    told = [json.loads(line)["target"] for line in out.splitlines()]
+    told = [target for target in told if target != "/health/live"]
+    dropped = sum(int(number) for number in re.findall(rb"(\d+) lines of the access log", err))
+    assert dropped > 100 and told == targets[: len(targets) - dropped]
+
+
+@pytest.mark.parametrize("character", ["x", '"', "\\", "\xe9"])
+@pytest.mark.parametrize("length", [2000, 40_000])
+def test_a_line_is_one_write_however_long_its_target(
+    run: Run, upstream: ScriptedUpstream, character: str, length: int
+) -> None:
+    upstream.script(ok)
+    process, port = run(UPSTREAM_URL=upstream.url)
+    target = "/" + character * length
+    with RawClient(port) as client:
+        client.send(b"M" * 1000 + f" {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode("latin-1"))
+        assert client.reply().status == 200
+    line = read_line(process.stdout)
+    while b"/health/live" in line:
+        line = read_line(process.stdout)
+    assert len(line) <= select.PIPE_BUF
+    told = json.loads(line)
+    assert told["method"] == "M" * 100
+    whole = told["target"] == target
+    assert whole or (told["target"][-1] == "…" and target.startswith(told["target"][:-1]))
+    assert len(told["target"]) >= 500 and (whole or (length, character) != (2000, "x"))
+
+
+def test_a_password_in_a_target_is_not_logged(run: Run, upstream: ScriptedUpstream) -> None:
+    upstream.script(ok)
+    process, port = run(UPSTREAM_URL=upstream.url)
+    ask(port, ["http://ann:s3cret@other.example/@x"], 200)
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    assert b"s3cret" not in out + err
+    assert json.loads(out.splitlines()[-1])["target"] == "http://other.example/@x"
+
+
+@workers
+def test_an_error_log_that_nobody_reads_delays_nobody(run: Run, workers: str) -> None:
+    process, port = run(UPSTREAM_URL="http://127.0.0.1:1", WORKERS=workers, ACCESS_LOG="off")
+    ask(port, ["/"] * 1000, 502)
+    assert process.poll() is None
+
+
+def test_an_output_that_was_closed_stops_nothing(run: Run, upstream: ScriptedUpstream) -> None:
+    upstream.script(ok)
+    process, port = run(UPSTREAM_URL=upstream.url)
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
+    ask(port, ["/"] * 20, 200)
+    process.terminate()
+    assert process.wait(20) == 0
