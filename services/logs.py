@@ -31,6 +31,7 @@ class Output:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._poller = writable(descriptor)
         self._lock = threading.Lock()
         self._pending: deque[bytes] = deque()
         self._size = 0
@@ -51,10 +52,10 @@ class Output:
     def flush(self) -> None:
         """Write what the reader takes now."""
         # Again after the release: a line may have been left to this thread just before it.
-        while self._pending and self._takes(0) and self._writing.acquire(blocking=False):
+        while self._pending and self._writing.acquire(blocking=False):
             try:
-                while self._pending and self._takes(0):
-                    if not self._write_some():
+                while self._pending:
+                    if not (self._poller.poll(0) and self._write_some()):
                         return
             finally:
                 self._writing.release()
@@ -62,19 +63,17 @@ class Output:
     def finish(self, seconds: float) -> None:
         """Wait this long at most for the reader to take what is left."""
         until = time.monotonic() + seconds
-        while self._pending and self._takes(max(0.0, until - time.monotonic())):
+        while self._pending:
             self.flush()
+            left = until - time.monotonic()
+            if left <= 0 or not writable(self._descriptor).poll(left * 1000):
+                return
 
     def dropped(self) -> int:
         """How many lines have been dropped since this was last asked."""
         with self._lock:
             number, self._dropped = self._dropped, 0
         return number
-
-    def _takes(self, seconds: float) -> bool:
-        poller = select.poll()
-        poller.register(self._descriptor, select.POLLOUT)
-        return bool(poller.poll(seconds * 1000))
 
     def _write_some(self) -> bool:
         data = self._pending[0]
@@ -91,6 +90,13 @@ class Output:
             else:
                 self._pending.popleft()
         return True
+
+
+def writable(descriptor: int) -> select.poll:
+    """What tells whether a descriptor can be written to; one for each thread that asks."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLOUT)
+    return poller
 
 
 def access_line(request: RequestParser, status: str, size: int, caller: str) -> str:
