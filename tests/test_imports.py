@@ -56,6 +56,12 @@ MAY_IMPORT = {
         "services.fields",
         "services.upstream",
     },
+    "services.connection": {
+        "urllib3",
+        "services.answers",
+        "services.errors",
+        "services.fields",
+    },
     "services.answers": {"services.errors", "services.fields"},
     "services.chunks": set(),
     "services.parser": {"waitress", "services.chunks", "services.errors", "services.fields"},
