@@ -34,9 +34,10 @@ class Board:
         """The sum of a number over all workers."""
         return sum(self._cells[cell::CELLS])
 
-    def least(self, cell: int) -> int:
-        """The smallest number of any worker."""
-        return min(self._cells[cell::CELLS])
+    def others(self, cell: int) -> tuple[int, ...]:
+        """A number of each worker but this one."""
+        mine = self._row // CELLS
+        return tuple(n for worker, n in enumerate(self._cells[cell::CELLS]) if worker != mine)
 
     def forwarded(self, up: bool) -> None:
         """Note how a forwarded request went."""

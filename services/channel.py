@@ -16,6 +16,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from typing import Any
 
+from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected, HTTPChannel
 
 from services.fields import Field
@@ -163,6 +164,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     parser_class = RequestParser
     requests: list[RequestParser]
+    request: RequestParser | None
+    unparsed = b""  # what came with the requests that wait, and is for later ones
+    held = False  # whether the next request waits until the client has taken the last answer
+    kept = False  # whether the buffer has been used
     parked: Task | None = None
     resuming = False
     refused = False
@@ -204,10 +209,42 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.received(data)
             if self.request is not None or self.requests:  # else it was empty lines
                 self.last_activity = time.time()
-        elif self.requests:
-            self.leave()
         else:
-            self.handle_close()
+            with self.requests_lock:  # or its thread might end in between, and nobody would close
+                self.gone = bool(self.requests)
+            if self.gone:
+                self.leave()
+            else:
+                self.handle_close()
+
+    def received(self, data: bytes) -> bool:
+        """Parse requests, on the loop's thread: one more than the one under way, like waitress's
+        lookahead. Waitress parses all that one read has brought, which may be thousands."""
+        with self.requests_lock:
+            if self.will_close or self.close_when_flushed:
+                return False
+            data = self.unparsed + data
+            while data and len(self.requests) <= self.adj.channel_request_lookahead:
+                request = self.request = self.request or self.parser_class(self.adj)
+                data = data[request.received(data) :]
+                if not self.requests and self._owes_continue():
+                    self.send_continue()
+                if request.completed:
+                    self.request, self.sent_continue = None, False
+                    if not request.empty:
+                        self.requests.append(request)
+                        if len(self.requests) == 1:
+                            self.server.add_task(self)
+            self.unparsed = data
+        return True
+
+    def send_continue(self) -> None:
+        """Ask for a body, on the loop's thread, which sends it when it looks at this one next."""
+        assert self.request is not None
+        self.request.expect_continue = False
+        self.sent_continue = True
+        with self.outbuf_lock:
+            self._keep(memoryview(b"HTTP/1.1 100 Continue\r\n\r\n"))
 
     def has_left(self) -> bool:
         """Whether the client has closed its side though nobody reads from it: more requests wait
@@ -262,9 +299,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                     raise ClientDisconnected
                 if not self.total_outbufs_len:
                     view = view[self._send_now(view) :]
-                if view and not (patient and not self.total_outbufs_len):
+                kept = view and not (patient and not self.total_outbufs_len)
+                if kept:
                     self._keep(view)
-                    break
+            if kept:
+                self.server.wake(self)  # after the lock, which the loop takes while it is woken
+                break
             if view and not self._writable_within(STALL_SECONDS):
                 patient = False
         return len(data)
@@ -280,15 +320,15 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return sent
 
     def _keep(self, view: memoryview) -> None:
+        self.kept = True
         self.outbufs[-1].append(bytes(view))
         self.total_outbufs_len += len(view)
-        self.server.wake(self)
 
     def _writable_within(self, seconds: float) -> bool:
         poller = select.poll()
         try:
             poller.register(self.socket, select.POLLOUT)
-        except (ValueError, AttributeError, OSError):  # closed by the loop meanwhile
+        except (TypeError, ValueError, OSError):  # closed by the loop meanwhile
             raise ClientDisconnected from None
         return bool(poller.poll(seconds * 1000))
 
@@ -315,12 +355,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                     # A part of the next one is here already, and had to wait for this one's end.
                     self.request.started = time.monotonic()
                 self.requests.pop(0).close()
-                if self.requests:
+                if self.requests and self.stalled:
+                    self.held = True
+                elif self.requests:
                     self.server.add_task(self)
-                elif self._owes_continue():
-                    self.send_continue()
         self.last_activity = time.time()
-        if self.close_when_flushed or self.requests or self.total_outbufs_len:
+        if self.close_when_flushed or self.requests or self.request or self.stalled:
             self.server.wake(self)
 
     def _owes_continue(self) -> bool:
@@ -335,7 +375,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def advance(self) -> None:
         """Do what is next, on the loop's thread: resume a stream whose client has caught up, give
-        up one whose client has gone, and tell the selector what to watch for."""
+        up one whose client has gone, go on to the next request, and tell the selector what to watch
+        for."""
         task = self.parked
         if task is not None and not self.resuming:
             if not self.connected:
@@ -344,7 +385,25 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             elif not self.total_outbufs_len:
                 self.resuming = True
                 task.body.resume(lambda: self.server.add_task(self))  # type: ignore[attr-defined]
+        elif not self.stalled:
+            self._go_on()
         self.server.rearm(self)
+
+    def _go_on(self) -> None:
+        if self.kept:
+            with self.outbuf_lock:
+                if not self.stalled:  # what was sent stays in the buffer
+                    self.kept = False
+                    self.outbufs.pop().close()
+                    self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
+        with self.requests_lock:
+            if self.held and self.connected:
+                self.held = False
+                self.server.add_task(self)
+            elif not self.requests and self._owes_continue():
+                self.send_continue()
+        if self.unparsed and self.connected:
+            self.received(b"")
 
     def reset_on_close(self) -> None:
         """Make closing the socket send a reset, not an orderly end."""

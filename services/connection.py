@@ -157,14 +157,21 @@ class Connection:
         # Fewer bytes do not yet tell an interim answer from a final one.
         return len(self.buffer) >= INTERIM_BYTES
 
-    def receive(self) -> bool:
+    def receive(self, until: float | None = None) -> bool:
         """Read what has arrived, or wait for it, and write meanwhile what is left of the body: an
-        upstream that answers as it reads waits for both. False at the end of file."""
-        while self._unsent:
+        upstream that answers as it reads waits for both. False at the end of file. Raises
+        TimeoutError at `until`, on the monotonic clock, or after the socket's time-out."""
+        while True:
+            if until is not None:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                self.sock.settimeout(left)
+            if not self._unsent:
+                return self._arrived(self.sock.recv(PIECE_BYTES))
             arrived = self._move()
             if arrived is not None:
                 return arrived
-        return self._arrived(self.sock.recv(PIECE_BYTES))
 
     def _arrived(self, data: bytes) -> bool:
         self.buffer = self.buffer + data if self.buffer else data
@@ -182,12 +189,8 @@ class Connection:
             if end >= 0:
                 break
             scanned = max(0, len(self.buffer) - 3)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
             # Every recv has its own time-out: a head that trickles in would outlive any of them.
-            self.sock.settimeout(left)
-            if not self.receive():
+            if not self.receive(deadline):
                 raise EOFError
         head, self.buffer = self.buffer[:end], self.buffer[end + size :]
         return parse_head(head.decode("latin-1"))

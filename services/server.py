@@ -37,6 +37,8 @@ FIRST_REQUEST_SECONDS = 1.0
 # take them all, and refuse what is over its share of the upstream's places.
 GIVE_WAY_SECONDS = 0.005
 MOST_GIVE_WAY_SECONDS = 0.025
+# So often in a row, while the others' numbers of clients stay as they are: they may all be stopped.
+MOST_IN_VAIN = 8
 # At its end a worker waits this many seconds for the access log's reader.
 LOG_SECONDS = 1.0
 
@@ -81,13 +83,19 @@ class Lane:
         with self._lock:
             self._spare -= 1
             start = self._spare < 0 and self._threads < self._limit
-            if start:
-                self._threads += 1
-                self._spare += 1
-                name = f"{self._name}-{self._threads}"
+            self._count(int(start))
         self._queue.put(channel)
         if start:
-            threading.Thread(target=self._work, name=name, daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            except RuntimeError:
+                log.exception("no thread can be started; the request waits for another")
+                with self._lock:
+                    self._count(-1)
+
+    def _count(self, threads: int) -> None:
+        self._threads += threads
+        self._spare += threads
 
     def _work(self) -> None:
         while True:
@@ -174,6 +182,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self._grace = 0.0
         self._tick_at = 0.0
         self._gives_way_until = 0.0
+        self._others: tuple[int, ...] = ()
+        self._in_vain = 0
         super().__init__(
             application,
             map=self.watched,
@@ -196,14 +206,31 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         )
 
     def handle_accept(self) -> None:
-        """Let a client in, or give way to a worker that has fewer. Once: it may not be awake."""
-        fewer = self._count_clients() - self.application.board.least(CLIENTS)
-        if fewer > 0 and not (self._gives_way_until or self.draining):
+        """Let a client in, or give way to a worker that has fewer. Once, for it may not be awake,
+        and not for ever to workers that let nobody in."""
+        clients, others = self._count_clients(), self.application.board.others(CLIENTS)
+        if others != self._others:
+            self._others, self._in_vain = others, 0
+        elif self._gives_way_until:
+            self._in_vain += 1
+        fewer = clients - min(others, default=clients)
+        giving = self._gives_way_until or self.draining or self._in_vain >= MOST_IN_VAIN
+        if fewer > 0 and not giving:
             seconds = min(fewer * GIVE_WAY_SECONDS, MOST_GIVE_WAY_SECONDS)
             self._gives_way_until = time.monotonic() + seconds
             return
         self._gives_way_until = 0.0
         super().handle_accept()
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        try:
+            accepted: tuple[socket.socket, Any] | None = super().accept()
+            return accepted
+        except OSError:
+            # No descriptor is free. Who waits goes on waiting, and the selector would go on saying
+            # so: look again in a while.
+            self._gives_way_until = time.monotonic() + MOST_GIVE_WAY_SECONDS
+            return None
 
     def _count_clients(self) -> int:
         clients = len(self.active_channels)
@@ -216,7 +243,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def add_task(self, task: Channel) -> None:
         request = task.requests[0]
-        request.arrived = time.monotonic()
+        request.arrived = request.arrived or time.monotonic()  # not again when it goes on
         self.lanes[request.lane].add(task)
 
     def wake(self, channel: Channel) -> None:
@@ -290,11 +317,13 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             let_nobody_in(self.socket)
         waiting = select.poll()
         waiting.register(self.socket, select.POLLIN)
-        while waiting.poll(0):
+        while waiting.poll(0) and not self._gives_way_until:
             self.handle_accept()
+        self._gives_way_until = 0.0
         wasyncore.dispatcher.close(self)
         for channel in list(self.active_channels.values()):
-            channel.handle_read_event()  # a request that is here already is under way
+            if channel.readable():
+                wasyncore.read(channel)  # a request that is here already is under way
         self._close_idle(now)
 
     def _close_idle(self, now: float) -> None:

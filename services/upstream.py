@@ -71,9 +71,9 @@ class Answer:
         self._left: int | None = 0 if bodiless else int(lengths[0]) if lengths else None
         persistent = "keep-alive" in options if version == "1.0" else True
         framed = self._chunked or self._left is not None
-        # One that must have no body but announces one may send it, as the next caller's answer.
-        announced = bool(codings) or (self.status == 204 and lengths not in ([], ["0"]))
-        stray = announced and self.status in (204, 304)
+        # One that has no body but announces one may be followed by it all the same, and that would
+        # be the next caller's answer.
+        stray = bodiless and bool(codings or lengths not in ([], ["0"]))
         self._keep = framed and persistent and not stray and "close" not in options
 
     def _final_head(self, connection: Connection) -> tuple[str, int, str, list[Field]]:

@@ -179,7 +179,9 @@ class Supervisor:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
-            yield *self.running.pop(process), os.waitstatus_to_exitcode(status)
+            # Another's child may have come to this process, which is the first of a container, say.
+            if process in self.running:
+                yield *self.running.pop(process), os.waitstatus_to_exitcode(status)
 
     def replace(self) -> None:
         for worker, since, code in self.ended():

@@ -214,6 +214,34 @@ def test_empty_lines_before_a_request_do_not_go_on_for_ever_for_free(limited: Se
         assert memory(limited) - before < 8 * MIB
 
 
+def test_pipelined_requests_take_no_more_memory_than_their_bytes(
+    database: str, upstream: ScriptedUpstream
+) -> None:
+    """Each was taken apart as soon as it was there, at 45 times its size."""
+    held = threading.Event()
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        held.wait(30)
+        ok(sock, seen)
+
+    upstream.script(answer)
+    requests = b"GET / HTTP/1.1\r\nHost:a\r\n\r\n" * 2300
+    with (
+        Service(POSTGRES_URI=database, UPSTREAM_URL=upstream.url) as service,
+        contextlib.ExitStack() as stack,
+    ):
+        before = memory(service)
+        clients = [stack.enter_context(service.client()) for _ in range(20)]
+        for client in clients:
+            client.send(requests)
+        wait_for(lambda: len(upstream.seen) == len(clients))
+        threading.Event().wait(0.5)
+        assert memory(service) - before < 20 * MIB
+        held.set()
+        for _ in range(2300):
+            assert clients[0].reply().status == 200
+
+
 HOSTILE = [
     b"\0" * 1000,
     b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + b"\xff" * 500,

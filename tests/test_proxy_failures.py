@@ -290,6 +290,22 @@ def test_a_head_that_is_not_whole_in_time_is_504(
     assert len(upstream.seen) == 1
 
 
+def test_a_head_is_late_also_while_the_body_is_still_being_sent(
+    impatient: Service, upstream: ScriptedUpstream
+) -> None:
+    def read_on(sock: socket.socket, seen: Seen) -> bool:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nX-")
+        while sock.recv(20_000):
+            time.sleep(READ_TIMEOUT / 100)
+        return False
+
+    upstream.script(b"")
+    upstream.early = read_on
+    began = time.monotonic()
+    problem(impatient.call("POST", "/a", b"x" * 60_000_000), 504, "upstream-timeout")
+    assert time.monotonic() - began < READ_TIMEOUT + 4
+
+
 def test_a_slow_body_is_not_late_as_long_as_each_piece_is_in_time(
     impatient: Service, upstream: ScriptedUpstream
 ) -> None:

@@ -24,6 +24,7 @@ from tests.harness import (
     ScriptedUpstream,
     Seen,
     Service,
+    call,
     checkout,
     free_port,
     wait_for,
@@ -373,3 +374,62 @@ def test_the_port_is_free_again_for_the_next_start(
         service = start(UPSTREAM_URL=upstream.url, WORKERS=workers, PORT=port)
         assert service.call("GET", "/plain").status == 200
         assert service.stop() == 0
+
+
+def run_by_shell(before: str, **settings: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Gatehouse as the process that a shell has become, after `before`."""
+    port = free_port()
+    environ = {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
+    process = subprocess.Popen(
+        ["sh", "-c", f"{before} exec {sys.executable} app.py"],
+        cwd=checkout(),
+        env=environ | {"PATH": os.environ["PATH"], "PORT": str(port)} | settings,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: not refuses(port), 20, "the service to listen")
+    return process, port
+
+
+def test_the_end_of_a_child_that_is_no_worker_is_no_matter() -> None:
+    """The first process of a container inherits those whose parents end."""
+    process, port = run_by_shell("sleep 2 &", WORKERS="2")
+    (stranger,) = (
+        child for child in psutil.Process(process.pid).children() if child.name() == "sleep"
+    )
+    psutil.wait_procs([stranger], timeout=10)
+    wait_for(lambda: not alive(stranger), 10, "the child to be reaped")
+    assert call(port, "GET", "/health/live").status == 200
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_it_stops_in_time_with_more_clients_than_descriptors() -> None:
+    process, port = run_by_shell("ulimit -n 128;", SHUTDOWN_TIMEOUT="2")
+    with contextlib.ExitStack() as stack:
+        for _ in range(140):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_a_worker_that_is_stopped_delays_the_other_s_clients_no_longer_than_a_moment(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=2)
+    ask = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for number in range(12):
+            if number == 6:  # and has fewer clients than the other from then on
+                worker = workers_of(service)[0]
+                worker.suspend()
+            client = stack.enter_context(service.client())
+            client.send(ask)
+            assert client.reply().status == 200
+        began = time.monotonic()
+        for _ in range(200):
+            with service.client() as one:
+                one.send(ask)
+                assert one.reply().status == 200
+        assert time.monotonic() - began < 3  # 25 ms for each would be 5
+        worker.resume()
