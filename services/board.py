@@ -7,7 +7,7 @@ import mmap
 import time
 
 UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
-IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT, CLIENTS = range(6)
+IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT, CLIENTS, AWAKE = range(7)
 CELLS = 8
 
 

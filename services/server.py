@@ -16,7 +16,7 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
-from services.board import CLIENTS, Board
+from services.board import AWAKE, CLIENTS, Board
 from services.channel import Channel, Task
 from services.errors import Problem
 from services.fields import Field
@@ -38,7 +38,9 @@ FIRST_REQUEST_SECONDS = 1.0
 GIVE_WAY_SECONDS = 0.005
 MOST_GIVE_WAY_SECONDS = 0.025
 # So often in a row, while the others' numbers of clients stay as they are: they may all be stopped.
-MOST_IN_VAIN = 8
+MOST_IN_VAIN = 20
+# A worker lets nobody in before the others are awake, or before this many seconds have passed.
+WAKING_SECONDS = 1.0
 # At its end a worker waits this many seconds for the access log's reader.
 LOG_SECONDS = 1.0
 
@@ -260,6 +262,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until `stop` is called and what was under way is answered."""
+        self._await_others()
         self.accept_connections()
         self.watched.rearm(self)
         while not (self.draining and self._drained()):
@@ -297,6 +300,13 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.access_log.finish(seconds)
         if dropped := self.access_log.dropped():
             log.warning("%d lines of the access log were dropped, for nobody took them", dropped)
+
+    def _await_others(self) -> None:
+        # Whoever knocks first knows nothing of workers: the first of them would take all.
+        board, until = self.application.board, time.monotonic() + WAKING_SECONDS
+        board.set(AWAKE, 1)
+        while not (self.stopping or all(board.others(AWAKE)) or time.monotonic() > until):
+            time.sleep(0.005)
 
     def _close_expired(self, now: float) -> None:
         for channel in list(self.active_channels.values()):
