@@ -378,9 +378,9 @@ def load_settings() -> Settings:
         wrong = pool.check_uri(postgres_uri(environ["POSTGRES_URI"].strip()))
         if wrong:
             problems.append(f"POSTGRES_URI {wrong}")
-    if settings is not None and settings.upstream_url.lower().startswith("https:"):
-        bundle = os.environ.get(CA_BUNDLE) or None
-        file, folder = (None, bundle) if bundle and Path(bundle).is_dir() else (bundle, None)
+    bundle = os.environ.get(CA_BUNDLE)
+    if bundle and settings is not None and settings.upstream_url.lower().startswith("https:"):
+        file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
         try:
             ssl.create_default_context(cafile=file, capath=folder)
         except OSError:

@@ -376,8 +376,9 @@ def test_the_port_is_free_again_for_the_next_start(
         assert service.stop() == 0
 
 
-def run_by_shell(before: str, **settings: str) -> tuple[subprocess.Popen[bytes], int]:
-    """Gatehouse as the process that a shell has become, after `before`."""
+@contextlib.contextmanager
+def run_by_shell(before: str, **settings: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Gatehouse as the process that a shell has become, after `before`; killed at the end."""
     port = free_port()
     environ = {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
     process = subprocess.Popen(
@@ -387,26 +388,31 @@ def run_by_shell(before: str, **settings: str) -> tuple[subprocess.Popen[bytes],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: not refuses(port), 20, "the service to listen")
-    return process, port
+    try:
+        wait_for(lambda: not refuses(port), 20, "the service to listen")
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_end_of_a_child_that_is_no_worker_is_no_matter() -> None:
     """The first process of a container inherits those whose parents end."""
-    process, port = run_by_shell("sleep 2 &", WORKERS="2")
-    (stranger,) = (
-        child for child in psutil.Process(process.pid).children() if child.name() == "sleep"
-    )
-    psutil.wait_procs([stranger], timeout=10)
-    wait_for(lambda: not alive(stranger), 10, "the child to be reaped")
-    assert call(port, "GET", "/health/live").status == 200
-    process.terminate()
-    assert process.wait(20) == 0
+    with run_by_shell("sleep 2 &", WORKERS="2") as (process, port):
+        (stranger,) = (
+            child for child in psutil.Process(process.pid).children() if child.name() == "sleep"
+        )
+        wait_for(lambda: not alive(stranger), 10, "the child to end")
+        assert call(port, "GET", "/health/live").status == 200
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_it_stops_in_time_with_more_clients_than_descriptors() -> None:
-    process, port = run_by_shell("ulimit -n 128;", SHUTDOWN_TIMEOUT="2")
-    with contextlib.ExitStack() as stack:
+    with (
+        run_by_shell("ulimit -n 128;", SHUTDOWN_TIMEOUT="2") as (process, port),
+        contextlib.ExitStack() as stack,
+    ):
         for _ in range(140):
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         process.terminate()
