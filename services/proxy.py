@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from services.board import IN_FLIGHT, Board
+from services.board import Board
 from services.errors import (
     BadRequest,
     LoopDetected,
     MethodNotAllowed,
     Problem,
     UpgradeNotSupported,
-    UpstreamBusy,
 )
 from services.fields import Field, field_values, listed
+from services.places import Body, Places
 from services.upstream import Answer, Client, Upstream
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -50,6 +48,8 @@ BELIEVED = frozenset({"forwarded", "x-real-ip"})
 # Alt-Svc names ports of the upstream's own, where there is no Gatehouse.
 NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
 
+# What Allow says for a target of the upstream's, whose methods Gatehouse does not know.
+METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
 ABSOLUTE_FORM = re.compile(r"https?://[^/?#]+", re.IGNORECASE)
 
 
@@ -75,89 +75,6 @@ def dropped(fields: Iterable[Field], always: frozenset[str]) -> frozenset[str]:
     if not options:
         return always
     return always.union(option.lower() for option in options) - {"content-length"}
-
-
-class Places:
-    """How many requests may be with the upstream at once. One whose client does not read gives up
-    its place while it waits, and gets the next free one when its client has caught up."""
-
-    def __init__(self, limit: int, board: Board) -> None:
-        self._limit = limit
-        self._board = board
-        self._lock = threading.Lock()
-        self._taken = 0
-        self._waiting: deque[Callable[[], None]] = deque()
-
-    def enter(self) -> None:
-        """Take a place. Raises UpstreamBusy at once where there is none."""
-        with self._lock:
-            if self._taken >= self._limit:
-                raise UpstreamBusy
-            self._take(1)
-
-    def leave(self) -> None:
-        """Give the place back, or to one that waits for it."""
-        with self._lock:
-            if not self._waiting:
-                self._take(-1)
-                return
-            ready = self._waiting.popleft()
-        ready()
-
-    def return_when_free(self, ready: Callable[[], None]) -> None:
-        """Take a place, now or when one is free, and then call `ready`."""
-        with self._lock:
-            if self._taken >= self._limit:
-                self._waiting.append(ready)
-                return
-            self._take(1)
-        ready()
-
-    def _take(self, number: int) -> None:
-        self._taken += number
-        self._board.set(IN_FLIGHT, self._taken)
-
-
-class Body:
-    """The body of an answer on its way to the client; holds a place until it has all arrived.
-    The place is given back before the last piece is sent: who has that may ask again at once."""
-
-    def __init__(self, answer: Answer, places: Places) -> None:
-        self._answer = answer
-        self._places = places
-        self._placed = True
-
-    def __iter__(self) -> Iterator[bytes]:
-        for piece in self._answer.pieces():
-            if not self.more:
-                self.pause()
-            yield piece
-        self.pause()
-
-    @property
-    def more(self) -> bool:
-        """Whether more is to come from the upstream."""
-        return self._answer.more
-
-    def pause(self) -> None:
-        """The client does not read, or all has arrived: give up the place."""
-        if self._placed:
-            self._placed = False
-            self._places.leave()
-
-    def resume(self, ready: Callable[[], None]) -> None:
-        """The client has caught up: call `ready` as soon as there is a place again."""
-
-        def go_on() -> None:
-            self._placed = True
-            ready()
-
-        self._places.return_when_free(go_on)
-
-    def close(self) -> None:
-        """Let go of the upstream's connection and of the place."""
-        self._answer.close()
-        self.pause()
 
 
 class Proxy:
@@ -194,7 +111,7 @@ class Proxy:
         Raises MethodNotAllowed, UpgradeNotSupported or LoopDetected.
         """
         if request.command == "CONNECT":
-            raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", ANY)])
+            raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", METHODS)])
         upgrades = listed(request.values.get("upgrade", []))
         asked = any(upgrade.lower() == "websocket" for upgrade in upgrades)
         if asked and request.version == "1.1":  # RFC 9110 section 7.8: ignored in HTTP/1.0
@@ -298,7 +215,3 @@ class Proxy:
                 except ValueError:
                     break
         return peer
-
-
-# What Allow says for a target of the upstream's, whose methods Gatehouse does not know.
-ANY = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
