@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import re
 import time
 from typing import Any
@@ -14,6 +16,8 @@ from waitress.receiver import FixedStreamReceiver
 from services.chunks import Chunks
 from services.errors import BadRequest, BodyTooLarge, Problem
 from services.fields import Field, listed
+
+log = logging.getLogger("gatehouse")
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADER_LINES = 200
@@ -136,7 +140,12 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         return len(data) - (len(head) - end - 4)
 
     def _body(self, data: bytes) -> int:
-        consumed: int = self.body_rcv.received(data)
+        try:
+            consumed: int = self.body_rcv.received(data)
+        except OSError as error:  # a large body goes to a file
+            log.error("a body cannot be kept: %s request_id=%s", error.strerror or error, self.id)
+            self._refuse(Problem("There is no room to keep the body."))
+            return len(data)
         self.completed = self.body_rcv.completed
         if self.chunked:
             self._check_chunks()
@@ -222,6 +231,11 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
             # int() refuses thousands of digits.
             digits = lengths[0].lstrip("0")
             self.content_length = int(digits or 0) if len(digits) < 19 else ABSURD_BYTES
+
+    def close(self) -> None:
+        """Let go of the body."""
+        with contextlib.suppress(OSError):  # what could not be written cannot be at the end either
+            super().close()
 
     @property
     def body_size(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import select
 import socket
 import statistics
@@ -121,6 +122,25 @@ def test_a_refused_body_that_keeps_coming_does_not_cost_the_answer(limited: Serv
     for _ in range(5):
         body = b"x" * 700_000
         problem(send_plain(limited, "POST", "/users", body), 413, "body-too-large")
+
+
+@BY_LENGTH_AND_CHUNKED
+def test_a_body_for_which_there_is_no_room_is_refused(
+    database: str, upstream: ScriptedUpstream, send: Send
+) -> None:
+    """A full disk, as a process sees it: its files may not grow. The connection was reset."""
+    with Service(POSTGRES_URI=database, UPSTREAM_URL=upstream.url, WORKERS=1) as service:
+        pid, files = service.process.pid, resource.RLIMIT_FSIZE
+        soft, hard = resource.prlimit(pid, files)
+        resource.prlimit(pid, files, (30_000, hard))
+        refused = send(service, "POST", "/upload", b"b" * MIB)
+        problem(refused, 500, "internal-error")
+        assert refused.get("Connection") == "close"
+        assert service.call("GET", "/after").status == 200
+        resource.prlimit(pid, files, (soft, hard))
+        assert send(service, "POST", "/upload", b"b" * MIB).status == 200
+        assert "a body cannot be kept: File too large" in service.log
+        assert "Traceback" not in service.log
 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT - 100, HEAD_LIMIT + 100])
