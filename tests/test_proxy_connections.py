@@ -549,6 +549,39 @@ def test_clients_that_do_not_read_hold_neither_a_place_nor_a_thread(
         client.close()
 
 
+def test_the_log_counts_the_time_that_a_stream_waited_for_its_client(
+    capped: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(pour(64 << 20))
+    with capped.client() as client:
+        began = time.monotonic()
+        client.send(request(b"GET /waits HTTP/1.1"))
+        wait_for(lambda: upstream.seen and in_flight(capped) == 0)
+        waited = time.monotonic() - began
+        assert client.reply().complete
+    [line] = wait_for(lambda: [one for one in capped.access_log if one["target"] == "/waits"])
+    assert line["bytes"] == 64 << 20
+    assert line["ms"] > waited * 1000
+
+
+def test_a_body_is_asked_for_after_the_answers_before_it(
+    capped: Service, upstream: ScriptedUpstream
+) -> None:
+    """Also where those have not been taken yet: the 100 came in the middle of one."""
+    size = 64 << 20
+    upstream.script(lambda sock, seen: (pour(size) if seen.target == b"/big" else ok)(sock, seen))
+    expecting = request(b"PUT /body HTTP/1.1", b"Content-Length: 2", b"Expect: 100-continue")
+    with capped.client() as client:
+        client.send(request(b"GET /big HTTP/1.1") + expecting)
+        wait_for(lambda: upstream.seen and in_flight(capped) == 0)
+        first = client.reply()
+        assert (len(first.body), first.body.strip(b"\0")) == (size, b"")
+        assert client.head() == b"HTTP/1.1 100 Continue"
+        client.send(b"hi")
+        assert client.reply().body == b"ok"
+    assert [seen.body for seen in upstream.seen] == [b"", b"hi"]
+
+
 def test_a_client_that_asks_and_does_not_read_is_not_answered_further(
     capped: Service, upstream: ScriptedUpstream
 ) -> None:
