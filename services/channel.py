@@ -43,6 +43,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     kept = False  # whether the buffer has been used
     parked: Task | None = None
     resuming = False
+    ended = False  # whether what else comes is no request: its last one is here, or was refused
     refused = False
     gone = False
     on_gone: Callable[[], None] | None = None
@@ -94,7 +95,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Parse requests, on the loop's thread: one more than the one under way, like waitress's
         lookahead. Waitress parses all that one read has brought, which may be thousands."""
         with self.requests_lock:
-            if self.will_close or self.close_when_flushed:
+            if self.ended or self.will_close or self.close_when_flushed:
                 return False
             data = self.unparsed + data
             while data and len(self.requests) <= self.adj.channel_request_lookahead:
@@ -104,6 +105,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                     self.send_continue()
                 if request.completed:
                     self.request, self.sent_continue = None, False
+                    if request.body_unread or request.connection_close:
+                        self.ended, data = True, b""
                     if not request.empty:
                         self.requests.append(request)
                         if len(self.requests) == 1:

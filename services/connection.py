@@ -38,6 +38,7 @@ class Connection:
         self.heard = False  # whether a byte of an answer has arrived
         self._unsent = memoryview(b"")  # the piece of the body that is next
         self.refused = False  # whether the upstream would not take all of it
+        self.aborted = False  # whether this side gave it up
         self._ours = threading.Lock()
         self._released = False
 
@@ -74,6 +75,7 @@ class Connection:
         with self._ours:
             sock = None if self._released else self.sock
             if sock is not None:
+                self.aborted = True
                 with contextlib.suppress(OSError):
                     # Not SSLSocket.shutdown, which would take the TLS layer from under that thread.
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)

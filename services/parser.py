@@ -111,10 +111,11 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
         """Take bytes from the connection and return how many of them belong to this request."""
         if self.completed:
             return 0
-        self.bytes_received += len(data)
         consumed = self._head(data) if self.body_rcv is None else self._body(data)
-        # What follows a request that ends the connection belongs to none.
-        return len(data) if self.body_unread else consumed
+        self.bytes_received += consumed
+        if self.chunked and self.body_rcv is not None and self.error is None:
+            self._check_chunks()
+        return consumed
 
     def _head(self, data: bytes) -> int:
         # Empty lines before a request are ignored (RFC 9112 section 2.2), and alone are no request.
@@ -137,7 +138,7 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
             self._refuse(problem)
         else:
             self.completed = self.body_rcv is None
-        return len(data) - (len(head) - end - 4)
+        return len(data) if end < 0 else len(data) - (len(head) - end - 4)
 
     def _body(self, data: bytes) -> int:
         try:
@@ -147,8 +148,6 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
             self._refuse(Problem("There is no room to keep the body."))
             return len(data)
         self.completed = self.body_rcv.completed
-        if self.chunked:
-            self._check_chunks()
         return consumed
 
     def _check_chunks(self) -> None:

@@ -269,6 +269,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def _close_expired(self, now: float) -> None:
         for channel in list(self.active_channels.values()):
             if channel.will_close or channel.expired(now):
+                if channel.stalled:
+                    channel.reset_on_close()  # or what it has of an answer may look whole
                 channel.refused = False
                 channel.will_close = True
                 channel.handle_close()
@@ -296,8 +298,8 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
 
     def _close_idle(self, now: float) -> None:
         for channel in list(self.active_channels.values()):
-            idle = channel.connected and not channel.requests and channel.request is None
-            if idle and (channel.served or now >= self._grace):
+            busy = channel.requests or channel.request is not None or channel.lingering
+            if channel.connected and not busy and (channel.served or now >= self._grace):
                 channel.close_when_flushed = True
                 self.watched.rearm(channel)
 

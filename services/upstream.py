@@ -125,7 +125,8 @@ class Answer:
             piece, connection.buffer = connection.buffer, b""
             yield piece
             if not connection.receive():
-                if connection.refused:  # which took the place of the error that tells a reset
+                # An end that is not the upstream's: of a request that it reset, or from this side.
+                if connection.refused or connection.aborted:
                     raise EOFError
                 return
 

@@ -588,6 +588,22 @@ def test_pipelined_requests_are_answered_in_their_order(
     assert [seen.body for seen in upstream.seen] == [b"one", b"", b"three", b""]
 
 
+def test_what_is_pipelined_behind_a_chunked_body_is_no_part_of_it(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """It was counted as chunk extensions, of which there may not be too many: 400."""
+    upstream.script(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    times = 2000
+    head = request(b"PUT /1 HTTP/1.1", b"Transfer-Encoding: chunked", b"X-A: " + b"a" * 63_000)
+    with service.client() as client:
+        client.send(head[:-4])
+        assert service.call("GET", "/health/live").status == 200  # those bytes have been read
+        client.send(head[-4:] + chunked(b"x") + request(b"GET /health/live HTTP/1.1") * times)
+        for _ in range(1 + times):
+            assert client.reply().status == 200
+    assert [seen.body for seen in upstream.seen] == [b"x"]
+
+
 def test_blank_lines_before_a_request_are_ignored(
     service: Service, upstream: ScriptedUpstream
 ) -> None:

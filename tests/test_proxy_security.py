@@ -226,6 +226,23 @@ def test_a_body_that_looks_like_a_request_is_only_a_body(
         assert (seen.target, seen.body) == (b"/first", SMUGGLED)
 
 
+def test_the_body_of_a_refused_request_never_becomes_a_request(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """What arrived in the read after the refusal's was parsed as requests, and the second of them
+    forwarded while the connection lingered."""
+    upstream.script(ok)
+    head = request(b"POST /refused HTTP/1.1", b"Content-Length: 200000000")
+    one_read = head + b"x" * (65536 - len(head))
+    for _ in range(20):
+        with service.client() as client:
+            client.send(one_read + request(b"GET /1 HTTP/1.1") + SMUGGLED * 2)
+            problem(client.reply(), 413, "body-too-large")
+            assert client.closed()
+    assert service.exchange(request(b"GET /after HTTP/1.1")).status == 200
+    assert [seen.target for seen in upstream.seen] == [b"/after"]
+
+
 @pytest.mark.parametrize(
     "target",
     [

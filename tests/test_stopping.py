@@ -198,6 +198,24 @@ def test_a_body_that_is_still_being_sent_is_a_request_under_way(
     assert service.process.wait(10) == 0
 
 
+def test_a_refusal_is_read_also_while_the_service_stops(start: Start, held: HeldUpstream) -> None:
+    """The rest of the refused body is read meanwhile: a reset would destroy the answer."""
+    service = start(UPSTREAM_URL=held.url, MAX_BODY_BYTES=1000)
+    with under_way(service, held, ["/plain"]) as [other], service.client() as client:
+        client.send(b"POST /up HTTP/1.1\r\nHost: a.example\r\nContent-Length: 400000\r\n")
+        assert service.call("GET", "/health/live").status == 200  # the service has read those
+        service.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
+        client.send(b"\r\n")
+        for _ in range(40):
+            client.send(b"x" * 10_000)
+            threading.Event().wait(0.02)
+        assert client.reply().status == 413
+        held.release.set()
+        assert other.reply().status == 200
+    assert service.process.wait(10) == 0
+
+
 def test_a_write_under_way_is_answered(start: Start, databases: Databases, database: str) -> None:
     service = start(POSTGRES_URI=database)
     body = {"email": f"{uuid.uuid4().hex}@example.com", "name": "before"}
