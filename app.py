@@ -62,6 +62,7 @@ JSON = "application/json"
 CA_BUNDLE = "REQUESTS_CA_BUNDLE"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
+LIVE = re.compile(r"/health/live/?")
 UNROUTABLE = re.compile(r"[^!-~]")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # On all that Gatehouse itself answers.
@@ -162,6 +163,8 @@ class Gatehouse:
             return "proxy", self.settings.max_body_bytes
         if owner[1] == "users":
             self._authorize(request)
+        elif LIVE.fullmatch(request.path):
+            return "quick", MAX_USER_BYTES  # it waits for nothing, nor behind what does
         return owner[1], MAX_USER_BYTES
 
     def _authorize(self, request: RequestParser) -> None:
@@ -241,13 +244,13 @@ class Gatehouse:
     # /health
 
     def get_health(self, request: RequestParser) -> Reply:
-        return _json(200, json.dumps(self.health.report()))
+        return _json(200, json.dumps(self.health.report(request.arrived)))
 
     def get_live(self, request: RequestParser) -> Reply:
         return _json(200, '{"status": "ok"}')
 
     def get_ready(self, request: RequestParser) -> Reply:
-        match self.health.database()["status"]:
+        match self.health.database(request.arrived)["status"]:
             case "up":
                 return _json(200, '{"status": "ok"}')
             case "unmigrated":
@@ -450,8 +453,9 @@ def run(settings: Settings) -> int:
         listener,
         workers=settings.workers,
         lanes={
-            # One more than there are places, to tell those that find none.
-            "proxy": limit + 1,
+            # As many as there are places, again for streams that come back, and one to tell those
+            # that find none.
+            "proxy": 2 * limit + 1,
             # Enough to use every connection while others are told that none is free.
             "users": max(settings.threads - limit, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
@@ -464,6 +468,12 @@ def run(settings: Settings) -> int:
 
 def main(arguments: list[str]) -> int:
     """The command line: nothing to serve, `check`, or `--dev`. Returns the exit code."""
+    # One that was closed would be the next socket's number, and that would get the log.
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     logging.basicConfig(
         stream=Output(2), format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
     )

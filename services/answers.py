@@ -14,7 +14,7 @@ FOLD = re.compile(r"\n[ \t]++")
 
 def parse_head(head: str) -> tuple[str, int, str, list[Field]]:
     """Version, status, reason and header lines of an answer. Raises UpstreamBroken."""
-    first, _, rest = head.replace("\r\n", "\n").removesuffix("\r").partition("\n")
+    first, _, rest = head.replace("\r\n", "\n").partition("\n")
     match = STATUS_LINE.fullmatch(first)
     if match is None:
         raise UpstreamBroken("The status line of the upstream's answer is malformed.")

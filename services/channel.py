@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected, HTTPChannel
@@ -18,7 +19,8 @@ from services.task import Task
 
 # A streamed answer gives up its thread when its client has taken nothing for this many seconds…
 STALL_SECONDS = 0.1
-# …and the connection of a client that has taken nothing for this many is closed.
+# …and the connection of a client that has taken nothing for this many, or has waited as long for a
+# place for its stream, is closed.
 READER_SECONDS = 60.0
 # How much of a refused request is read and thrown away, so that the refusal is not lost: closing a
 # socket with unread bytes resets it, which may destroy the answer (RFC 9112 section 9.6).
@@ -210,10 +212,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def service(self) -> None:
         """Serve the first request, or go on with it; called on a lane's thread."""
-        task, self.parked, self.resuming = self.parked, None, False
+        task, self.parked = self.parked, None
         if task is None:
             task = Task(self, self.requests[0])
         if not task.run():
+            self.resuming = False  # and not before, or the loop may resume it once more
             self.parked = task
             self.server.wake(self)
             return
@@ -224,7 +227,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.refused = self.requests[0].body_unread if self.requests else False
                 for request in self.requests:
                     request.close()
-                self.requests = []
+                self.requests, self.request, self.unparsed = [], None, b""
                 self.close_when_flushed = True
             else:
                 if self.request is not None:
@@ -254,16 +257,20 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         up one whose client has gone, go on to the next request, and tell the selector what to watch
         for."""
         task = self.parked
-        if task is not None and not self.resuming:
-            if not self.connected:
-                self.parked = None
-                task.finish()
-            elif not self.total_outbufs_len:
-                self.resuming = True
-                task.body.resume(lambda: self.server.add_task(self))  # type: ignore[attr-defined]
+        if task is not None:
+            self._go_on_with(task)
         elif not self.stalled:
             self._go_on()
         self.server.rearm(self)
+
+    def _go_on_with(self, task: Task) -> None:
+        stream: Any = task.body
+        if self.connected and not self.resuming and not self.stalled:
+            self.resuming = True
+            stream.resume(lambda: self.server.add_task(self))
+        elif not self.connected and (not self.resuming or stream.withdraw()):
+            self.parked = None
+            task.finish()
 
     def _go_on(self) -> None:
         if self.kept:
@@ -293,7 +300,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.lingering:
             return now - self.lingering > LINGER_SECONDS
         quiet = time.time() - self.last_activity
-        if self.total_outbufs_len:
+        if self.stalled or self.parked is not None:
             return quiet > READER_SECONDS
         if self.requests:  # whatever comes after them has to wait for their answers
             return False

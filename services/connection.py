@@ -106,7 +106,7 @@ class Connection:
                     return
                 elif time.monotonic() > deadline:  # nothing but interim answers
                     raise TimeoutError
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLError):  # the latter is TLS's word for a broken pipe
             # It may have answered before (RFC 9112 section 9.3).
             self._stop_sending()
 
@@ -204,4 +204,7 @@ class Connection:
         if end >= 0 and (bare < 0 or end < bare) and mixed == end + 1:
             return end, 4
         candidates = [(at, size) for at, size in ((bare, 2), (mixed, 3)) if at >= 0]
-        return min(candidates) if candidates else (-1, 0)
+        if not candidates:
+            return -1, 0
+        end, size = min(candidates)
+        return (end - 1, size + 1) if self.buffer[end - 1 : end] == b"\r" else (end, size)

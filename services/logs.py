@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import stat
 import threading
 import time
 from collections import deque
@@ -24,14 +25,14 @@ USERINFO = re.compile(r"//[^/?#]*@")
 class Output:
     """Lines to a descriptor, from any thread, none of which waits for the reader.
 
-    The descriptor stays as it is: other processes share it, and O_NONBLOCK would be theirs too.
-    One that can be written to takes PIPE_BUF bytes at once, unless another process is quicker: then
-    one thread waits, and the others leave their lines to it.
+    One that can be written to takes PIPE_BUF bytes at once, unless another writer is quicker: then
+    a thread would wait, and whoever has a line meanwhile. So a pipe gets a descriptor that never
+    waits.
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._poller = writable(descriptor)
+        self._descriptor = never_waiting(descriptor)
+        self._poller = writable(self._descriptor)
         self._lock = threading.Lock()
         self._pending: deque[bytes] = deque()
         self._size = 0
@@ -79,7 +80,7 @@ class Output:
         data = self._pending[0]
         try:
             written = os.write(self._descriptor, data[: select.PIPE_BUF])
-        except BlockingIOError:  # another process has made it so
+        except BlockingIOError:
             return False
         except OSError:  # nobody reads it any more: no reason to stop serving
             written = len(data)
@@ -90,6 +91,18 @@ class Output:
             else:
                 self._pending.popleft()
         return True
+
+
+def never_waiting(descriptor: int) -> int:
+    """A descriptor of our own for the same pipe, with O_NONBLOCK: the one that was given stays as
+    it is, for other processes share it, and the flag would be theirs too. The one given where it
+    is no pipe, or cannot be opened anew (Linux only, and only for whoever may write to it)."""
+    try:
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        pass
+    return descriptor
 
 
 def writable(descriptor: int) -> select.poll:

@@ -13,7 +13,8 @@ from services.upstream import Answer
 
 class Places:
     """How many requests may be with the upstream at once. One whose client does not read gives up
-    its place while it waits, and gets the next free one when its client has caught up."""
+    its place while it waits, and gets one again when its client has caught up: there are as many
+    more for those, as streams that never end may have taken all the others."""
 
     def __init__(self, limit: int, board: Board) -> None:
         self._limit = limit
@@ -38,14 +39,22 @@ class Places:
             ready = self._waiting.popleft()
         ready()
 
-    def return_when_free(self, ready: Callable[[], None]) -> None:
+    def come_back(self, ready: Callable[[], None]) -> None:
         """Take a place, now or when one is free, and then call `ready`."""
         with self._lock:
-            if self._taken >= self._limit:
+            if self._taken >= 2 * self._limit:
                 self._waiting.append(ready)
                 return
             self._take(1)
         ready()
+
+    def withdraw(self, ready: Callable[[], None]) -> bool:
+        """Wait no longer; False where `ready` has been called, or is just about to be."""
+        with self._lock:
+            if ready not in self._waiting:
+                return False
+            self._waiting.remove(ready)
+            return True
 
     def _take(self, number: int) -> None:
         self._taken += number
@@ -55,6 +64,8 @@ class Places:
 class Body:
     """The body of an answer on its way to the client; holds a place until it has all arrived.
     The place is given back before the last piece is sent: who has that may ask again at once."""
+
+    _ready: Callable[[], None]
 
     def __init__(self, answer: Answer, places: Places) -> None:
         self._answer = answer
@@ -81,12 +92,16 @@ class Body:
 
     def resume(self, ready: Callable[[], None]) -> None:
         """The client has caught up: call `ready` as soon as there is a place again."""
+        self._ready = ready
+        self._places.come_back(self._resumed)
 
-        def go_on() -> None:
-            self._placed = True
-            ready()
+    def _resumed(self) -> None:
+        self._placed = True
+        self._ready()
 
-        self._places.return_when_free(go_on)
+    def withdraw(self) -> bool:
+        """The client has gone: False where it is too late to take `resume` back."""
+        return self._places.withdraw(self._resumed)
 
     def close(self) -> None:
         """Let go of the upstream's connection and of the place."""

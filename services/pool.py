@@ -38,6 +38,7 @@ log = logging.getLogger("gatehouse.database")
 # An idle connection that has not been used for this many seconds is asked for a round trip first.
 VERIFY_SECONDS = 1.0
 # After a failed connect, callers are told at once for this many seconds; then one of them tries.
+# Who is urgent has one tried at once: /health tells what is, not what was.
 RETRY_SECONDS = 0.25
 # While one tries, the others wait this long for what it finds.
 PROBE_SECONDS = 0.1
@@ -79,7 +80,8 @@ class Connection(psycopg2.extensions.connection):
 
 class Waiter:
     """A caller that waits for a connection, or for the reason why there is none. One that is
-    `urgent` is first, and where all connections are in use it gets one more than there may be."""
+    `urgent` is first, has one tried for it whatever became of the last, and where all connections
+    are in use it gets one more than there may be."""
 
     def __init__(self, urgent: bool) -> None:
         self.urgent = urgent
@@ -195,7 +197,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     def _enqueue(self, now: float, urgent: bool) -> tuple[Waiter, float]:
         # How long a caller may wait depends on what it waits for.
         limit = self.wait
-        if self._down and self._count == self._connecting:  # none is open
+        if self._down and self._count == self._connecting and not urgent:  # none is open
             if self._connecting:
                 limit = PROBE_SECONDS
             elif now < self._retry_at:
@@ -212,10 +214,10 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _start_connecting(self) -> None:
         # As many as callers wait; while the server refuses, one, and not at once again.
-        wanted = len(self._queue)
+        wanted, urgent = len(self._queue), any(waiter.urgent for waiter in self._queue)
         if self._down:
-            wanted = min(wanted, int(time.monotonic() >= self._retry_at))
-        size = self.size + any(waiter.urgent for waiter in self._queue)
+            wanted = min(wanted, int(urgent or time.monotonic() >= self._retry_at))
+        size = self.size + urgent
         while self._connecting < wanted and self._count < size:
             self._count += 1
             self._connecting += 1

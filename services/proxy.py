@@ -77,6 +77,12 @@ def dropped(fields: Iterable[Field], always: frozenset[str]) -> frozenset[str]:
     return always.union(option.lower() for option in options) - {"content-length"}
 
 
+def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address, that of IPv4 where it is one in IPv6's clothes. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 class Proxy:
     """Forwards requests to one upstream.
 
@@ -199,7 +205,7 @@ class Proxy:
         """Whether what `peer` says of the client is believed."""
         if not self.trusted:
             return False
-        address = ipaddress.ip_address(peer)
+        address = plain_address(peer)
         return any(address in network for network in self.trusted)
 
     def caller(self, request: Any, peer: str) -> str:
@@ -211,7 +217,7 @@ class Proxy:
                 address = hop.partition("%")[0]
                 try:
                     if not self.trusts(address):
-                        return str(ipaddress.ip_address(address))
+                        return str(plain_address(address))
                 except ValueError:
                     break
         return peer

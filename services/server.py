@@ -269,7 +269,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
     def _close_expired(self, now: float) -> None:
         for channel in list(self.active_channels.values()):
             if channel.will_close or channel.expired(now):
-                if channel.stalled:
+                if channel.stalled or channel.parked is not None:
                     channel.reset_on_close()  # or what it has of an answer may look whole
                 channel.refused = False
                 channel.will_close = True

@@ -26,6 +26,8 @@ SKEW_SECONDS = 1.0
 # SQLSTATE, or its first two characters, to what a caller is told. What is not here is a defect.
 PROBLEMS: dict[str, type[Problem]] = {
     "08": DatabaseUnavailable,  # connection exceptions
+    "22021": DatabaseUnavailable,  # its encoding is not UTF8, and has not this character
+    "22P05": DatabaseUnavailable,  # the same
     "23505": EmailTaken,  # unique_violation: the only unique index beside the key
     "25006": DatabaseUnavailable,  # read_only_sql_transaction: a standby
     "28": DatabaseUnavailable,  # wrong password or role

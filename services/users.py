@@ -276,7 +276,9 @@ def create(members: Mapping[str, Any]) -> tuple[str, Found]:
     except Lost:
         return str(user["id"]), _done_before(user)
     if not rows and again:  # perhaps by the first run
-        rows = _confirmed(user)
+        rows = _confirmed(SAME, user)
+        if not rows and _confirmed(GET, user):  # which somebody has changed since
+            raise unknown()
     if not rows:
         raise EmailTaken
     return str(user["id"]), Found(*rows[0])
@@ -373,16 +375,17 @@ def _missing(user_id: str, condition: Condition) -> Exception:
 def _done_before(values: Mapping[str, Any]) -> Found:
     """The user, where it is what a run whose answer was lost would have made of it: that run, or
     one just like it, was carried out. Raises DatabaseUnavailable, outcome unknown, otherwise."""
-    rows = _confirmed(values)
+    rows = _confirmed(SAME, values)
     if not rows:
         raise unknown()
     return Found(*rows[0])
 
 
-def _confirmed(values: Mapping[str, Any]) -> list[Any]:
-    """What SAME finds. Raises DatabaseUnavailable, outcome unknown, where it cannot be asked."""
+def _confirmed(statement: Statement, values: Mapping[str, Any]) -> list[Any]:
+    """What a statement finds after a write whose answer was lost. Raises DatabaseUnavailable,
+    outcome unknown, where it cannot be asked."""
     try:
-        return database.read(SAME, values)
+        return database.read(statement, values)
     except DatabaseUnavailable:
         raise unknown() from None
 

@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,7 +52,7 @@ def serve(
         if lifeline is not None:
             Lifeline(lifeline, server)
             server.alone = False
-        on_signals(server.stop, interrupt=lifeline is None)
+        on_signals(server.stop, alone=server.alone)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         server.run()
         application.close()
@@ -72,19 +71,20 @@ def pin(number: int) -> None:
         os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
-def on_signals(stop: Callable[[], None], *, interrupt: bool) -> None:
-    """Call `stop` at the first SIGTERM; end at once at the second. SIGINT does the same where
-    `interrupt`; in a worker it is ignored, for the terminal sends it to the supervisor too."""
+def on_signals(stop: Callable[[], None], *, alone: bool) -> None:
+    """Call `stop` at the first SIGTERM or SIGINT; end at once at the second. Where a worker is not
+    `alone` its supervisor decides that: what is sent to the whole group comes from there once more,
+    and an interrupt comes as SIGTERM."""
     seen: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if seen:
+        if seen and alone:
             os._exit(1)
         seen.append(number)
         stop()
 
     signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle if interrupt else signal.SIG_IGN)
+    signal.signal(signal.SIGINT, handle if alone else signal.SIG_IGN)
 
 
 class Lifeline:
@@ -162,7 +162,6 @@ class Supervisor:
             except BaseException:
                 log.exception("a worker failed")
             finally:
-                sys.stdout.flush()
                 os._exit(code)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.running[process] = worker, time.monotonic()

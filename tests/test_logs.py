@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import select
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -44,20 +48,21 @@ def run() -> Iterator[Run]:
         )
         processes.append(process)
 
-        def is_up() -> bool:
-            assert process.poll() is None
-            try:
-                return call(port, "GET", "/health/live").status == 200
-            except OSError:
-                return False
-
-        wait_for(is_up, 20, "the service to answer")
+        wait_for(lambda: answers(port) or process.poll(), 20, "the service to answer")
+        assert process.poll() is None
         return process, port
 
     yield run
     for process in processes:
         process.kill()
         process.communicate()
+
+
+def answers(port: int) -> bool:
+    try:
+        return call(port, "GET", "/health/live").status == 200
+    except OSError:
+        return False
 
 
 def ask(port: int, targets: list[str], status: int) -> None:
@@ -144,6 +149,72 @@ def test_an_error_log_that_nobody_reads_delays_nobody(run: Run, workers: str) ->
     process, port = run(UPSTREAM_URL="http://127.0.0.1:1", WORKERS=workers, ACCESS_LOG="off")
     ask(port, ["/"] * 1000, 502)
     assert process.poll() is None
+
+
+def test_another_writer_that_is_quicker_makes_nobody_wait(run: Run) -> None:
+    """The room that was there is gone when the line is written: one thread then waited for the
+    reader, and all others that had something to say for that thread."""
+    process, port = run(UPSTREAM_URL="http://127.0.0.1:1", ACCESS_LOG="off")
+    assert process.stderr is not None
+    other = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+    stop = threading.Event()
+
+    def fill() -> None:
+        room = select.poll()
+        room.register(other, select.POLLOUT)
+        while not stop.is_set():
+            if room.poll(50):
+                with contextlib.suppress(BlockingIOError):
+                    os.write(other, b"f" * select.PIPE_BUF)
+
+    def read(reader: IO[bytes]) -> None:
+        for _ in range(400):  # a little at a time, so that both go after each free page
+            reader.read1(select.PIPE_BUF)  # type: ignore[attr-defined]
+            stop.wait(0.002)
+
+    def keep_asking(reading: Future[None]) -> None:
+        while not reading.done():
+            ask(port, ["/" + "a" * 300] * 20, 502)
+        ask(port, ["/"] * 20, 502)
+
+    with ThreadPoolExecutor(6) as threads:
+        try:
+            reading = threads.submit(read, process.stderr)
+            threads.submit(fill)
+            asking = [threads.submit(keep_asking, reading) for _ in range(4)]
+            for one in asking:
+                one.result()
+        finally:
+            stop.set()
+            os.close(other)
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+@workers
+def test_descriptors_that_were_closed_are_not_the_next_socket_s(
+    upstream: ScriptedUpstream, workers: str
+) -> None:
+    """A connection to the upstream had the number of standard output, and got the access log."""
+    upstream.script(ok)
+    port = free_port()
+    environ = {"POSTGRES_URI": DEAD_DATABASE, "PATH": os.environ["PATH"], "WORKERS": workers}
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", 'exec "$0" app.py <&- >&- 2>&-', sys.executable],
+        cwd=checkout(),
+        env=environ | {"PORT": str(port), "UPSTREAM_URL": upstream.url},
+    )
+    try:
+        wait_for(lambda: answers(port), 20, "the service to answer")
+        for number in range(3):
+            assert Path(f"/proc/{process.pid}/fd/{number}").readlink() == Path(os.devnull)
+        ask(port, ["/a"] * 5, 200)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert len(upstream.seen) == 5
 
 
 def test_an_output_that_was_closed_stops_nothing(run: Run, upstream: ScriptedUpstream) -> None:

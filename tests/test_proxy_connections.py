@@ -552,6 +552,34 @@ def test_clients_that_do_not_read_hold_neither_a_place_nor_a_thread(
         client.close()
 
 
+def test_a_late_reader_gets_the_rest_whoever_has_its_place_by_then(
+    start: Callable[..., Service], upstream: ScriptedUpstream
+) -> None:
+    """It waited for the end of a stream that has none."""
+    size = 64 << 20
+    endless = message(OK, CHUNKED, body=b"5\r\nhello\r\n")
+    hold = threading.Event()
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        if seen.target == b"/endless":
+            sock.sendall(endless)
+            hold.wait(20)
+        else:
+            pour(size)(sock, seen)
+
+    upstream.script(answer)
+    service = start(UPSTREAM_URL=upstream.url, UPSTREAM_MAX_IN_FLIGHT=1, WORKERS=1)
+    with service.client() as late, service.client() as stream:
+        late.send(request(b"GET /big HTTP/1.1"))
+        wait_for(lambda: upstream.seen and in_flight(service) == 0)
+        stream.send(request(b"GET /endless HTTP/1.1"))
+        stream.head()
+        problem(service.call("GET", "/more"), 503, "upstream-busy")
+        reply = late.reply()
+        assert (len(reply.body), reply.complete) == (size, True)
+        hold.set()
+
+
 def test_the_log_counts_the_time_that_a_stream_waited_for_its_client(
     capped: Service, upstream: ScriptedUpstream
 ) -> None:

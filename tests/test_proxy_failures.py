@@ -164,6 +164,7 @@ BROKEN = {
     "a control in a name": message(OK, b"X\x01A: 1", b"Content-Length: 0"),
     "a name beyond ASCII": message(OK, b"X-\xc3\xa9: 1", b"Content-Length: 0"),
     "a NUL in a value": message(OK, b"X-A: a\x00b", b"Content-Length: 0"),
+    "a bare CR at the end of a head": message(OK, b"Content-Length: 5\r", body=b"hello"),
     "a bare CR in a value": message(OK, b"X-A: a\rX-B: b", b"Content-Length: 0"),
     "a fold before any line": message(OK, b" X-A: 1", b"Content-Length: 0"),
     "two lengths": lengths(b"5", b"2"),

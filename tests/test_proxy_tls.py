@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,27 @@ def test_an_upstream_that_answers_as_it_reads_gets_all_of_the_body(
     reply = service.call("POST", "/echo", body)
     assert (reply.status, reply.complete) == (200, True)
     assert reply.body == body
+
+
+@pytest.mark.parametrize("size", [60_000, 70_000, 3_000_000])
+def test_an_answer_that_comes_instead_of_reading_the_body_is_passed_on(
+    service: Service, upstream: ScriptedUpstream, size: int
+) -> None:
+    """Now and then, on a busy machine, the reset comes while the body is written; TLS has another
+    word for a broken pipe then, and that was 502."""
+
+    def refuse(sock: socket.socket, seen: Seen) -> bool:
+        sock.sendall(message(b"HTTP/1.1 413 Too Big", b"Content-Length: 3", body=b"big"))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        return False
+
+    upstream.script(b"")
+    upstream.early = refuse
+    for _ in range(5):
+        data = request(b"PUT / HTTP/1.1", b"Content-Length: %d" % size, body=bytes(size))
+        reply = service.exchange(data, "PUT")
+        assert (reply.status, reply.body) == (413, b"big")
 
 
 def test_pieces_flow_as_they_arrive(service: Service, upstream: ScriptedUpstream) -> None:

@@ -241,15 +241,17 @@ def test_a_write_under_way_is_answered(start: Start, databases: Databases, datab
         assert cursor.fetchone() == ("after",)
 
 
+@both_signals
 @one_or_two_workers
-def test_an_interrupt_that_reaches_every_process_at_once_is_one_signal(
-    start: Start, held: HeldUpstream, workers: int
+def test_a_signal_that_reaches_every_process_at_once_is_one_signal(
+    start: Start, held: HeldUpstream, how: signal.Signals, workers: int
 ) -> None:
-    """Ctrl-C in a terminal goes to the whole process group, the workers included."""
+    """Ctrl-C in a terminal goes to the whole process group, the workers included, and so does what
+    a process manager sends. From their supervisor the workers then hear of it once more."""
     service = start(UPSTREAM_URL=held.url, WORKERS=workers)
     with under_way(service, held, ["/plain", "/stream"] * 2) as clients:
         for process in [psutil.Process(service.process.pid), *workers_of(service)]:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(how)
         wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
         held.release.set()
         for client in clients:
