@@ -226,12 +226,14 @@ def _tokens(text: str) -> tuple[str, ...]:
 
 
 def _networks(text: str) -> tuple[Network, ...]:
-    networks = []
+    networks, others = [], []
     for item in filter(None, (part.strip() for part in text.split(","))):
         try:
             networks.append(ipaddress.ip_network(item, strict=False))
         except ValueError:
-            raise ValueError(f"must be addresses or CIDRs, and {item!r} is neither") from None
+            others.append(repr(item))
+    if others:
+        raise ValueError(f"must be addresses or CIDRs, and not {', '.join(others)}")
     return tuple(networks)
 
 

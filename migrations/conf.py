@@ -21,7 +21,7 @@ CONTEXT = click.get_current_context()
 ROOT = Path(CONTEXT.params["directory"]).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from services.schema import applied, reason  # noqa: E402
+from services.schema import ENCODING, applied, reason  # noqa: E402
 from settings import SettingsError, environment, postgres_uri  # noqa: E402
 
 CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise
@@ -32,8 +32,8 @@ LOCK_TIMEOUT = 2
 LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this database
 
 
-def parameters() -> dict[str, str]:
-    """What POSTGRES_URI says, as libpq's keywords; exits with one line where it is unusable."""
+def uri_and_keywords() -> tuple[str, dict[str, str]]:
+    """POSTGRES_URI, and as libpq's keywords; exits with one line where it is unusable."""
     try:
         given = environment(lambda: dotenv_values(ROOT / ".env", interpolate=False), os.environ)
     except SettingsError as error:
@@ -42,7 +42,8 @@ def parameters() -> dict[str, str]:
     if not uri:
         raise SystemExit("POSTGRES_URI is required")
     try:
-        return parse_dsn(postgres_uri(uri))
+        uri = postgres_uri(uri)
+        return uri, parse_dsn(uri)
     except ValueError as error:
         raise SystemExit(f"POSTGRES_URI {error}") from None
     except psycopg2.ProgrammingError:  # its message quotes parts of the URI
@@ -51,13 +52,16 @@ def parameters() -> dict[str, str]:
 
 def connected() -> pw.PostgresqlDatabase:
     """The database, connected and locked; exits with one line where that cannot be."""
-    # Keywords, not the URI: pw_migrate prints the object's `database`.
-    keywords = {"dbname": "", "connect_timeout": str(CONNECT_TIMEOUT), **parameters()}
-    name = keywords.pop("dbname")
-    database = pw.PostgresqlDatabase(name, **keywords)  # type: ignore[arg-type]
+    uri, keywords = uri_and_keywords()
+    timeout = keywords.get("connect_timeout", str(CONNECT_TIMEOUT))
+    database = pw.PostgresqlDatabase(uri, connect_timeout=timeout)
     try:
         database.connect()
+        # What pw_migrate prints must be no URI, which may have a password in it.
         database.database = database.connection().info.dbname
+        encoding = database.connection().info.parameter_status("server_encoding")
+        if encoding != ENCODING:
+            raise SystemExit(f"the database's encoding is {encoding}, and must be {ENCODING}")
         # A role's own statement_timeout is for requests; a migration takes what it takes.
         database.execute_sql("SET statement_timeout = 0")
         # A session's lock: it ends with this process, however that ends.

@@ -89,12 +89,12 @@ class Deadlines:
         if not answered:
             self._on_silence()  # before who is cut asks for another connection
         with self._lock:
-            self._asking = False
+            self._asking, now = False, time.monotonic()
             if answered:
-                self._heard[server] = time.monotonic()
+                self._heard[server] = now
                 return
             for key, (began, _, connection) in list(self._running.items()):
-                if began <= asked and connection.server == server:
+                if began + SILENCE_SECONDS <= now and connection.server == server:
                     self._cut(key)
 
     def _cut(self, key: int) -> None:

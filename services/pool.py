@@ -48,18 +48,30 @@ HEARSAY_SECONDS = 0.25
 LOG_SECONDS = 10.0
 
 
+NOWHERE = "/nowhere/at/all"
+
+
 def check_uri(uri: str) -> str | None:
-    """What is wrong with a libpq URI, in words that quote nothing of it; None for nothing."""
+    """What is wrong with a libpq URI, in words that quote no value of it; None for nothing."""
     try:
-        ports = parse_dsn(uri).get("port") or ""
+        given = parse_dsn(uri)
     except psycopg2.ProgrammingError as error:
-        if "option" in str(error) and (
-            name := str(error).rpartition('option "')[2].partition('"')[0]
-        ):
-            return f"has an option that libpq does not know: {name}"
+        if "invalid URI query parameter" in str(error):
+            return "has an option that libpq does not know"  # or a ? in its password
         return "is not a URI that libpq can read"
-    if not re.fullmatch(r"[0-9,]*", ports):
-        return "has a port that is not a number"
+    for port in (given.get("port") or "").split(","):
+        if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
+            return "has a port that is not a number from 1 to 65535"
+    if not re.fullmatch(r"-?[0-9]*", given.get("connect_timeout") or ""):
+        return "has a connect_timeout that is not a number of seconds"
+    try:
+        # libpq looks at the values of its options when it connects, just before it opens a socket:
+        # here one in a folder that no system has.
+        psycopg2.connect(uri, host=NOWHERE, hostaddr="", port="").close()
+    except psycopg2.OperationalError as error:
+        name = re.match(r'invalid "?(\w+)"? value', str(error))
+        if name:
+            return f"has a value of {name[1]} that libpq does not know"
     return None
 
 
@@ -118,6 +130,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._generation = 0
         self._queue: deque[Waiter] = deque()
         self._down = False  # whether the last attempt to connect failed
+        self._mute = False  # whether the server has answered nobody since, on any connection
         self._retry_at = 0.0
         self._logged: dict[str, float] = {}
         self._board: Board | None = None
@@ -197,7 +210,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     def _enqueue(self, now: float, urgent: bool) -> tuple[Waiter, float]:
         # How long a caller may wait depends on what it waits for.
         limit = self.wait
-        if self._down and self._count == self._connecting and not urgent:  # none is open
+        none = self._mute or self._count == self._connecting  # is open, or of any use
+        if self._down and none and not urgent:
             if self._connecting:
                 limit = PROBE_SECONDS
             elif now < self._retry_at:
@@ -277,7 +291,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         with self._mutex:
             self._connecting -= 1
             if self._down:
-                self._down = False
+                self._down = self._mute = False
                 log.warning("the database is back")
             kept = self._hand_over(connection)
             self._start_connecting()
@@ -315,13 +329,15 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         """The server that conversations wait for answers nobody: who asks is told so at once."""
         self._say("the server has stopped answering")
         with self._mutex:
-            self._down = True
+            self._down = self._mute = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
+            self._dismiss()
+        self._distrust()
 
     def _dismiss(self) -> None:
         # Where the server is down and no connection is open, or being opened, nothing will ever
-        # serve those who wait.
-        if self._down and not self._count:
+        # serve those who wait; where it is mute, most likely nothing.
+        if self._down and (self._mute or not self._count):
             queue, self._queue = self._queue, deque()
             for waiter in queue:
                 waiter.give(DatabaseUnavailable())

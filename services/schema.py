@@ -10,7 +10,6 @@ import peewee
 import psycopg2
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
-from psycopg2.extensions import parse_dsn
 
 # One row for each part of a table: kind, name, definition. Both sides of a comparison come from
 # one server, so that they are spelled alike. NOT NULL is told with its column, as PostgreSQL 18
@@ -41,6 +40,8 @@ PARTS = """
 """
 
 LOCK_TIMEOUT = 5  # seconds
+# Any other has no way to write some names and addresses.
+ENCODING = "UTF8"
 
 Parts = dict[tuple[str, str], str]
 
@@ -83,13 +84,15 @@ def differences(connection_uri: str, directory: Path | str, connect_timeout: int
     TEMPORARY. `connect_timeout` is in seconds, for each host of the URI. Raises psycopg2.Error or
     peewee.DatabaseError, also where a table stays locked for LOCK_TIMEOUT.
     """
-    keywords = parse_dsn(connection_uri) | {"connect_timeout": str(connect_timeout)}
-    database = peewee.PostgresqlDatabase(keywords.pop("dbname", ""), **keywords)
+    database = peewee.PostgresqlDatabase(connection_uri, connect_timeout=connect_timeout)
     with (
         database.connection_context(),
         database.connection().cursor() as cursor,
         database.transaction() as transaction,
     ):
+        encoding = database.connection().info.parameter_status("server_encoding")
+        if encoding != ENCODING:
+            return [f"the encoding is {encoding}, not {ENCODING}"]
         # Since PostgreSQL 18 pg_get_expr waits for the lock of a reader.
         cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
         with database.savepoint() as temporary:

@@ -24,6 +24,7 @@ from tests.harness import (
     checkout,
     problem,
     pw_migrate,
+    run_app,
 )
 
 MIGRATIONS = checkout() / "migrations"
@@ -165,6 +166,26 @@ def test_a_bad_uri_is_one_clear_line(uri: str) -> None:
     assert len(run.stderr.splitlines()) == 1
     assert run.stderr.startswith("POSTGRES_URI ")
     assert "hush" not in run.stdout + run.stderr
+
+
+def test_a_uri_without_a_database_is_libpq_s_default(databases: Databases) -> None:
+    uri = databases.uri.replace("/postgres?", "/?")
+    assert uri != databases.uri
+    done = pw_migrate("list", uri=uri)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert run_app("check", POSTGRES_URI=uri).stdout.splitlines()[1] == "database: ok"
+
+
+def test_a_database_of_another_encoding_is_refused(databases: Databases) -> None:
+    """Some names could not be written into it."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with databases.admin() as cursor:
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'")
+    uri = databases.uri.replace("/postgres?", f"/{name}?")
+    done = pw_migrate("migrate", uri=uri)
+    assert done.returncode == 1
+    assert done.stderr == "the database's encoding is LATIN1, and must be UTF8\n"
+    assert differences(uri, MIGRATIONS) == ["the encoding is LATIN1, not UTF8"]
 
 
 def test_an_empty_rollback_is_one_clear_line(empty: str) -> None:

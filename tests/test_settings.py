@@ -248,6 +248,11 @@ def test_the_service_exits_2_with_a_line_for_each_problem() -> None:
         "postgresql://ann:s3cret@db.example/users?sslmod=require",
         "postgresql://ann:s3cret%zz@db.example/users",
         "postgres://ann:s3cret@[db.example/users",
+        "postgres://ann:s3cret@db.example/users?options=-c%20search_path=s3cret",
+        "postgres://ann:s3cret@db.example/users?sslmode=s3cret",
+        "postgres://ann:s3cret@one,two/users?target_session_attrs=s3cret",
+        "postgres://ann:s3cret@db.example/users?connect_timeout=s3cret",
+        "postgres://ann:s3cret@db.example:65536/users",
     ],
 )
 def test_a_uri_that_libpq_cannot_read_is_a_bad_setting(uri: str) -> None:
