@@ -22,7 +22,8 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
+from psycopg2.errors import InsufficientPrivilege
 
 from models import database
 from services import inputs, pool, schema, users, workers
@@ -147,9 +148,7 @@ class Gatehouse:
     def admit(self, request: RequestParser) -> tuple[str, int]:
         """Whose a request is, decided on its decoded path when its head is complete: the lane that
         serves it and the largest body it may have. Raises the Problem to refuse it with."""
-        given = request.values.get("x-request-id", [])
-        usable = len(given) == 1 and REQUEST_ID.fullmatch(given[0])
-        request.id = given[0] if usable else users.new_id()
+        request.id = _request_id(request)
         if request.command == "CONNECT" and not request.request_uri.startswith("/"):
             self.proxy.admit(request)
         request.target = origin_form(request.request_uri, request.command)
@@ -232,7 +231,7 @@ class Gatehouse:
         return reply
 
     def _refuse(self, problem: Problem, request: RequestParser) -> Reply:
-        request.id = request.id or users.new_id()
+        request.id = request.id or _request_id(request)
         if isinstance(problem, UpstreamUnreachable | UpstreamBroken | UpstreamTimeout):
             cause = " ".join(str(problem.__cause__ or problem.detail).split())
             log.warning("%s: %s request_id=%s", problem.name, cause, request.id)
@@ -295,6 +294,12 @@ class Gatehouse:
     def delete_user(self, request: RequestParser, user_id: str) -> Reply:
         users.delete(_existing(user_id), _condition(request))
         return STATUS_LINES[204], [], []
+
+
+def _request_id(request: RequestParser) -> str:
+    given = request.values.get("x-request-id", [])
+    usable = len(given) == 1 and REQUEST_ID.fullmatch(given[0])
+    return given[0] if usable else users.new_id()
 
 
 def _options(allow: str) -> Handler:
@@ -370,7 +375,7 @@ def _page_query(query: str) -> tuple[int, str | None, str | None]:
 def load_settings() -> Settings:
     """The settings from the environment and, where it has none, from `.env` beside this file.
     Raises SettingsError that names every problem."""
-    environ = environment(lambda: dotenv_values(ROOT / ".env", interpolate=False), os.environ)
+    environ = environment(ROOT / ".env", parse_stream, os.environ)
     problems: list[str] = []
     settings = None
     try:
@@ -412,10 +417,12 @@ def check(settings: Settings) -> int:
     print("configuration: ok")
     try:
         pending = schema.pending(uri, MIGRATIONS, timeout)
+    except InsufficientPrivilege as error:
+        codes.append(4)
+        print(f"database: ok\nschema: cannot be read: {schema.reason(error)}")
     except Exception as error:
         codes.append(5)
-        print(f"database: unreachable: {schema.reason(error)}")
-        print("schema: unknown")
+        print(f"database: unreachable: {schema.reason(error)}\nschema: unknown")
     else:
         print("database: ok")
         code, line = (3, f"migrations pending: {', '.join(pending)}") if pending else _shape(uri)

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import quote
 
 import psycopg2
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 import demo
 from settings import Settings, SettingsError, environment
@@ -76,7 +76,7 @@ class Child:
 def run() -> int:
     """Serve until Ctrl-C or SIGTERM; a second one stops at once. Returns the exit code."""
     try:
-        given = environment(lambda: dotenv_values(ROOT / ".env", interpolate=False), os.environ)
+        given = environment(ROOT / ".env", parse_stream, os.environ)
         # Judged before anything is started, with placeholders for what will be.
         placeholders = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://127.0.0.1"}
         settings = Settings.from_env(placeholders | given)

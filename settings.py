@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -15,6 +16,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # RFC 6750 section 2.1, the b64token that may follow "Bearer ".
 TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
+# Labels of at most 63 characters, the last of them no number: that would be an address.
+HOST_NAME = re.compile(r"(?:[A-Za-z0-9_-]{1,63}\.)*(?![0-9]+\.?$)[A-Za-z0-9_-]{1,63}\.?", re.ASCII)
 # A host name or an IPv6 address in brackets, and perhaps a port.
 AUTHORITY = re.compile(
     r"(?:[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*\.?|\[(?P<literal>[0-9A-Fa-f:.]+)\])(?::[0-9]*)?"
@@ -91,18 +94,29 @@ class Settings:
 
 
 def environment(
-    read: Callable[[], Mapping[str, str | None]], environ: Mapping[str, str]
+    file: Path, parse: Callable[[IO[str]], Iterable[Any]], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """What is set: in `environ`, or else in the file that `read` reads; an empty value is not.
-    Raises SettingsError where the file cannot be read."""
+    """What is set: in `environ`, or else in `file`, which `parse` takes apart as python-dotenv's
+    `parse_stream` does; an empty value is not.
+
+    Raises SettingsError where the file, or a line of it, cannot be read: python-dotenv itself would
+    skip the line, and a token in it.
+    """
+    lines: list[Any] = []
     try:
-        filed = read()
+        with file.open(encoding="utf-8-sig") as stream:
+            lines += parse(stream)
+    except FileNotFoundError:
+        pass
     except UnicodeDecodeError:
         raise SettingsError([".env is not in UTF-8"]) from None
     except OSError as error:
         raise SettingsError([f".env cannot be read: {error.strerror}"]) from None
-    given = [*filed.items(), *environ.items()]
-    return {name: value for name, value in given if value and value.strip()}
+    wrong = [f".env cannot be read at line {line.original.line}" for line in lines if line.error]
+    if wrong:
+        raise SettingsError(wrong)
+    given = [*((line.key, line.value) for line in lines), *environ.items()]
+    return {name: value for name, value in given if name and value and value.strip()}
 
 
 def reserve(threads: int) -> int:
@@ -175,8 +189,11 @@ def _workers(text: str) -> int:
 
 def _host(text: str) -> str:
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if not re.fullmatch(r"[A-Za-z0-9.:_%-]+", host):
-        raise ValueError(f"must be an address or a host name, not {text!r}")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not HOST_NAME.fullmatch(host):
+            raise ValueError(f"must be an address or a host name, not {text!r}") from None
     return host
 
 
@@ -211,7 +228,7 @@ def _upstream_url(text: str) -> str:
         raise ValueError("must not contain a user name or password")
     if port == 0 or not _is_authority(url.netloc):
         raise ValueError("must name a host, and a port from 1 to 65535 if any")
-    if url.query or url.fragment or not re.fullmatch(r"[!-~]+", text):
+    if not re.fullmatch(r"[!-~]+", text) or set("?#") & set(text):
         raise ValueError("must be a plain base URL, without query, fragment or white space")
     return text
 

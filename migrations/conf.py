@@ -7,13 +7,14 @@ here, before the history is read, so that only one of them at a time reads and c
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import click
 import peewee as pw
 import psycopg2
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from psycopg2.extensions import parse_dsn
 
 # pw_migrate executes this text without a __file__, and with its own directory on sys.path.
@@ -21,7 +22,7 @@ CONTEXT = click.get_current_context()
 ROOT = Path(CONTEXT.params["directory"]).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from services.schema import ENCODING, applied, reason  # noqa: E402
+from services.schema import ENCODING, applied, names, reason  # noqa: E402
 from settings import SettingsError, environment, postgres_uri  # noqa: E402
 
 CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise
@@ -35,7 +36,7 @@ LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this databa
 def uri_and_keywords() -> tuple[str, dict[str, str]]:
     """POSTGRES_URI, and as libpq's keywords; exits with one line where it is unusable."""
     try:
-        given = environment(lambda: dotenv_values(ROOT / ".env", interpolate=False), os.environ)
+        given = environment(ROOT / ".env", parse_stream, os.environ)
     except SettingsError as error:
         raise SystemExit(str(error)) from None
     uri = given.get("POSTGRES_URI", "").strip()
@@ -71,11 +72,14 @@ def connected() -> pw.PostgresqlDatabase:
             database.execute_sql("SELECT pg_advisory_lock(%s)", (LOCK,))
         database.execute_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}s'")
         if CONTEXT.info_name == "rollback":
-            done = len(applied(database.connection()))
-            if done == 0:
+            done = applied(database.connection())
+            if not done:
                 raise SystemExit("there is nothing to roll back")
-            if done < CONTEXT.params["count"]:
-                raise SystemExit(f"there is no more than {done} to roll back")
+            if len(done) < CONTEXT.params["count"]:
+                raise SystemExit(f"there is no more than {len(done)} to roll back")
+            gone = set(done[-CONTEXT.params["count"] :]) - set(names(ROOT / "migrations"))
+            if gone:
+                raise SystemExit(f"the files of {', '.join(sorted(gone))} are not here")
     except (pw.PeeweeException, psycopg2.Error) as error:
         raise SystemExit(f"the database cannot be used: {reason(error)}") from None
     return database
@@ -86,6 +90,8 @@ if CONTEXT.info_name == "create":
     # constraints, defaults and expression indexes.
     if CONTEXT.params["auto"]:
         raise SystemExit("create --auto is not supported: write the migration by hand")
+    if not re.fullmatch(r"[A-Za-z0-9_]+", CONTEXT.params["name"]):
+        raise SystemExit("a migration's name is letters, digits and _")
     DATABASE = pw.PostgresqlDatabase(None)
 else:
     DATABASE = connected()

@@ -14,10 +14,12 @@ from services.statements import Statement
 
 log = logging.getLogger("gatehouse")
 
-# One round trip: the migrations that have been applied, and whether the table is there.
+# One round trip: the migrations that have been applied, and whether the role may do with the table
+# what it has to, null where there is no table.
 PROBE = Statement(
-    f"SELECT name, to_regclass('{User._meta.table_name}') IS NOT NULL FROM migratehistory"
-    " UNION ALL SELECT NULL, NULL",
+    "SELECT name, NULL FROM migratehistory UNION ALL SELECT NULL, bool_and(has_table_privilege("
+    f"to_regclass('{User._meta.table_name}'), privilege)) "
+    "FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege",
     {},
 )
 # Of the half second that an answer may take longer than connecting; the rest is for all else.
@@ -83,7 +85,7 @@ class Health:
         try:
             rows = database.read(PROBE, {}, within=database.connect_timeout + MARGIN_SECONDS)
         except SchemaNotMigrated:
-            applied, usable = set(), False
+            applied, allowed = set(), None
         except Problem:
             return {"status": "down", "latency_ms": None}
         except Exception:
@@ -91,11 +93,14 @@ class Health:
             return {"status": "down", "latency_ms": None}
         else:
             applied = {name for name, _ in rows}
-            usable = any(table for _, table in rows)
+            allowed = next(allowed for name, allowed in rows if name is None)
         latency = round((time.monotonic() - began) * 1000, 3)
         pending = [name for name in self.migrations if name not in applied]
+        if allowed is False:
+            database.say("the role may not SELECT, INSERT, UPDATE and DELETE in users")
+        unmigrated = pending or allowed is None
         return {
-            "status": "unmigrated" if pending or not usable else "up",
+            "status": "unmigrated" if unmigrated else "up" if allowed else "down",
             "latency_ms": latency,
             "pending_migrations": pending,
         }

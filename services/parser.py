@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import logging
 import re
 import time
@@ -34,12 +35,22 @@ HEADER_LINE = re.compile(
 )
 # RFC 3986 section 3.2.2 host, with an optional port.
 HOST = re.compile(
-    r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})++)(?::[0-9]*)?"
+    r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})++)(?::[0-9]*)?"
 )
 LONE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 DIGITS = re.compile(r"[0-9]+")
 # No body and no chunk is as large as this; what says so only means to confuse.
 ABSURD_BYTES = 1 << 60
+
+
+def is_host(text: str) -> bool:
+    """Whether this is a Host with an optional port, and what is in brackets an IPv6 address."""
+    match = HOST.fullmatch(text)
+    try:
+        ipaddress.IPv6Address(match[1] or "::" if match else "")
+    except ValueError:
+        return False
+    return True
 
 
 class Small(io.BytesIO):
@@ -135,6 +146,8 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
             self.headers_finished = True
             self.parse_header(head[:end])
         except Problem as problem:
+            if head.startswith(b"HEAD "):
+                self.command = "HEAD"  # whatever else is wrong, it gets no body
             self._refuse(problem)
         else:
             self.completed = self.body_rcv is None
@@ -193,7 +206,7 @@ class RequestParser(HTTPRequestParser):  # type: ignore[misc]
             else:
                 values[key] = [value]
         hosts = self.values.get("host", [])
-        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+        if len(hosts) != 1 or not is_host(hosts[0]):
             raise BadRequest("There must be one valid Host header.")
         self._connection()
         self._framing()

@@ -315,7 +315,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return connection
 
     def _failed(self, error: Exception, seconds: float) -> None:
-        self._say(str(error) or type(error).__name__)
+        self.say(str(error) or type(error).__name__)
         with self._mutex:
             self._connecting -= 1
             self._count -= 1
@@ -327,7 +327,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _silent(self) -> None:
         """The server that conversations wait for answers nobody: who asks is told so at once."""
-        self._say("the server has stopped answering")
+        self.say("the server has stopped answering")
         with self._mutex:
             self._down = self._mute = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
@@ -385,10 +385,11 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._board.set(IN_USE, self._count - self._connecting - len(self._ready))
 
     def _unavailable(self, cause: str) -> DatabaseUnavailable:
-        self._say(cause)
+        self.say(cause)
         return DatabaseUnavailable()
 
-    def _say(self, cause: str) -> None:
+    def say(self, cause: str) -> None:
+        """Log why something failed, without a secret, and the same not again and again."""
         for secret in self._secrets:
             cause = cause.replace(secret, "…")
         cause = " ".join(cause.split())

@@ -203,7 +203,7 @@ class Database(Pool):
     def _note(self, error: psycopg2.Error) -> None:
         # Not the whole message: it quotes the statement, values and all.
         cause = error.diag.message_primary if error.pgcode else error
-        self._say(f"{error.pgcode or 'connection lost'}: {cause}")
+        self.say(f"{error.pgcode or 'connection lost'}: {cause}")
 
 
 def unknown() -> DatabaseUnavailable:

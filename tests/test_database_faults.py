@@ -21,7 +21,15 @@ import psycopg2
 import pytest
 
 from tests.audit import is_refusal, is_unknown
-from tests.harness import DEAD_DATABASE, Reply, ScriptedUpstream, Service, pw_migrate, wait_for
+from tests.harness import (
+    DEAD_DATABASE,
+    Reply,
+    ScriptedUpstream,
+    Service,
+    pw_migrate,
+    run_app,
+    wait_for,
+)
 from tests.pgservers import Relay, Server, Standby, unanswered_port
 
 ROLE = "gatehouse_app"
@@ -811,8 +819,24 @@ def test_a_missing_permission_is_503_until_it_is_granted(
     assert service.call("GET", "/users").status == 200
     assert_refused(service.call("POST", "/users", new_user()))
     assert "permission denied" in service.log
+    assert service.call("GET", "/health").json()["database"]["status"] == "down"
+    assert service.call("GET", "/health/ready").status == 503
+    assert "the role may not" in service.log
     server.sql(f"GRANT INSERT ON users TO {ROLE}", database=store)
     create(service)
+    assert service.call("GET", "/health/ready").status == 200
+
+
+def test_a_history_that_may_not_be_read_is_no_database_that_is_away(
+    server: Server, store: str, gatehouse: Start
+) -> None:
+    server.sql(f"REVOKE SELECT ON migratehistory FROM {ROLE}", database=store)
+    done = run_app("check", POSTGRES_URI=app_uri(server, store))
+    assert done.returncode == 4
+    assert done.stdout.splitlines()[1:3] == [
+        "database: ok",
+        "schema: cannot be read: permission denied for table migratehistory",
+    ]
 
 
 def test_a_missing_column_is_a_schema_that_is_not_migrated(

@@ -188,6 +188,19 @@ def test_a_database_of_another_encoding_is_refused(databases: Databases) -> None
     assert differences(uri, MIGRATIONS) == ["the encoding is LATIN1, not UTF8"]
 
 
+def test_a_rollback_without_its_file_is_one_clear_line(empty: str) -> None:
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    execute(empty, "INSERT INTO migratehistory (name, migrated_at) VALUES ('999_later', now())")
+    done = pw_migrate("rollback", uri=empty)
+    assert (done.returncode, done.stderr) == (1, "the files of 999_later are not here\n")
+
+
+@pytest.mark.parametrize("name", ["we ird", "../up", "a.b", ""])
+def test_a_migration_s_name_is_a_name(tmp_path: Path, name: str) -> None:
+    done = pw_migrate("create", name, uri=DEAD_DATABASE)
+    assert (done.returncode, done.stderr) == (1, "a migration's name is letters, digits and _\n")
+
+
 def test_an_empty_rollback_is_one_clear_line(empty: str) -> None:
     run = pw_migrate("rollback", uri=empty)
     assert (run.returncode, run.stdout) == (1, "")

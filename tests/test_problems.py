@@ -259,6 +259,32 @@ def test_no_two_problem_types_have_one_title() -> None:
     assert len(set(titles)) == len(titles)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HEAD / HTTP/1.2\r\nHost: a\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: a\r\nX\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: a\n\r\n",
+        b"HEAD /" + b"a" * 66_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    ],
+    ids=lambda head: repr(head[:40]),
+)
+def test_a_head_that_is_refused_gets_no_body_either(service: Service, head: bytes) -> None:
+    with service.client() as client:
+        client.send(head)
+        reply = client.reply("HEAD")
+        assert (reply.status, reply.get("Content-Type")) == (400, "application/problem+json")
+        assert client.closed()
+
+
+@pytest.mark.parametrize("line", [b"Content-Length: a", b"Host: b", b"Transfer-Encoding: gzip"])
+def test_a_refusal_has_the_id_of_its_request(service: Service, line: bytes) -> None:
+    reply = service.exchange(
+        b"GET / HTTP/1.1\r\nHost: a\r\nX-Request-Id: mine-1\r\n" + line + b"\r\n\r\n"
+    )
+    assert problem(reply, 400, "bad-request")["request_id"] == "mine-1"
+
+
 @pytest.mark.parametrize("name", CONTRACT)
 def test_a_problem_is_told_as_it_is_defined(parts: Parts, name: str) -> None:
     reply = PROVOKED[name](parts)

@@ -144,6 +144,8 @@ AMBIGUOUS |= {
         b"::1",
         b"[::1]a",
         b"[zz]",
+        b"[::::]",
+        b"[.]:80",
         b"a\x00b",
         b"a\x7fb",
         b"\xc3\xa9.example",

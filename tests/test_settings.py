@@ -71,7 +71,10 @@ BAD = {
         "http://app%zz",
         "http://app\\example",
     ],
-    "HOST": ["two words", "http://127.0.0.1", "a/b"],
+    "HOST": [
+        *("two words", "http://127.0.0.1", "a/b", "127.0.0.1:80", "999.1.1.1", "1", "a..b", "."),
+        *("a" * 64, ".a", "[::1", "fe80::1::2", "a%b"),
+    ],
     "PORT": ["-1", "65536", "eighty", "80.0", "0x50", "8_0", "٨٠", "+80"],
     "WORKERS": ["0", "-1", "many", "1.5", "257"],
     "THREADS": ["0", "1", "-4", "few", "4097"],
@@ -336,6 +339,21 @@ def test_an_env_file_that_cannot_be_read_is_one_line_and_2(checkout: Path) -> No
     (checkout / ".env").write_bytes("POSTGRES_URI=postgresql://pä@x".encode("latin-1"))
     done = run_there(checkout)
     assert (done.returncode, done.stdout) == (2, ".env is not in UTF-8\n")
+
+
+@pytest.mark.parametrize("line", ["USERS_TOKEN='s3cret", "USERS_TOKEN: s3cret", "PORT 8081"])
+def test_a_line_of_the_env_file_that_cannot_be_read_is_no_line_that_is_not_there(
+    checkout: Path, line: str
+) -> None:
+    """It was skipped, and /users was open."""
+    (checkout / ".env").write_text(f"# of ours\nTHREADS=8\n{line}\n")
+    done = run_there(checkout, **REQUIRED)
+    assert (done.returncode, done.stdout) == (2, ".env cannot be read at line 3\n")
+
+
+def test_an_env_file_may_begin_with_a_byte_order_mark(checkout: Path) -> None:
+    (checkout / ".env").write_bytes(b"\xef\xbb\xbfTHREADS=none\n")
+    assert named(run_there(checkout, **REQUIRED)) == ["THREADS"]
 
 
 def test_the_environment_wins_over_the_env_file(checkout: Path) -> None:
