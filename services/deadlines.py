@@ -30,8 +30,8 @@ class Deadlines:
     connection.
 
     A server has `patience` seconds to answer when it is asked; `on_silence` is called where it
-    does not. Where it answers others meanwhile, it is there: on a machine with more work than it
-    can do a single conversation, and the asking too, may have to wait for long.
+    does not, and no other does. Where it answers others meanwhile, it is there: on a machine with
+    more work than it can do a single conversation, and the asking too, may have to wait for long.
     """
 
     def __init__(self, patience: float, on_silence: Callable[[], None]) -> None:
@@ -49,8 +49,9 @@ class Deadlines:
         with self._lock:
             self._running[id(connection)] = now, now + seconds, connection
             if not self._started:
-                self._started = True
-                threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
+                with contextlib.suppress(RuntimeError):  # no more threads: at the next one, then
+                    threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
+                    self._started = True
 
     def end(self, connection: Any, answered: bool = False) -> bool:
         """The conversation is over; returns whether it was cut."""
@@ -84,9 +85,16 @@ class Deadlines:
 
     def _ask(self, family: int, address: Any) -> None:
         server, asked = (family, address), time.monotonic()
-        answered = answers(family, address, self._patience)
-        answered = answered or self._heard.get(server, 0.0) > asked
-        if not answered:
+        try:
+            answered = answers(family, address, self._patience)
+        except OSError:  # of this side's, which has no descriptor
+            with self._lock:
+                self._asking = False
+            return
+        with self._lock:
+            heard = {other for other, when in self._heard.items() if when > asked}
+        answered = answered or server in heard
+        if not answered and not heard:
             self._on_silence()  # before who is cut asks for another connection
         with self._lock:
             self._asking, now = False, time.monotonic()
@@ -110,7 +118,8 @@ def borrowed(connection: Any) -> socket.socket:
 
 def answers(family: int, server: Any, seconds: float) -> bool:
     """Whether the server at this address does anything at all within `seconds` when it is spoken
-    to: an answer, a refusal and a closed connection are all signs of life."""
+    to: an answer, a refusal and a closed connection are all signs of life. Raises OSError where no
+    socket can be had."""
     until = time.monotonic() + seconds
     with socket.socket(family) as sock:
         try:

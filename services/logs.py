@@ -38,6 +38,12 @@ class Output:
         self._size = 0
         self._dropped = 0
         self._writing = threading.Lock()
+        # What waits is its own process's to write.
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._pending.clear()
+        self._size = self._dropped = 0
 
     def write(self, text: str) -> None:
         """Write lines, now or when the reader takes them."""

@@ -233,9 +233,13 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             wanted = min(wanted, int(urgent or time.monotonic() >= self._retry_at))
         size = self.size + urgent
         while self._connecting < wanted and self._count < size:
+            try:
+                threading.Thread(target=self._connect_one, name="connecting", daemon=True).start()
+            except RuntimeError:
+                self.say("no thread can be started to connect")
+                return
             self._count += 1
             self._connecting += 1
-            threading.Thread(target=self._connect_one, name="connecting", daemon=True).start()
 
     def _await(self, waiter: Waiter, began: float, limit: float, until: float) -> Any:
         served = waiter.wait(min(began + limit, until) - time.monotonic())
@@ -358,6 +362,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                 self._count -= 1
                 if self._queue:
                     self._start_connecting()
+                if not self._connecting:
                     self._dismiss()
                 self._post()
                 return

@@ -41,7 +41,7 @@ MOST_GIVE_WAY_SECONDS = 0.025
 MOST_IN_VAIN = 20
 # A worker lets nobody in before the others are awake, or before this many seconds have passed.
 WAKING_SECONDS = 1.0
-# At its end a worker waits this many seconds for the access log's reader.
+# At its end a worker waits this many seconds for a log's reader.
 LOG_SECONDS = 1.0
 
 
@@ -137,6 +137,10 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
         self.lanes = {name: Lane(name, limit) for name, limit in lanes.items()}
         self.shutdown_timeout = shutdown_timeout
         self.access_log = Output(1) if access_log else None
+        # With what logging writes to, which has lines of its own that may wait.
+        streams = [getattr(handler, "stream", None) for handler in logging.root.handlers]
+        outputs = {"access log": self.access_log, "log": next(iter(streams), None)}
+        self.outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
         self.watched = Watched(selectors.DefaultSelector())
         self._deadline = 0.0
         self._grace = 0.0
@@ -240,7 +244,7 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             if now >= self._tick_at:
                 self._tick_at = now + 1.0
                 self._close_expired(now)
-                self._see_to_access_log()
+                self._see_to_logs()
             if self.draining:
                 self._close_idle(now)
             elif self.stopping:
@@ -249,15 +253,13 @@ class Server(TcpWSGIServer):  # type: ignore[misc]
             channel.reset_on_close()  # an answer that is cut here must not look whole
             channel.will_close = False
             channel.handle_close()
-        left = self._deadline - time.monotonic()
-        self._see_to_access_log(min(LOG_SECONDS, max(0.0, left)))
+        self._see_to_logs(min(LOG_SECONDS, max(0.0, self._deadline - time.monotonic())))
 
-    def _see_to_access_log(self, seconds: float = 0.0) -> None:
-        if self.access_log is None:
-            return
-        self.access_log.finish(seconds)
-        if dropped := self.access_log.dropped():
-            log.warning("%d lines of the access log were dropped, for nobody took them", dropped)
+    def _see_to_logs(self, seconds: float = 0.0) -> None:
+        for name, output in self.outputs.items():
+            output.finish(seconds)
+            if dropped := output.dropped():
+                log.warning("%d lines of the %s were dropped, for nobody took them", dropped, name)
 
     def _await_others(self) -> None:
         # Whoever knocks first knows nothing of workers: the first of them would take all.

@@ -96,14 +96,13 @@ class Database(Pool):
     """A pool of connections, and statements run on them."""
 
     def run(
-        self, statement: Statement, params: Mapping[str, Any], within: float | None = None
+        self, statement: Statement, params: Mapping[str, Any], until: float = math.inf
     ) -> list[Row]:
         """Send one statement and return its rows: one round trip.
 
-        `within` bounds the whole in seconds, where it is less than the usual time-outs. Raises
-        Lost or NotDone, or the Problem that the caller is to be told.
+        `until`, on the monotonic clock, bounds the whole, where it is before the usual time-outs.
+        Raises Lost or NotDone, or the Problem that the caller is to be told.
         """
-        until = math.inf if within is None else time.monotonic() + within
         connection = self._acquire(until)
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
         self._deadlines.begin(connection, seconds)
@@ -144,10 +143,12 @@ class Database(Pool):
     def read(
         self, statement: Statement, params: Mapping[str, Any], within: float | None = None
     ) -> list[Row]:
-        """Run a statement that changes nothing; if its connection is lost, again on another."""
+        """Run a statement that changes nothing; if its connection is lost, again on another.
+        `within` bounds the whole in seconds."""
+        until = math.inf if within is None else time.monotonic() + within
         for _ in range(ATTEMPTS):
             try:
-                return self.run(statement, params, within)
+                return self.run(statement, params, until)
             except NotDone:
                 continue
             except Lost as lost:

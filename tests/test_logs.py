@@ -149,6 +149,12 @@ def test_an_error_log_that_nobody_reads_delays_nobody(run: Run, workers: str) ->
     process, port = run(UPSTREAM_URL="http://127.0.0.1:1", WORKERS=workers, ACCESS_LOG="off")
     ask(port, ["/"] * 1000, 502)
     assert process.poll() is None
+    # And when somebody reads, all of it comes, without anything more to say.
+    assert process.stderr is not None
+    text = b""
+    while text.count(b"upstream-unreachable: ") < 1000:
+        assert select.select([process.stderr], [], [], 10)[0], text[-300:]
+        text += os.read(process.stderr.fileno(), 65536)
 
 
 def test_another_writer_that_is_quicker_makes_nobody_wait(run: Run) -> None:
