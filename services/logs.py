@@ -31,7 +31,7 @@ class Output:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = never_waiting(descriptor)
+        self._descriptor, self._waits = never_waiting(descriptor)
         self._poller = writable(self._descriptor)
         self._lock = threading.Lock()
         self._pending: deque[bytes] = deque()
@@ -48,13 +48,25 @@ class Output:
     def write(self, text: str) -> None:
         """Write lines, now or when the reader takes them."""
         data = text.encode(errors="backslashreplace")
+        short = len(data) <= select.PIPE_BUF
+        # Nearly always: nothing waits, and all of it is taken.
+        if short and not self._pending and self._writing.acquire(blocking=False):
+            try:
+                data = self._give(data)
+            finally:
+                self._writing.release()
+        if data:
+            self._keep(data)
+        if self._pending:
+            self.flush()
+
+    def _keep(self, data: bytes) -> None:
         with self._lock:
             if self._size + len(data) > PENDING_BYTES:
                 self._dropped += 1
                 return
             self._pending.append(data)
             self._size += len(data)
-        self.flush()
 
     def flush(self) -> None:
         """Write what the reader takes now."""
@@ -62,7 +74,7 @@ class Output:
         while self._pending and self._writing.acquire(blocking=False):
             try:
                 while self._pending:
-                    if not (self._poller.poll(0) and self._write_some()):
+                    if not self._write_some():
                         return
             finally:
                 self._writing.release()
@@ -84,31 +96,39 @@ class Output:
 
     def _write_some(self) -> bool:
         data = self._pending[0]
-        try:
-            written = os.write(self._descriptor, data[: select.PIPE_BUF])
-        except BlockingIOError:
-            return False
-        except OSError:  # nobody reads it any more: no reason to stop serving
-            written = len(data)
+        left = self._give(data)
         with self._lock:
-            self._size -= written
-            if written < len(data):
-                self._pending[0] = data[written:]
+            self._size -= len(data) - len(left)
+            if left:
+                self._pending[0] = left
             else:
                 self._pending.popleft()
-        return True
+        return len(left) < len(data)
+
+    def _give(self, data: bytes) -> bytes:
+        """Write what the reader takes of it now, and return the rest."""
+        if self._waits and not self._poller.poll(0):
+            return data
+        try:
+            return data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
+        except BlockingIOError:
+            return data
+        except OSError:  # nobody reads it any more: no reason to stop serving
+            return b""
 
 
-def never_waiting(descriptor: int) -> int:
+def never_waiting(descriptor: int) -> tuple[int, bool]:
     """A descriptor of our own for the same pipe, with O_NONBLOCK: the one that was given stays as
     it is, for other processes share it, and the flag would be theirs too. The one given where it
-    is no pipe, or cannot be opened anew (Linux only, and only for whoever may write to it)."""
+    is no pipe, or cannot be opened anew (Linux only, and only for whoever may write to it). And
+    whether it may have a writer wait all the same, as a file never does."""
+    mode = os.fstat(descriptor).st_mode
     try:
-        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+        if stat.S_ISFIFO(mode):
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK), False
     except OSError:
         pass
-    return descriptor
+    return descriptor, not stat.S_ISREG(mode)
 
 
 def writable(descriptor: int) -> select.poll:

@@ -46,8 +46,10 @@ ABSURD_BYTES = 1 << 60
 def is_host(text: str) -> bool:
     """Whether this is a Host with an optional port, and what is in brackets an IPv6 address."""
     match = HOST.fullmatch(text)
+    if match is None or match[1] is None:
+        return match is not None
     try:
-        ipaddress.IPv6Address(match[1] or "::" if match else "")
+        ipaddress.IPv6Address(match[1])
     except ValueError:
         return False
     return True
