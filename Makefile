@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SOURCES := app.py settings.py models.py dev.py demo.py services migrations
+SOURCES := *.py services postgres server wire migrations
 
 .PHONY: run test bench faults fuzz install check audit
 
@@ -18,7 +18,7 @@ faults: install
 	$(BIN)/python bench/faults.py
 
 fuzz: install
-	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/proxy/test_fuzz.py
 
 install: $(INSTALLED)
 

@@ -25,11 +25,10 @@ import bottle
 from dotenv.parser import parse_stream
 from psycopg2.errors import InsufficientPrivilege
 
+from metrics import Board
 from models import database
-from services import inputs, pool, schema, users, workers
-from services.board import Board
-from services.channel import Channel
-from services.errors import (
+from postgres import pool, schema
+from problems import (
     DatabaseUnavailable,
     InvalidQuery,
     MethodNotAllowed,
@@ -42,14 +41,17 @@ from services.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from services.fields import ANY, Field
+from server import workers
+from server.channel import Channel
+from server.listener import bind
+from server.logs import Output
+from server.parser import RequestParser
+from server.upstream import ClientGone, Upstream
+from services import inputs, users
 from services.health import Health
-from services.listener import bind
-from services.logs import Output
-from services.parser import RequestParser
 from services.proxy import Proxy, origin_form
-from services.upstream import ClientGone, Upstream
 from settings import Settings, SettingsError, environment, postgres_uri
+from wire.fields import ANY, Field
 
 VERSION = "1.0.0"
 ROOT = Path(__file__).resolve().parent

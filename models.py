@@ -5,7 +5,7 @@ from __future__ import annotations
 from peewee import SQL, Check, Model, TextField, UUIDField, fn
 from playhouse.postgres_ext import DateTimeTZField
 
-from services.statements import Database
+from postgres.statements import Database
 
 database = Database()
 

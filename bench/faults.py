@@ -26,7 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.audit import Audit
 from tests.harness import (
     RawClient,
     Reply,
@@ -35,7 +34,8 @@ from tests.harness import (
     call,
     wait_for,
 )
-from tests.pgservers import Relay, Server, Standby, unanswered_port
+from tests.harness.audit import Audit
+from tests.harness.servers import Relay, Server, Standby, unanswered_port
 
 CALLERS = 12
 # Not fork: this process has threads by then.

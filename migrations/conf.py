@@ -22,7 +22,7 @@ CONTEXT = click.get_current_context()
 ROOT = Path(CONTEXT.params["directory"]).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from services.schema import ENCODING, applied, names, reason  # noqa: E402
+from postgres.schema import ENCODING, applied, names, reason  # noqa: E402
 from settings import SettingsError, environment, postgres_uri  # noqa: E402
 
 CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise

@@ -1,0 +1,5 @@
+"""What Gatehouse knows: the rules of users, what is up, which header passes.
+
+Values in, values out: nothing here knows Bottle, the server or the settings. Its door: the
+functions of `users`, `health.Health`, and the rules of `proxy.Proxy`.
+"""

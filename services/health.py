@@ -7,10 +7,10 @@ import threading
 import time
 from typing import Any
 
+from metrics import IDLE, IN_FLIGHT, IN_USE, Board
 from models import User, database
-from services.board import IDLE, IN_FLIGHT, IN_USE, Board
-from services.errors import Problem, SchemaNotMigrated
-from services.statements import Statement
+from postgres.statements import Statement
+from problems import Problem, SchemaNotMigrated
 
 log = logging.getLogger("gatehouse")
 

@@ -6,14 +6,14 @@ import json
 import re
 from typing import Any
 
-from services.errors import (
+from problems import (
     BadRequest,
     InvalidUser,
     MalformedJson,
     UnsupportedMediaType,
 )
-from services.fields import ANY
-from services.parser import RequestParser
+from server.parser import RequestParser
+from wire.fields import ANY
 
 ALLOWED_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')

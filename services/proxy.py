@@ -11,17 +11,17 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from services.board import Board
-from services.errors import (
+from metrics import Board
+from problems import (
     BadRequest,
     LoopDetected,
     MethodNotAllowed,
     Problem,
     UpgradeNotSupported,
 )
-from services.fields import Field, field_values, listed
-from services.places import Body, Places
-from services.upstream import Answer, Client, Upstream
+from server.places import Body, Places
+from server.upstream import Answer, Client, Upstream
+from wire.fields import Field, field_values, listed
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 

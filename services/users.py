@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 from peewee import EXCLUDED, SQL, Case, Query, Select, fn
 
 from models import User, database
-from services.errors import (
+from postgres.statements import Lost, Statement, unknown
+from problems import (
     DatabaseUnavailable,
     EmailTaken,
     InvalidUser,
     NoSuchUser,
     PreconditionFailed,
 )
-from services.fields import ANY
-from services.statements import Lost, Statement, unknown
+from wire.fields import ANY
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 

@@ -1,0 +1,5 @@
+"""Conversations with PostgreSQL: connecting, pooling, deadlines, statements, the schema.
+
+Nothing here knows HTTP. Every conversation has a deadline on this side, and no lock is held
+while one goes on. Its door: `statements.Database`, and `schema` for the command line.
+"""

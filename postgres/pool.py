@@ -1,0 +1,434 @@
+"""PostgreSQL connections: a PooledPostgresqlDatabase that does its network work outside every lock.
+
+peewee's own pool connects, and sends SELECT 1 at every checkout, under two locks that all threads
+share: one server that does not answer stops them all, one after the other. Here
+
+- connecting happens on a thread of its own, and callers wait in a queue, first come, first served,
+  each no longer than it is allowed to;
+- an idle connection is checked by asking the kernel whether the server has closed it, and by a
+  round trip only after a while;
+- every conversation has a deadline on this side (postgres/deadlines.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import select
+import threading
+import time
+from collections import deque
+from typing import Any
+from urllib.parse import unquote
+
+import peewee
+import psycopg2
+import psycopg2.extensions
+from playhouse.pool import PooledPostgresqlDatabase
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, parse_dsn
+
+from metrics import IDLE, IN_USE, Board
+from postgres.deadlines import Deadlines, borrowed
+from problems import DatabaseUnavailable, Problem
+
+log = logging.getLogger("gatehouse.database")
+
+# An idle connection that has not been used for this many seconds is asked for a round trip first.
+VERIFY_SECONDS = 1.0
+# After a failed connect, callers are told at once for this many seconds; then one of them tries.
+# Who is urgent has one tried at once: /health tells what is, not what was.
+RETRY_SECONDS = 0.25
+# While one tries, the others wait this long for what it finds.
+PROBE_SECONDS = 0.1
+# What it may take for a failed connect to be told to those who wait for it.
+HEARSAY_SECONDS = 0.25
+# The same cause is logged once in this many seconds.
+LOG_SECONDS = 10.0
+
+
+NOWHERE = "/nowhere/at/all"
+
+
+def check_uri(uri: str) -> str | None:
+    """What is wrong with a libpq URI, in words that quote no value of it; None for nothing."""
+    try:
+        given = parse_dsn(uri)
+    except psycopg2.ProgrammingError as error:
+        if "invalid URI query parameter" in str(error):
+            return "has an option that libpq does not know"  # or a ? in its password
+        return "is not a URI that libpq can read"
+    for port in (given.get("port") or "").split(","):
+        if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
+            return "has a port that is not a number from 1 to 65535"
+    if not re.fullmatch(r"-?[0-9]*", given.get("connect_timeout") or ""):
+        return "has a connect_timeout that is not a number of seconds"
+    try:
+        # libpq looks at the values of its options when it connects, just before it opens a socket:
+        # here one in a folder that no system has.
+        psycopg2.connect(uri, host=NOWHERE, hostaddr="", port="").close()
+    except psycopg2.OperationalError as error:
+        name = re.match(r'invalid "?(\w+)"? value', str(error))
+        if name:
+            return f"has a value of {name[1]} that libpq does not know"
+    return None
+
+
+class Connection(psycopg2.extensions.connection):
+    """A connection that knows since when it is, with which server, and what that has prepared."""
+
+    generation = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.prepared: set[str] = set()
+        with borrowed(self) as sock:
+            self.server = sock.family, sock.getpeername()
+        self.reused = self.cursor()
+        self.poller = select.poll()
+        self.poller.register(self.fileno(), select.POLLIN)
+
+
+class Waiter:
+    """A caller that waits for a connection, or for the reason why there is none. One that is
+    `urgent` is first, has one tried for it whatever became of the last, and where all connections
+    are in use it gets one more than there may be."""
+
+    def __init__(self, urgent: bool) -> None:
+        self.urgent = urgent
+        self._ready = threading.Lock()
+        self._ready.acquire()
+        self.outcome: Any = None
+
+    def give(self, outcome: Any) -> None:
+        self.outcome = outcome
+        self._ready.release()
+
+    def wait(self, seconds: float) -> bool:
+        return self._ready.acquire(timeout=max(0.0, seconds))
+
+
+class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
+    """A deferred database; `configure` says where it is, and the first use connects."""
+
+    connect_timeout = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        # Only thread-local state is guarded by it, and it was held while connecting.
+        self._lock = peewee._NoopLock()
+        self._mutex = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._deadlines = Deadlines(self.connect_timeout, self._silent)
+        self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
+        self._count = 0  # connections open, or being made
+        self._connecting = 0
+        self._generation = 0
+        self._queue: deque[Waiter] = deque()
+        self._down = False  # whether the last attempt to connect failed
+        self._mute = False  # whether the server has answered nobody since, on any connection
+        self._retry_at = 0.0
+        self._logged: dict[str, float] = {}
+        self._board: Board | None = None
+        self._without_options = False
+        self._prepares = True
+
+    def configure(
+        self,
+        uri: str,
+        *,
+        size: int,
+        wait: float,
+        connect_timeout: float,
+        statement_timeout: float,
+        board: Board | None = None,
+    ) -> None:
+        """Say where the database is (any libpq URI), without connecting.
+
+        At most `size` connections; `wait` is how many seconds a caller waits for one that others
+        use, `connect_timeout` for a new one, whatever the number of hosts in the URI, and
+        `statement_timeout` for an answer.
+        """
+        parameters = parse_dsn(uri)
+        self.init(parameters.get("dbname") or parameters.get("user") or "postgres")
+        self.uri = uri
+        self.size = size
+        self.wait = wait
+        self.connect_timeout = connect_timeout
+        self.statement_timeout = statement_timeout
+        self._forget()
+        # How long a caller waits who may get a new connection: so long that it hears what became
+        # of the attempt to make one.
+        self._patience = max(wait, connect_timeout + HEARSAY_SECONDS)
+        self._board = board
+        hosts = len((parameters.get("host") or parameters.get("hostaddr") or "").split(","))
+        # libpq's is in whole seconds and for each host in turn.
+        self._libpq: dict[str, Any] = {
+            "connect_timeout": max(1, math.ceil(connect_timeout / hosts)),
+            "client_encoding": "UTF8",
+            "fallback_application_name": "gatehouse",
+            "options": f"-c statement_timeout={round(statement_timeout * 1000)} "
+            + (parameters.get("options") or ""),
+        }
+        # A password with an @ or a / that should have been encoded ends up in what libpq takes
+        # for the host or the database, and in its messages.
+        userinfo = uri.partition("//")[2].rpartition("@")[0].partition(":")[2]
+        parts = {parameters.get("password") or "", *re.split(r"[@/:?]", userinfo)}
+        self._secrets = [part for part in {*parts, *map(unquote, parts)} if len(part) > 2]
+
+    # Checking out.
+
+    def _acquire(self, until: float = math.inf) -> Any:
+        if self._pid != os.getpid():
+            # Forked: the parent's connections are its own. Not even closed here, for that would
+            # tell the server that they are done with.
+            self._parents = self._ready
+            board = self._board
+            self._forget()
+            self._board = board
+        began = time.monotonic()
+        while True:
+            with self._mutex:
+                if self._ready:
+                    connection, since = self._ready.pop()
+                    waiter = None
+                    self._post()
+                else:
+                    waiter, limit = self._enqueue(began, urgent=until < math.inf)
+            if waiter is None:
+                if self._usable(connection, since, until):
+                    return connection
+                if time.monotonic() - began > self.connect_timeout:
+                    raise self._unavailable("no answer from the server")
+                continue
+            return self._await(waiter, began, limit, until)
+
+    def _enqueue(self, now: float, urgent: bool) -> tuple[Waiter, float]:
+        # How long a caller may wait depends on what it waits for.
+        limit = self.wait
+        none = self._mute or self._count == self._connecting  # is open, or of any use
+        if self._down and none and not urgent:
+            if self._connecting:
+                limit = PROBE_SECONDS
+            elif now < self._retry_at:
+                raise DatabaseUnavailable
+        waiter = Waiter(urgent)
+        if urgent:
+            self._queue.appendleft(waiter)
+        else:
+            self._queue.append(waiter)
+        self._start_connecting()
+        if self._connecting and limit != PROBE_SECONDS:
+            limit = self._patience
+        return waiter, limit
+
+    def _start_connecting(self) -> None:
+        # As many as callers wait; while the server refuses, one, and not at once again.
+        wanted, urgent = len(self._queue), any(waiter.urgent for waiter in self._queue)
+        if self._down:
+            wanted = min(wanted, int(urgent or time.monotonic() >= self._retry_at))
+        size = self.size + urgent
+        while self._connecting < wanted and self._count < size:
+            try:
+                threading.Thread(target=self._connect_one, name="connecting", daemon=True).start()
+            except RuntimeError:
+                self.say("no thread can be started to connect")
+                return
+            self._count += 1
+            self._connecting += 1
+
+    def _await(self, waiter: Waiter, began: float, limit: float, until: float) -> Any:
+        served = waiter.wait(min(began + limit, until) - time.monotonic())
+        if not served and limit == PROBE_SECONDS and not self._down:
+            # The one who tried has got through, and there is a connection for all in time.
+            served = waiter.wait(min(began + self._patience, until) - time.monotonic())
+        if not served:
+            with self._mutex:
+                if waiter in self._queue:
+                    self._queue.remove(waiter)
+            # Else it was given one between the two lines.
+            if not waiter.wait(0):
+                raise self._unavailable("no connection was free in time")
+        if isinstance(waiter.outcome, Problem):
+            raise waiter.outcome
+        return waiter.outcome
+
+    def _usable(self, connection: Any, since: float, until: float) -> bool:
+        # Readable while idle: the server has closed it, or says that it is about to.
+        if connection.closed or connection.poller.poll(0):
+            self._release(connection, broken=True)
+            return False
+        now = time.monotonic()
+        if now - since < VERIFY_SECONDS:
+            return True
+        self._deadlines.begin(connection, min(self.connect_timeout, until - now))
+        try:
+            connection.reused.execute("SELECT 1")
+        except psycopg2.Error:
+            self._deadlines.end(connection)
+            self._release(connection, broken=True)
+            self._distrust()
+            return False
+        self._deadlines.end(connection, answered=True)
+        return True
+
+    # Connecting.
+
+    def _connect_one(self) -> None:
+        began, generation = time.monotonic(), self._generation
+        try:
+            try:
+                connection = self._open()
+            except psycopg2.OperationalError:
+                # The first of a row, and at once, may be a backend that was ended as it started.
+                if self._down or time.monotonic() - began > RETRY_SECONDS:
+                    raise
+                connection = self._open()
+        except Exception as error:
+            self._failed(error, time.monotonic() - began)
+            return
+        connection.generation = generation
+        with self._mutex:
+            self._connecting -= 1
+            if self._down:
+                self._down = self._mute = False
+                log.warning("the database is back")
+            kept = self._hand_over(connection)
+            self._start_connecting()
+        if not kept:
+            connection.close()
+
+    def _open(self) -> Any:
+        options = dict(self._libpq)
+        if self._without_options:
+            del options["options"]
+        try:
+            connection = psycopg2.connect(self.uri, connection_factory=Connection, **options)
+        except psycopg2.OperationalError as error:
+            # PgBouncer does not know `options`. Deadlines on this side hold all the same.
+            if self._without_options or "unsupported startup parameter" not in str(error):
+                raise
+            self._without_options = True
+            self._prepares = False
+            return self._open()
+        connection.autocommit = True
+        return connection
+
+    def _failed(self, error: Exception, seconds: float) -> None:
+        self.say(str(error) or type(error).__name__)
+        with self._mutex:
+            self._connecting -= 1
+            self._count -= 1
+            if self._queue or seconds >= self.connect_timeout:
+                # Else nobody waited for this one any more: the next caller finds out anew.
+                self._down = True
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            self._dismiss()
+
+    def _silent(self) -> None:
+        """The server that conversations wait for answers nobody: who asks is told so at once."""
+        self.say("the server has stopped answering")
+        with self._mutex:
+            self._down = self._mute = True
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            self._dismiss()
+        self._distrust()
+
+    def _dismiss(self) -> None:
+        # Where the server is down and no connection is open, or being opened, nothing will ever
+        # serve those who wait; where it is mute, most likely nothing.
+        if self._down and (self._mute or not self._count):
+            queue, self._queue = self._queue, deque()
+            for waiter in queue:
+                waiter.give(DatabaseUnavailable())
+
+    # Checking in.
+
+    def _release(self, connection: Any, broken: bool = False) -> None:
+        broken = (
+            broken
+            or connection.closed
+            or connection.generation != self._generation
+            or connection.get_transaction_status() != TRANSACTION_STATUS_IDLE
+        )
+        if broken:
+            connection.close()
+        with self._mutex:
+            if broken:
+                self._count -= 1
+                if self._queue:
+                    self._start_connecting()
+                if not self._connecting:
+                    self._dismiss()
+                self._post()
+                return
+            kept = self._hand_over(connection)
+        if not kept:
+            connection.close()
+
+    def _hand_over(self, connection: Any) -> bool:
+        """Give a connection to who is first, or keep it; False where it is one too many."""
+        surplus = self._count > self.size
+        kept = True
+        if self._queue and (self._queue[0].urgent or not surplus):
+            self._queue.popleft().give(connection)
+        elif surplus:
+            self._count -= 1
+            kept = False
+        else:
+            self._ready.append((connection, time.monotonic()))
+        self._post()
+        return kept
+
+    def _post(self) -> None:
+        if self._board is not None:
+            self._board.set(IDLE, len(self._ready))
+            self._board.set(IN_USE, self._count - self._connecting - len(self._ready))
+
+    def _unavailable(self, cause: str) -> DatabaseUnavailable:
+        self.say(cause)
+        return DatabaseUnavailable()
+
+    def say(self, cause: str) -> None:
+        """Log why something failed, without a secret, and the same not again and again."""
+        for secret in self._secrets:
+            cause = cause.replace(secret, "…")
+        cause = " ".join(cause.split())
+        now = time.monotonic()
+        if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:
+            if len(self._logged) > 100:
+                self._logged.clear()
+            self._logged[cause] = now
+            log.warning("%s", cause)
+
+    def _distrust(self) -> None:
+        # What ended one connection, or a failover, has most likely ended the others, noticed or
+        # not: those that are open now are not used again.
+        with self._mutex:
+            self._generation += 1
+        self.close_idle()
+
+    # What peewee calls.
+
+    def _connect(self) -> Any:
+        return self._acquire()
+
+    def _close(self, conn: Any, close_conn: bool = False) -> None:
+        self._release(conn, broken=close_conn)
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses."""
+        with self._mutex:
+            idle, self._ready = self._ready, []
+            self._count -= len(idle)
+            self._post()
+        for connection, _ in idle:
+            connection.close()
+
+    def close_all(self) -> None:
+        """Close the connections that nobody uses; the others are closed by their users' ending."""
+        self.close_idle()

@@ -1,0 +1,168 @@
+"""The logs: lines for whoever reads standard output and error, who may be slow, or gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import stat
+import threading
+import time
+from collections import deque
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii as json_string
+
+from server.parser import RequestParser
+
+# What waits for a slow reader, at most; lines beyond that are dropped.
+PENDING_BYTES = 1 << 20
+# A line of the access log fits into PIPE_BUF, so that two workers' do not run into each other: a
+# longer method or target is cut. A character may take six bytes.
+LONGEST_METHOD, LONGEST_TARGET, LONGEST_ESCAPED = 100, 3000, 3500
+USERINFO = re.compile(r"//[^/?#]*@")
+
+
+class Output:
+    """Lines to a descriptor, from any thread, none of which waits for the reader.
+
+    One that can be written to takes PIPE_BUF bytes at once, unless another writer is quicker: then
+    a thread would wait, and whoever has a line meanwhile. So a pipe gets a descriptor that never
+    waits.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._waits = never_waiting(descriptor)
+        self._poller = writable(self._descriptor)
+        self._lock = threading.Lock()
+        self._pending: deque[bytes] = deque()
+        self._size = 0
+        self._dropped = 0
+        self._writing = threading.Lock()
+        # What waits is its own process's to write.
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._pending.clear()
+        self._size = self._dropped = 0
+
+    def write(self, text: str) -> None:
+        """Write lines, now or when the reader takes them."""
+        data = text.encode(errors="backslashreplace")
+        short = len(data) <= select.PIPE_BUF
+        # Nearly always: nothing waits, and all of it is taken.
+        if short and not self._pending and self._writing.acquire(blocking=False):
+            try:
+                data = self._give(data)
+            finally:
+                self._writing.release()
+        if data:
+            self._keep(data)
+        if self._pending:
+            self.flush()
+
+    def _keep(self, data: bytes) -> None:
+        with self._lock:
+            if self._size + len(data) > PENDING_BYTES:
+                self._dropped += 1
+                return
+            self._pending.append(data)
+            self._size += len(data)
+
+    def flush(self) -> None:
+        """Write what the reader takes now."""
+        # Again after the release: a line may have been left to this thread just before it.
+        while self._pending and self._writing.acquire(blocking=False):
+            try:
+                while self._pending:
+                    if not self._write_some():
+                        return
+            finally:
+                self._writing.release()
+
+    def finish(self, seconds: float) -> None:
+        """Wait this long at most for the reader to take what is left."""
+        until = time.monotonic() + seconds
+        while self._pending:
+            self.flush()
+            left = until - time.monotonic()
+            if left <= 0 or not writable(self._descriptor).poll(left * 1000):
+                return
+
+    def dropped(self) -> int:
+        """How many lines have been dropped since this was last asked."""
+        with self._lock:
+            number, self._dropped = self._dropped, 0
+        return number
+
+    def _write_some(self) -> bool:
+        data = self._pending[0]
+        left = self._give(data)
+        with self._lock:
+            self._size -= len(data) - len(left)
+            if left:
+                self._pending[0] = left
+            else:
+                self._pending.popleft()
+        return len(left) < len(data)
+
+    def _give(self, data: bytes) -> bytes:
+        """Write what the reader takes of it now, and return the rest."""
+        if self._waits and not self._poller.poll(0):
+            return data
+        try:
+            return data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
+        except BlockingIOError:
+            return data
+        except OSError:  # nobody reads it any more: no reason to stop serving
+            return b""
+
+
+def never_waiting(descriptor: int) -> tuple[int, bool]:
+    """A descriptor of our own for the same pipe, with O_NONBLOCK: the one that was given stays as
+    it is, for other processes share it, and the flag would be theirs too. The one given where it
+    is no pipe, or cannot be opened anew (Linux only, and only for whoever may write to it). And
+    whether it may have a writer wait all the same, as a file never does."""
+    mode = os.fstat(descriptor).st_mode
+    try:
+        if stat.S_ISFIFO(mode):
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK), False
+    except OSError:
+        pass
+    return descriptor, not stat.S_ISREG(mode)
+
+
+def writable(descriptor: int) -> select.poll:
+    """What tells whether a descriptor can be written to; one for each thread that asks."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLOUT)
+    return poller
+
+
+def access_line(request: RequestParser, status: str, size: int, caller: str) -> str:
+    """The access log's line, of JSON, for a request that has just been answered."""
+    now = time.time_ns() // 1_000_000
+    milliseconds = (time.monotonic() - request.arrived) * 1000
+    return (
+        f'{{"time": "{second(now // 1000)}.{now % 1000:03}Z",'
+        f' "method": "{request.command[:LONGEST_METHOD]}", "target": {quoted(request.request_uri)},'
+        f' "status": {status[:3] or 0}, "bytes": {size}, "ms": {milliseconds:.3f},'
+        f' "caller": "{caller}", "request_id": "{request.id}"}}\n'
+    )
+
+
+def quoted(target: str) -> str:
+    """A request target as a JSON string, without the user name and password that it may hold."""
+    if not target.startswith("/"):
+        target = USERINFO.sub("//", target)
+    text = json_string(target)
+    if len(text) > LONGEST_TARGET:
+        text = json_string(target[:LONGEST_TARGET] + "…")
+    if len(text) > LONGEST_ESCAPED:
+        text = json_string(target[: LONGEST_TARGET // 6] + "…")
+    return text
+
+
+@lru_cache(2)
+def second(now: int) -> str:
+    """Seconds since 1970 as a date and a time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))

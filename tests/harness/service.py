@@ -1,0 +1,184 @@
+"""A Gatehouse process, and what tests run and ask of it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.harness.client import RawClient, Reply, call, exchange
+from tests.harness.upstream import Answer, ScriptedUpstream, Seen, ok
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+# A closed port: connecting to it is refused at once.
+DEAD_DATABASE = "postgresql://nobody@127.0.0.1:1/none"
+
+
+def copied(folder: Path) -> Path:
+    """`folder`, with a copy of all that runs: a `.env` in it is nobody else's."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in ("services", "postgres", "server", "wire", "migrations"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@functools.cache
+def checkout() -> Path:
+    """The copy that the tests run, where a developer's own `.env` has no say."""
+    folder = tempfile.TemporaryDirectory(prefix="gatehouse-checkout-")
+    atexit.register(folder.cleanup)
+    return copied(Path(folder.name))
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10, what: str = "condition") -> Any:
+    """Poll until `condition()` is true and return its value; AssertionError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        threading.Event().wait(0.01)
+
+
+class Service:
+    """A Gatehouse process, `python app.py`, with settings from keyword arguments."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.port = int(settings.setdefault("PORT", free_port()))
+        environ = {
+            key: value
+            for key, value in os.environ.items()
+            if key in ("PATH", "HOME", "LANG", "TMPDIR")
+        }
+        environ |= {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
+        if workers := os.environ.get("TEST_WORKERS"):
+            environ["WORKERS"] = workers
+        environ |= {name: str(value) for name, value in settings.items()}
+        self.environ = environ
+        self._log = tempfile.NamedTemporaryFile(prefix="gatehouse-test-", suffix=".log")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=checkout(),
+            env=environ,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_for(self._listening, 20, "the service to listen")
+        except AssertionError:
+            self.process.kill()
+            raise AssertionError(f"the service did not start:\n{self.log}") from None
+
+    def _listening(self) -> bool:
+        assert self.process.poll() is None, f"exit {self.process.returncode}:\n{self.log}"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """All that the process has written so far."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    @property
+    def access_log(self) -> list[dict[str, Any]]:
+        """The whole lines of the access log so far, oldest first."""
+        lines = self.log.split("\n")[:-1]
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def call(self, method: str, target: str, *args: Any, **kwargs: Any) -> Reply:
+        return call(self.port, method, target, *args, **kwargs)
+
+    def client(self, timeout: float = 15) -> RawClient:
+        return RawClient(self.port, timeout)
+
+    def exchange(self, data: bytes, method: str = "GET", timeout: float = 15) -> Reply:
+        return exchange(self.port, data, method, timeout)
+
+    def stop(self, seconds: float = 35) -> int:
+        """SIGTERM, wait, and return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+
+def forward(
+    service: Service, upstream: ScriptedUpstream, data: bytes, answer: bytes | Answer = ok
+) -> tuple[Seen, Reply]:
+    """Send one raw request through the service; what the upstream saw of it, and the answer."""
+    upstream.script(answer)
+    reply = service.exchange(data, data.split(b" ", 1)[0].decode())
+    [seen] = upstream.seen
+    return seen, reply
+
+
+def run_app(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python app.py` to its end, for commands and refusals; `stdout` has both streams."""
+    environ = {
+        key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ
+    }
+    environ |= {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
+    environ |= {name: str(value) for name, value in settings.items()}
+    return subprocess.run(
+        [sys.executable, "app.py", *args],
+        cwd=checkout(),
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=30,
+    )
+
+
+def new_email() -> str:
+    return f"{uuid.uuid4().hex}@example.com"
+
+
+def create_user(service: Service, email: str | None = None, name: str = "Ann") -> Reply:
+    """The 201 answer of a new user; the email is one that nobody has unless given."""
+    reply = service.call("POST", "/users", {"email": email or new_email(), "name": name})
+    assert reply.status == 201, reply
+    return reply

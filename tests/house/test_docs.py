@@ -1,0 +1,297 @@
+"""The docs are tested, so that they cannot drift from what they tell.
+
+Console blocks
+    In README.md and docs/api.md a fenced block that is marked `console` is a session in a shell:
+
+        ```console
+        $ curl -s http://127.0.0.1:8080/health/live
+        {"status": "ok"}
+        ```
+
+    Every `$ curl …` line is really run, from the top of the document to its end, against one
+    `app.py --dev` with a new database and the demo upstream, and what it prints on standard
+    output has to be what the lines below it say. A line that ends in a backslash goes on in the
+    next. Other commands (`$ make run`) are not run and their output is not compared. A curl
+    line that needs another set-up (a token, say) belongs in a block marked `sh`.
+
+    `http://127.0.0.1:8080` stands for the service wherever it listens. UUIDs (request ids among
+    them), ETags, RFC 3339 times, HTTP dates, Content-Length, `latency_ms`, `uptime_seconds`,
+    the instance's name in Via and ports of 127.0.0.1 need not be equal. But what is documented
+    as one id, ETag or time has to be one: the first time that `01936f3e-…` is printed it stands
+    for the id that was really made, also in the commands that follow.
+
+    A line `...` stands for any number of lines, also for none.
+
+Tables
+    docs/configuration.md has a table row for each variable: the first cell is its name in
+    backquotes, the second its default in backquotes, or `required` without them, or some words
+    where the default is not a value. docs/api.md has a table row for each problem type with its
+    status in one cell and its name in backquotes in another, and names each route in backquotes
+    or in a heading: GET /users/{id}. A row that begins with a path alone tells of a GET. HEAD and
+    OPTIONS need not be told for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dotenv import dotenv_values
+
+from app import Gatehouse
+from settings import VARIABLES, Settings
+from tests.harness import DEAD_DATABASE, ROOT, Databases, call, checkout, free_port, wait_for
+from tests.users.test_problems import CONTRACT
+
+README = ROOT / "README.md"
+API = ROOT / "docs" / "api.md"
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTED_ADDRESS = "127.0.0.1:8080"
+
+# What differs from run to run. Of the first three, what is documented as the same has to be so.
+SAME = {
+    "<etag>": re.compile(r'(?im)(?<=^etag: )(?:W/)?"[^"\n]*"'),
+    "<uuid>": re.compile(r"\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b"),
+    "<time>": re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"),
+}
+VARYING = SAME | {
+    "<date>": re.compile(r"\b[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT"),
+    "<length>": re.compile(r"(?im)(?<=^content-length: )\d+"),
+    "<ms>": re.compile(r'(?<="latency_ms": )[\d.]+'),
+    "<seconds>": re.compile(r'(?<="uptime_seconds": )[\d.]+'),
+    "<instance>": re.compile(r"\bgatehouse-[0-9a-f]{12}\b"),
+    "<port>": re.compile(r"(?<=\b127\.0\.0\.1:)\d+"),
+}
+
+
+def outside_code(text: str) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"(?ms)^ *```.*?^ *```$", "", text)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table row but headings' underlines."""
+    lines = [line for line in outside_code(text).splitlines() if line.startswith("|")]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [cells for cells in found if not re.fullmatch(r"[-: ]+", "".join(cells))]
+
+
+def quoted(cell: str) -> str | None:
+    """The text of a cell that is one code span and nothing else."""
+    match = re.fullmatch(r"`([^`]+)`", cell)
+    return match[1] if match else None
+
+
+def test_every_variable_is_in_the_configuration_and_nothing_else_is() -> None:
+    found = rows(CONFIGURATION.read_text())
+    names = [name for cells in found if re.fullmatch(r"[A-Z_]+", name := quoted(cells[0]) or "")]
+    assert sorted(names) == sorted(VARIABLES)
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_is_documented_with_its_default(name: str) -> None:
+    [cells] = [one for one in rows(CONFIGURATION.read_text()) if quoted(one[0]) == name]
+    default = VARIABLES[name][1]
+    if default is None:
+        assert cells[1] == "required"
+    elif default:
+        assert quoted(cells[1]) == default
+    else:
+        assert cells[1] not in ("", "required") and quoted(cells[1]) is None
+    assert cells[2], "what it means"
+
+
+def test_every_variable_is_in_the_example_with_its_default_and_nothing_else_is() -> None:
+    example = dotenv_values(ROOT / ".env.example", interpolate=False)
+    assert example == {name: default or "" for name, (_, default) in VARIABLES.items()}
+
+
+def test_every_variable_of_the_example_has_a_line_of_meaning() -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    for before, line in zip(lines, lines[1:], strict=False):
+        if not line.startswith("#") and line:
+            assert before.startswith("# "), line
+
+
+def test_every_route_is_documented_and_every_documented_route_exists() -> None:
+    environ = {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
+    routes = {
+        (route.method, re.sub(r"<[^>]+>", "{id}", route.rule))
+        for route in Gatehouse(Settings.from_env(environ)).owned.routes
+        if route.method not in ("ANY", "HEAD", "OPTIONS")
+    }
+    assert len(routes) > 5
+    owned = r"(GET|POST|PUT|PATCH|DELETE) (/(?:health|users)(?=[/?` \n])[^?` \n]*)"
+    text = outside_code(API.read_text())
+    told = set(re.findall(f"`{owned}", text)) | set(re.findall(f"(?m)^#+ `?{owned}", text))
+    paths = [path for cells in rows(text) if (path := quoted(cells[0]) or "").startswith("/")]
+    assert told | {("GET", path) for path in paths} == routes
+
+
+def test_every_problem_type_is_documented_and_every_documented_one_exists() -> None:
+    told = {}
+    for cells in rows(API.read_text()):
+        statuses = [cell for cell in cells if re.fullmatch(r"[45]\d\d", cell)]
+        names = [name for cell in cells if re.fullmatch(r"[a-z-]+", name := quoted(cell) or "")]
+        if statuses and names:
+            told[names[0]] = int(statuses[0])
+    assert told == CONTRACT
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_problem_type_that_is_mentioned_exists(path: Path) -> None:
+    mentioned = set(re.findall(r"urn:gatehouse:([a-z-]+)", path.read_text()))
+    assert mentioned <= set(CONTRACT)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_make_target_that_is_mentioned_exists(path: Path) -> None:
+    targets = set(re.findall(r"(?m)^([a-z][a-z-]*):", (ROOT / "Makefile").read_text()))
+    mentioned = set(re.findall(r"(?:`|\$ |^)make ([a-z][a-z-]*)", path.read_text(), re.MULTILINE))
+    assert mentioned <= targets
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    found: set[str] = set()
+    for heading in re.findall(r"(?m)^#+ +(.+?) *$", outside_code(path.read_text())):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        repeated = sum(1 for one in found if re.fullmatch(rf"{re.escape(slug)}(-\d+)?", one))
+        found.add(f"{slug}-{repeated}" if slug in found else slug)
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_internal_link_resolves(path: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", outside_code(path.read_text()))
+    links = re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text)
+    links += re.findall(r"(?m)^\[[^\]]+\]: +(\S+)", text)
+    broken = []
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def sessions(text: str) -> list[tuple[str, str]]:
+    """The commands of all console blocks, each with the output that is documented for it."""
+    found = []
+    for indent, block in re.findall(r"(?ms)^( *)```console\n(.*?)^ *```$", text):
+        lines = [line.removeprefix(indent) for line in block.splitlines()]
+        block = "\n".join(lines).replace("\\\n", "")
+        for part in re.split(r"(?m)^\$ ", block)[1:]:
+            command, _, output = part.partition("\n")
+            found.append((command, output.strip("\n")))
+    return found
+
+
+def masked(text: str) -> str:
+    """A text with a placeholder for all that differs from run to run."""
+    for placeholder, pattern in VARYING.items():
+        text = pattern.sub(placeholder, text)
+    return text
+
+
+def agrees(documented: str, printed: str) -> bool:
+    """Whether a masked output is what is documented; a documented line `...` is any lines."""
+    lines = [
+        r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\n"
+        for line in documented.splitlines()
+    ]
+    return re.fullmatch("".join(lines), printed + "\n" if printed else "") is not None
+
+
+class Reader:
+    """Someone who types what a document says into a shell, and compares."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.meant: dict[str, str] = {}  # what is documented: what it stands for in this run
+
+    def run(self, command: str) -> str:
+        """What a command prints, with ids, ETags and times put in for the documented ones."""
+        for documented in sorted(self.meant, key=len, reverse=True):
+            command = command.replace(documented, self.meant[documented])
+        command = command.replace(DOCUMENTED_ADDRESS, f"127.0.0.1:{self.port}")
+        done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30)
+        output = done.stdout.decode().replace("\r\n", "\n").strip("\n")
+        return output.replace(f"127.0.0.1:{self.port}", DOCUMENTED_ADDRESS)
+
+    def complaint(self, command: str, documented: str) -> str | None:
+        """What is wrong with a documented output, for whoever has to mend it; None for nothing."""
+        printed = self.run(command)
+        expected, got = masked(documented), masked(printed)
+        wrong: list[str] = []
+        if not agrees(expected, got):
+            lines = (expected.splitlines(), got.splitlines())
+            wrong = list(difflib.unified_diff(*lines, "documented", "printed", lineterm=""))
+        elif "..." not in documented.splitlines():
+            for pattern in SAME.values():
+                pairs = zip(pattern.findall(documented), pattern.findall(printed), strict=True)
+                for told, real in pairs:
+                    first = self.meant.setdefault(told, real)
+                    if first != real:
+                        wrong.append(f"{told} stood for {first} before, and is {real} here")
+        if not wrong:
+            return None
+        return "\n".join(["$ " + command, *wrong, "", "It really printed:", printed])
+
+
+@contextlib.contextmanager
+def dev_service(uri: str) -> Iterator[int]:
+    """The port of what `make run` starts, on a database and with the demo upstream."""
+    port = free_port()
+    environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "app.py", "--dev"],
+            cwd=checkout(),
+            env=environ | {"POSTGRES_URI": uri, "PORT": str(port)},
+            stdout=log,
+            stderr=log,
+        )
+
+        def is_up() -> bool:
+            assert process.poll() is None
+            with contextlib.suppress(OSError):
+                return call(port, "GET", "/health/live").status == 200
+            return False
+
+        try:
+            wait_for(is_up, 30, "app.py --dev")
+            yield port
+        finally:
+            # The second signal is for one that does not stop at the first.
+            for _ in range(2):
+                process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(15)
+                    break
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("path", [README, API], ids=lambda path: path.name)
+def test_every_console_block_is_true(path: Path, databases: Databases) -> None:
+    commands = [one for one in sessions(path.read_text()) if one[0].startswith("curl ")]
+    assert commands, "no curl line in a console block"
+    with dev_service(databases.create(migrated=False)) as port:
+        reader = Reader(port)
+        complaints = [reader.complaint(*one) for one in commands]
+    wrong = [complaint for complaint in complaints if complaint]
+    assert not wrong, "\n\n".join(wrong)

