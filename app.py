@@ -1,7 +1,8 @@
 """Gatehouse: a users table, a health check and migrations in front of an HTTP application.
 
-`Gatehouse` decides whose a request is, answers those for /users and /health, and hands every other
-one to the proxy; `main` is the command line.
+`create_app` makes what answers /users and /health: an ordinary Bottle application, for any WSGI
+server. `Gatehouse` is what Gatehouse's own server is given, which forwards every other request.
+`main` is the command line.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
+from bottle import request, response
 from dotenv.parser import parse_stream
 from psycopg2.errors import InsufficientPrivilege
 
@@ -29,6 +31,7 @@ from metrics import Board
 from models import database
 from postgres import pool, schema
 from problems import (
+    BadRequest,
     DatabaseUnavailable,
     InvalidQuery,
     MethodNotAllowed,
@@ -59,7 +62,6 @@ MIGRATIONS = ROOT / "migrations"
 
 log = logging.getLogger("gatehouse")
 
-MAX_USER_BYTES = 65536
 HEALTH_THREADS = 64
 JSON = "application/json"
 CA_BUNDLE = "REQUESTS_CA_BUNDLE"
@@ -74,258 +76,125 @@ STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HT
 
 # A status line, header lines and a body.
 Reply = tuple[str, list[Field], Iterable[bytes]]
-Handler = Callable[..., Reply]
 
 
-class Gatehouse:
-    """The application that is served: what answers a request, and what the server asks before.
-
-    `ca_bundle` is a file of certificates to trust for an https upstream.
-    """
-
-    def __init__(self, settings: Settings, ca_bundle: str | None = None) -> None:
-        self.settings = settings
-        self.tokens = [] if settings.users_auth == "none" else list(settings.users_token)
-        self.board = Board(settings.workers)
-        upstream_url = urlsplit(settings.upstream_url)
-        self.proxy = Proxy(
-            Upstream(
-                settings.upstream_url,
-                connect_timeout=settings.upstream_connect_timeout,
-                read_timeout=settings.upstream_read_timeout,
-                connections=settings.upstream_max_in_flight,
-                ca_bundle=ca_bundle,
-            ),
-            host=upstream_url.netloc,
-            prefix=upstream_url.path,
-            name=f"gatehouse-{uuid.uuid4().hex[:12]}",
-            limit=settings.upstream_max_in_flight,
-            preserve_host=settings.upstream_preserve_host,
-            trusted=settings.trusted_proxies,
-            board=self.board,
-        )
-        self.health = Health(
-            version=VERSION,
-            migrations=schema.names(MIGRATIONS),
-            started=time.monotonic(),
-            board=self.board,
-            pool_size=settings.db_pool_size * settings.workers,
-        )
-        database.configure(
-            settings.postgres_uri,
-            size=settings.db_pool_size,
-            wait=settings.db_pool_timeout,
-            connect_timeout=settings.db_connect_timeout,
-            statement_timeout=settings.db_statement_timeout,
-            board=self.board,
-        )
-        self.owned = self._routes()
-
-    def _routes(self) -> bottle.Bottle:
-        routes: dict[str, dict[str, Handler]] = {
-            "/health": {"GET": self.get_health},
-            "/health/live": {"GET": self.get_live},
-            "/health/ready": {"GET": self.get_ready},
-            "/users": {"GET": self.list_users, "POST": self.create_user},
-            "/users/<user_id>": {
-                "GET": self.get_user,
-                "PUT": self.put_user,
-                "PATCH": self.patch_user,
-                "DELETE": self.delete_user,
-            },
-        }
-        app = bottle.Bottle()
-        for path, methods in routes.items():
-            allow = ", ".join(
-                sorted([*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])])
-            )
-            for method, handler in methods.items():
-                app.route(path, method, handler)
-            app.route(path, "OPTIONS", _options(allow))
-            app.route(path, "ANY", _refuse_method(allow))
-        return app
-
-    # What the server asks.
-
-    def admit(self, request: RequestParser) -> tuple[str, int]:
-        """Whose a request is, decided on its decoded path when its head is complete: the lane that
-        serves it and the largest body it may have. Raises the Problem to refuse it with."""
-        request.id = _request_id(request)
-        if request.command == "CONNECT" and not request.request_uri.startswith("/"):
-            self.proxy.admit(request)
-        request.target = origin_form(request.request_uri, request.command)
-        path, _, request.query = request.target.partition("?")
-        if "%" in path:
-            path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
-        request.path = path
-        owner = OWNED.fullmatch(request.path)
-        if owner is None:
-            self.proxy.admit(request)
-            return "proxy", self.settings.max_body_bytes
-        if owner[1] == "users":
-            self._authorize(request)
-        elif LIVE.fullmatch(request.path):
-            return "quick", MAX_USER_BYTES  # it waits for nothing, nor behind what does
-        return owner[1], MAX_USER_BYTES
-
-    def _authorize(self, request: RequestParser) -> None:
-        if not self.tokens:
-            return
-        given = request.values.get("authorization", [])
-        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        token = token.strip(" ")
-        # Every token is compared, so that the time tells nothing.
-        matches = [hmac.compare_digest(token.encode(), known.encode()) for known in self.tokens]
-        if scheme.lower() == "bearer" and any(matches):
-            return
-        if given:
-            raise Unauthorized(
-                headers=[("WWW-Authenticate", 'Bearer realm="users", error="invalid_token"')]
-            )
-        raise Unauthorized(headers=[("WWW-Authenticate", 'Bearer realm="users"')])
-
-    def caller(self, request: RequestParser, peer: str) -> str:
-        """The client's address as the access log names it."""
-        return self.proxy.caller(request, peer)
-
-    def join(self, worker: int) -> None:
-        """Take part as worker number `worker`."""
-        self.board.join(worker)
-
-    def close(self) -> None:
-        """Close the connections that are open and idle."""
-        database.close_all()
-        self.proxy.upstream.close()
-
-    def answer(self, request: RequestParser, client: Channel) -> Reply:
-        """Answer a request; the one place that turns exceptions into answers. Raises ClientGone
-        where nobody is there to be answered."""
-        try:
-            if request.error is not None:
-                raise request.error
-            if request.lane == "proxy":
-                return self.proxy.forward(request, client)
-            return self._answer(request)
-        except ClientGone:
-            raise
-        except Problem as problem:
-            return self._refuse(problem, request)
-        except Exception:
-            log.exception("%s request_id=%s", request.command, request.id)
-            return self._refuse(Problem(), request)
-
-    def _answer(self, request: RequestParser) -> Reply:
-        waited = time.monotonic() - request.arrived
-        if request.lane == "users" and waited > self.settings.db_pool_timeout:
-            raise DatabaseUnavailable("Too many requests wait for the database.")
-        # Bottle's router ignores a line feed at the end of a path and takes any case for a method:
-        # it is given nothing of the kind. One trailing slash is ignored.
-        path = UNROUTABLE.sub("?", request.path)
-        method = request.command if request.command in METHODS else "OTHER"
-        try:
-            route, arguments = self.owned.match(
-                {"REQUEST_METHOD": method, "PATH_INFO": path.removesuffix("/")}
-            )
-        except bottle.HTTPError:
-            raise NotFound from None
-        reply: Reply = route.callback(request, **arguments)
-        reply[1].extend((*OWN_FIELDS, ("X-Request-Id", request.id)))
-        return reply
-
-    def _refuse(self, problem: Problem, request: RequestParser) -> Reply:
-        request.id = request.id or _request_id(request)
-        if isinstance(problem, UpstreamUnreachable | UpstreamBroken | UpstreamTimeout):
-            cause = " ".join(str(problem.__cause__ or problem.detail).split())
-            log.warning("%s: %s request_id=%s", problem.name, cause, request.id)
-        document = problem.document(request.id)
-        reply = _reply(problem.status, "application/problem+json", document, *problem.headers)
-        reply[1].extend((*OWN_FIELDS, ("X-Request-Id", request.id)))
-        return reply
-
-    # /health
-
-    def get_health(self, request: RequestParser) -> Reply:
-        return _json(200, json.dumps(self.health.report(request.arrived)))
-
-    def get_live(self, request: RequestParser) -> Reply:
-        return _json(200, '{"status": "ok"}')
-
-    def get_ready(self, request: RequestParser) -> Reply:
-        match self.health.database(request.arrived)["status"]:
-            case "up":
-                return _json(200, '{"status": "ok"}')
-            case "unmigrated":
-                raise SchemaNotMigrated
-            case _:
-                raise DatabaseUnavailable
-
-    # /users
-
-    def list_users(self, request: RequestParser) -> Reply:
-        limit, after, email = _page_query(request.query)
-        found, last = users.page(limit, after, email)
-        if last is None:
-            return _json(200, f'{{"users": [{", ".join(found)}], "next": null}}')
-        query = {"limit": limit, "after": last} | ({} if email is None else {"email": email})
-        target = f"/users?{urlencode(query)}"
-        body = f'{{"users": [{", ".join(found)}], "next": {json.dumps(target)}}}'
-        return _json(200, body, ("Link", f'<{target}>; rel="next"'))
-
-    def create_user(self, request: RequestParser) -> Reply:
-        user_id, user = users.create(inputs.members(request, JSON))
-        return _user(201, user, ("Location", f"/users/{user_id}"))
-
-    def get_user(self, request: RequestParser, user_id: str) -> Reply:
-        user = users.get(_existing(user_id))
-        tags = inputs.tags(request, "If-None-Match", weak=True)
-        if tags is not None and (tags == ANY or user.version in tags):
-            return STATUS_LINES[304], [("ETag", f'"{user.version}"')], []
-        return _user(200, user)
-
-    def put_user(self, request: RequestParser, user_id: str) -> Reply:
-        user = users.put(user_id, inputs.members(request, JSON), _condition(request))
-        if user.created:
-            return _user(201, user, ("Location", f"/users/{user_id.lower()}"))
-        return _user(200, user)
-
-    def patch_user(self, request: RequestParser, user_id: str) -> Reply:
-        user_id, condition = _existing(user_id), _condition(request)
-        members = inputs.members(request, JSON, "application/merge-patch+json")
-        return _user(200, users.patch(user_id, members, condition))
-
-    def delete_user(self, request: RequestParser, user_id: str) -> Reply:
-        users.delete(_existing(user_id), _condition(request))
-        return STATUS_LINES[204], [], []
+def create_app(settings: Settings, board: Board | None = None) -> Application:
+    """The application that answers /users and /health, connected to nothing yet. `board` has the
+    numbers that the workers of one service share; alone it makes its own."""
+    board = board or Board(settings.workers)
+    database.configure(
+        settings.postgres_uri,
+        size=settings.db_pool_size,
+        wait=settings.db_pool_timeout,
+        connect_timeout=settings.db_connect_timeout,
+        statement_timeout=settings.db_statement_timeout,
+        board=board,
+    )
+    health = Health(
+        version=VERSION,
+        migrations=schema.names(MIGRATIONS),
+        started=time.monotonic(),
+        board=board,
+        pool_size=settings.db_pool_size * settings.workers,
+    )
+    app = Application(settings, health)
+    app.route("/health", "GET", get_health)
+    app.route("/health/live", "GET", get_live)
+    app.route("/health/ready", "GET", get_ready)
+    app.route("/users", "GET", list_users)
+    app.route("/users", "POST", create_user)
+    app.route("/users/<user_id>", "GET", get_user)
+    app.route("/users/<user_id>", "PUT", put_user)
+    app.route("/users/<user_id>", "PATCH", patch_user)
+    app.route("/users/<user_id>", "DELETE", delete_user)
+    return app
 
 
-def _request_id(request: RequestParser) -> str:
-    given = request.values.get("x-request-id", [])
-    usable = len(given) == 1 and REQUEST_ID.fullmatch(given[0])
-    return given[0] if usable else users.new_id()
+# /health
 
 
-def _options(allow: str) -> Handler:
-    return lambda *_, **__: (STATUS_LINES[204], [("Allow", allow)], [])
+def get_health() -> dict[str, Any]:
+    report: dict[str, Any] = request.app.health.report(_asked())
+    return report
 
 
-def _refuse_method(allow: str) -> Handler:
-    def refuse(*_: Any, **__: str) -> Reply:
-        raise MethodNotAllowed(headers=[("Allow", allow)])
-
-    return refuse
+def get_live() -> dict[str, str]:
+    return {"status": "ok"}
 
 
-def _reply(status: int, media_type: str, body: bytes, *fields: Field) -> Reply:
-    own = [("Content-Type", media_type), ("Content-Length", str(len(body))), *fields]
-    return STATUS_LINES[status], own, [body]
+def get_ready() -> dict[str, str]:
+    match request.app.health.database(_asked())["status"]:
+        case "up":
+            return {"status": "ok"}
+        case "unmigrated":
+            raise SchemaNotMigrated
+        case _:
+            raise DatabaseUnavailable
 
 
-def _json(status: int, body: str, *fields: Field) -> Reply:
-    return _reply(status, JSON, body.encode(), *fields)
+def _asked() -> float:
+    """When the request was complete, on the monotonic clock."""
+    arrived: float = request.environ.get("gatehouse.arrived") or time.monotonic()
+    return arrived
 
 
-def _user(status: int, user: users.Found, *fields: Field) -> Reply:
-    return _json(status, user.json, ("ETag", f'"{user.version}"'), *fields)
+# /users
+
+
+def list_users() -> str:
+    limit, after, email = _page_query(request.query_string)
+    found, last = users.page(limit, after, email)
+    if last is None:
+        return _json(f'{{"users": [{", ".join(found)}], "next": null}}')
+    query = {"limit": limit, "after": last} | ({} if email is None else {"email": email})
+    target = f"/users?{urlencode(query)}"
+    response.set_header("Link", f'<{target}>; rel="next"')
+    return _json(f'{{"users": [{", ".join(found)}], "next": {json.dumps(target)}}}')
+
+
+def create_user() -> str:
+    user_id, user = users.create(inputs.members(request.environ, JSON))
+    return _created(user_id, user)
+
+
+def get_user(user_id: str) -> str:
+    user = users.get(_existing(user_id))
+    tags = inputs.tags(request.environ, "If-None-Match", weak=True)
+    if tags is not None and (tags == ANY or user.version in tags):
+        response.status = 304
+    return _user(user)
+
+
+def put_user(user_id: str) -> str:
+    user = users.put(user_id, inputs.members(request.environ, JSON), _condition())
+    return _created(user_id.lower(), user) if user.created else _user(user)
+
+
+def patch_user(user_id: str) -> str:
+    user_id, condition = _existing(user_id), _condition()
+    members = inputs.members(request.environ, JSON, "application/merge-patch+json")
+    return _user(users.patch(user_id, members, condition))
+
+
+def delete_user(user_id: str) -> None:
+    users.delete(_existing(user_id), _condition())
+    response.status = 204
+
+
+def _json(body: str) -> str:
+    response.content_type = JSON
+    return body + "\n"
+
+
+def _user(user: users.Found) -> str:
+    response.set_header("ETag", f'"{user.version}"')
+    return _json(user.json)
+
+
+def _created(user_id: str, user: users.Found) -> str:
+    response.status = 201
+    response.set_header("Location", f"/users/{user_id}")
+    return _user(user)
 
 
 def _existing(user_id: str) -> str:
@@ -335,10 +204,10 @@ def _existing(user_id: str) -> str:
         raise NoSuchUser from None
 
 
-def _condition(request: RequestParser) -> users.Condition:
+def _condition() -> users.Condition:
     return users.Condition(
-        inputs.tags(request, "If-Match", weak=False),
-        inputs.tags(request, "If-None-Match", weak=True),
+        inputs.tags(request.environ, "If-Match", weak=False),
+        inputs.tags(request.environ, "If-None-Match", weak=True),
     )
 
 
@@ -372,6 +241,226 @@ def _page_query(query: str) -> tuple[int, str | None, str | None]:
     if errors:
         raise InvalidQuery(errors=errors)
     return limit, after, email
+
+
+class Application(bottle.Bottle):  # type: ignore[misc]
+    """Bottle, with one place for what goes wrong, and guarded where it would guess.
+
+    A server may put into the environ `gatehouse.request_id`, and `gatehouse.arrived`: when the
+    request was complete, in seconds on the monotonic clock. Where `wsgi.input` finds that the
+    client has left it raises a ConnectionError, which is not answered.
+    """
+
+    def __init__(self, settings: Settings, health: Health) -> None:
+        super().__init__()
+        self.health = health
+        self.tokens = [] if settings.users_auth == "none" else list(settings.users_token)
+        self.patience = settings.db_pool_timeout
+        self.config["catchall"] = False  # exceptions come to __call__
+        self.uninstall(True)
+        self.install(bottle.JSONPlugin(json_dumps=lambda value: json.dumps(value) + "\n"))
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """Answer a request (PEP 3333); the one place that turns exceptions into answers."""
+        given = environ.get("gatehouse.request_id")
+        request_id = given or sane_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+
+        def start(status: str, fields: list[Field]) -> Any:
+            return start_response(status, fields + own_fields(request_id))
+
+        try:
+            self._guard(environ)
+            return self.wsgi(environ, lambda status, fields, _: start(status, fields))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            problem = error if isinstance(error, Problem) else Problem()
+            if problem is not error:
+                log.exception("%s request_id=%s", environ["REQUEST_METHOD"], request_id)
+            status, fields, body = problem_reply(problem, request_id)
+            start(status, fields)
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else body
+
+    def _guard(self, environ: dict[str, Any]) -> None:
+        path = environ.get("PATH_INFO", "")
+        owner = OWNED.fullmatch(path)
+        if owner is None:
+            raise NotFound("This path is not Gatehouse's; only its own server forwards requests.")
+        if owner[1] == "users":
+            self.authorize(environ.get("HTTP_AUTHORIZATION"))
+            waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
+            if waited > self.patience:
+                raise DatabaseUnavailable("Too many requests wait for the database.")
+        # Bottle drops octets of a path that are not UTF-8 (bottle.py:981: `/us%FFers` would be
+        # `/users`), its expressions ignore a line feed at the end (:441), and it takes any case
+        # for a method (:459), and PROXY and ANY for names of its own. One trailing slash is
+        # ignored.
+        environ["PATH_INFO"] = UNROUTABLE.sub("?", path).removesuffix("/")
+        if environ["REQUEST_METHOD"] not in METHODS:
+            environ["REQUEST_METHOD"] = "OTHER"
+
+    def authorize(self, authorization: str | None) -> None:
+        """Raises Unauthorized where the value of the Authorization header opens nothing."""
+        if not self.tokens:
+            return
+        scheme, _, token = (authorization or "").partition(" ")
+        token = token.strip(" ")
+        # Every token is compared, so that the time tells nothing.
+        matches = [hmac.compare_digest(token.encode(), known.encode()) for known in self.tokens]
+        if scheme.lower() == "bearer" and any(matches):
+            return
+        error = ', error="invalid_token"' if authorization is not None else ""
+        raise Unauthorized(headers=[("WWW-Authenticate", f'Bearer realm="users"{error}')])
+
+    def default_error_handler(self, error: Any) -> str:
+        """Bottle's own refusals, as ours; it calls this while it makes the answer."""
+        match error.status_code:
+            case 400:
+                raise BadRequest(error.body)
+            case 404:
+                raise NotFound
+            case 405:
+                methods = {*error.get_header("Allow").split(","), "OPTIONS"}
+                allow = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+                if request.method == "OPTIONS":
+                    response.status = 204
+                    response.set_header("Allow", allow)
+                    return ""
+                raise MethodNotAllowed(headers=[("Allow", allow)])
+        raise RuntimeError(f"{error.status_line}: {error.body}") from error.exception
+
+
+def own_fields(request_id: str) -> list[Field]:
+    """The header lines of every answer that Gatehouse itself makes."""
+    return [*OWN_FIELDS, ("X-Request-Id", request_id)]
+
+
+def sane_request_id(given: str) -> str:
+    """The X-Request-Id that a caller sent, or a new one where that is none to put into a log."""
+    return given if REQUEST_ID.fullmatch(given) else users.new_id()
+
+
+def problem_reply(problem: Problem, request_id: str) -> Reply:
+    """The answer that tells of a problem, without the lines that all answers have."""
+    body = problem.document(request_id)
+    fields = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(body)))]
+    return STATUS_LINES[problem.status], [*fields, *problem.headers], [body]
+
+
+class Gatehouse:
+    """What is served: the application, the proxy, and what the server asks before.
+
+    `ca_bundle` is a file of certificates to trust for an https upstream.
+    """
+
+    def __init__(self, settings: Settings, ca_bundle: str | None = None) -> None:
+        self.max_body = settings.max_body_bytes
+        self.board = Board(settings.workers)
+        upstream_url = urlsplit(settings.upstream_url)
+        self.proxy = Proxy(
+            Upstream(
+                settings.upstream_url,
+                connect_timeout=settings.upstream_connect_timeout,
+                read_timeout=settings.upstream_read_timeout,
+                connections=settings.upstream_max_in_flight,
+                ca_bundle=ca_bundle,
+            ),
+            host=upstream_url.netloc,
+            prefix=upstream_url.path,
+            name=f"gatehouse-{uuid.uuid4().hex[:12]}",
+            limit=settings.upstream_max_in_flight,
+            preserve_host=settings.upstream_preserve_host,
+            trusted=settings.trusted_proxies,
+            board=self.board,
+        )
+        self.owned = create_app(settings, self.board)
+
+    def admit(self, head: RequestParser) -> tuple[str, int]:
+        """Whose a request is, decided on its decoded path when its head is complete: the lane that
+        serves it and the largest body it may have. Raises the Problem to refuse it with."""
+        head.id = _request_id(head)
+        if head.command == "CONNECT" and not head.request_uri.startswith("/"):
+            self.proxy.admit(head)
+        head.target = origin_form(head.request_uri, head.command)
+        path, _, head.query = head.target.partition("?")
+        if "%" in path:
+            path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
+        head.path = path
+        owner = OWNED.fullmatch(path)
+        if owner is None:
+            self.proxy.admit(head)
+            return "proxy", self.max_body
+        if owner[1] == "users":
+            given = head.values.get("authorization")
+            self.owned.authorize(None if given is None else ", ".join(given))
+        elif LIVE.fullmatch(path):
+            return "live", inputs.MAX_BYTES  # it waits for nothing, nor behind what does
+        return owner[1], inputs.MAX_BYTES
+
+    def caller(self, request: RequestParser, peer: str) -> str:
+        """The client's address as the access log names it."""
+        return self.proxy.caller(request, peer)
+
+    def join(self, worker: int) -> None:
+        """Take part as worker number `worker`."""
+        self.board.join(worker)
+
+    def close(self) -> None:
+        """Close the connections that are open and idle."""
+        database.close_all()
+        self.proxy.upstream.close()
+
+    def answer(self, head: RequestParser, client: Channel) -> Reply:
+        """Answer a request. Raises ClientGone where nobody is there to be answered."""
+        try:
+            if head.error is not None:
+                raise head.error
+            if head.lane == "proxy":
+                return self.proxy.forward(head, client)
+        except ClientGone:
+            raise
+        except Problem as problem:
+            return self._refuse(problem, head)
+        except Exception:
+            log.exception("%s request_id=%s", head.command, head.id)
+            return self._refuse(Problem(), head)
+        return _through_wsgi(self.owned, head, client)
+
+    def _refuse(self, problem: Problem, head: RequestParser) -> Reply:
+        head.id = head.id or _request_id(head)
+        if isinstance(problem, UpstreamUnreachable | UpstreamBroken | UpstreamTimeout):
+            cause = " ".join(str(problem.__cause__ or problem.detail).split())
+            log.warning("%s: %s request_id=%s", problem.name, cause, head.id)
+        status, fields, body = problem_reply(problem, head.id)
+        return status, fields + own_fields(head.id), body
+
+
+def _request_id(head: RequestParser) -> str:
+    return sane_request_id(",".join(head.values.get("x-request-id", [])))
+
+
+def _through_wsgi(application: Application, head: RequestParser, client: Channel) -> Reply:
+    """Have the application answer a request whose body has been read."""
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": head.command,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": head.path,
+        "QUERY_STRING": head.query,
+        "SERVER_PROTOCOL": f"HTTP/{head.version}",
+        "REMOTE_ADDR": client.addr[0],
+        "wsgi.input": head.get_body_stream(),
+        "wsgi.input_terminated": True,
+        "gatehouse.request_id": head.id,
+        "gatehouse.arrived": head.arrived,
+    }
+    for name, values in head.values.items():
+        if "_" not in name:  # it would be another's: X_Request_Id and X-Request-Id
+            key = name.upper().replace("-", "_")
+            plain = key in ("CONTENT_TYPE", "CONTENT_LENGTH")
+            environ[key if plain else f"HTTP_{key}"] = ", ".join(values)
+    started: list[Any] = []
+    body = application(environ, lambda status, fields: started.extend((status, fields)))
+    return started[0], started[1], body
 
 
 def load_settings() -> Settings:
@@ -468,6 +557,7 @@ def run(settings: Settings) -> int:
             # Enough to use every connection while others are told that none is free.
             "users": max(settings.threads - limit, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
+            "live": HEALTH_THREADS,
             "quick": HEALTH_THREADS,
         },
         shutdown_timeout=settings.shutdown_timeout,

@@ -36,7 +36,7 @@ class Problem(Exception):
         self.members = members
 
     def document(self, request_id: str) -> bytes:
-        """The problem document, encoded as JSON."""
+        """The problem document, encoded as JSON, with a newline at its end."""
         document: dict[str, Any] = {
             "type": f"urn:gatehouse:{self.name}",
             "title": self.title,
@@ -47,7 +47,7 @@ class Problem(Exception):
         }
         if self.errors:
             document["errors"] = [{"field": f, "message": m} for f, m in self.errors]
-        return json.dumps(document).encode()
+        return json.dumps(document).encode() + b"\n"
 
 
 class MalformedJson(Problem):

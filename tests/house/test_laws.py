@@ -43,7 +43,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 # What the proxy still takes from the server, until one loop owns every socket.
 NOT_YET = {
     "services.proxy": {"server"},
-    "services.inputs": {"server"},
 }
 
 # Runs in a new process: imports one module and tells what that did.
