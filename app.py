@@ -53,7 +53,15 @@ from server.upstream import ClientGone, Upstream
 from services import inputs, users
 from services.health import Health
 from services.proxy import Proxy, origin_form
-from settings import Settings, SettingsError, environment, postgres_uri
+from settings import (
+    Settings,
+    SettingsError,
+    env_file,
+    environment,
+    near_misses,
+    postgres_uri,
+    value_of,
+)
 from wire.fields import ANY, Field
 
 VERSION = "1.0.0"
@@ -63,6 +71,10 @@ MIGRATIONS = ROOT / "migrations"
 log = logging.getLogger("gatehouse")
 
 HEALTH_THREADS = 64
+# While a proxied request has a thread of its own: how many there are, and what stands for no limit
+# of a body.
+THREADED_LIMIT = 256
+UNLIMITED = 1 << 62
 JSON = "application/json"
 CA_BUNDLE = "REQUESTS_CA_BUNDLE"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
@@ -357,18 +369,19 @@ class Gatehouse:
         self.max_body = settings.max_body_bytes
         self.board = Board(settings.workers)
         upstream_url = urlsplit(settings.upstream_url)
+        self.limit = settings.upstream_max_in_flight or THREADED_LIMIT
         self.proxy = Proxy(
             Upstream(
                 settings.upstream_url,
                 connect_timeout=settings.upstream_connect_timeout,
                 read_timeout=settings.upstream_read_timeout,
-                connections=settings.upstream_max_in_flight,
+                connections=self.limit,
                 ca_bundle=ca_bundle,
             ),
             host=upstream_url.netloc,
             prefix=upstream_url.path,
             name=f"gatehouse-{uuid.uuid4().hex[:12]}",
-            limit=settings.upstream_max_in_flight,
+            limit=self.limit,
             preserve_host=settings.upstream_preserve_host,
             trusted=settings.trusted_proxies,
             board=self.board,
@@ -389,7 +402,7 @@ class Gatehouse:
         owner = OWNED.fullmatch(path)
         if owner is None:
             self.proxy.admit(head)
-            return "proxy", self.max_body
+            return "proxy", self.max_body or UNLIMITED
         if owner[1] == "users":
             given = head.values.get("authorization")
             self.owned.authorize(None if given is None else ", ".join(given))
@@ -473,8 +486,9 @@ def load_settings() -> Settings:
         settings = Settings.from_env(environ)
     except SettingsError as error:
         problems = error.problems
-    if not any(problem.startswith("POSTGRES_URI") for problem in problems):
-        wrong = pool.check_uri(postgres_uri(environ["POSTGRES_URI"].strip()))
+    problems += near_misses(env_file(ROOT / ".env", parse_stream))
+    if not any(problem.startswith("POSTGRES_URI ") for problem in problems):
+        wrong = pool.check_uri(postgres_uri(value_of("POSTGRES_URI", environ)))
         if wrong:
             problems.append(f"POSTGRES_URI {wrong}")
     bundle = os.environ.get(CA_BUNDLE)
@@ -545,17 +559,17 @@ def run(settings: Settings) -> int:
         settings.workers,
         "worker" if settings.workers == 1 else "workers",
     )
-    limit = settings.upstream_max_in_flight
+    gatehouse = Gatehouse(settings, os.environ.get(CA_BUNDLE))
     return workers.serve(
-        Gatehouse(settings, os.environ.get(CA_BUNDLE)),
+        gatehouse,
         listener,
         workers=settings.workers,
         lanes={
             # As many as there are places, again for streams that come back, and one to tell those
             # that find none.
-            "proxy": 2 * limit + 1,
+            "proxy": 2 * gatehouse.limit + 1,
             # Enough to use every connection while others are told that none is free.
-            "users": max(settings.threads - limit, settings.db_pool_size + 2),
+            "users": max(settings.threads, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
             "live": HEALTH_THREADS,
             "quick": HEALTH_THREADS,

@@ -78,7 +78,9 @@ def run() -> int:
     try:
         given = environment(ROOT / ".env", parse_stream, os.environ)
         # Judged before anything is started, with placeholders for what will be.
-        placeholders = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://127.0.0.1"}
+        placeholders = {"UPSTREAM_URL": "http://127.0.0.1"}
+        if "POSTGRES_URI_FILE" not in given:
+            placeholders["POSTGRES_URI"] = "postgresql:///"
         settings = Settings.from_env(placeholders | given)
     except SettingsError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
@@ -122,7 +124,7 @@ class Session:
         host, port = self.settings.host, free_port(self.settings)
         own_upstream = "UPSTREAM_URL" in self.environ
         self.environ["PORT"] = str(port)
-        if "POSTGRES_URI" not in self.environ:
+        if not {"POSTGRES_URI", "POSTGRES_URI_FILE"} & self.environ.keys():
             self.environ["POSTGRES_URI"] = self.start_postgres()
             print(f"PostgreSQL is {self.environ['POSTGRES_URI']}", flush=True)
         self.migrate()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,10 +43,15 @@ class Settings:
     port: int
     workers: int
     threads: int
-    upstream_max_in_flight: int
+    upstream_max_in_flight: int | None  # None is as many as descriptors allow
     upstream_connect_timeout: float
     upstream_read_timeout: float
+    upstream_stream_timeout: float
+    upstream_keepalive_timeout: float
+    upstream_retry: float
     upstream_preserve_host: bool
+    sse_keepalive: float  # 0 is never
+    keepalive_timeout: float
     db_pool_size: int
     db_pool_timeout: float
     db_connect_timeout: float
@@ -53,8 +59,9 @@ class Settings:
     users_token: tuple[str, ...]
     users_auth: str
     trusted_proxies: tuple[Network, ...]
-    max_body_bytes: int
+    max_body_bytes: int  # 0 is no limit
     shutdown_timeout: float
+    drain_delay: float
     access_log: bool
 
     @classmethod
@@ -67,16 +74,17 @@ class Settings:
         values: dict[str, Any] = {}
         problems: list[str] = []
         for name, (parse, default) in VARIABLES.items():
-            text = environ.get(name, "").strip() or default
-            if text is None:
-                problems.append(f"{name} is required")
-                continue
             try:
+                text = value_of(name, environ) or default
+                if text is None:
+                    raise ValueError("is required")
                 values[name.lower()] = parse(text)
             except ValueError as error:
                 problems.append(f"{name} {error}")
-        if "threads" in values and values.get("upstream_max_in_flight", "") is None:
-            values["upstream_max_in_flight"] = values["threads"] - reserve(values["threads"])
+        if values.get("upstream_preserve_host", "") is None:
+            # A certificate and a virtual host of the upstream's own want the upstream's own name.
+            encrypted = values.get("upstream_url", "").lower().startswith("https:")
+            values["upstream_preserve_host"] = not encrypted
         if (
             "users_auth" in values
             and "host" in values
@@ -96,8 +104,20 @@ class Settings:
 def environment(
     file: Path, parse: Callable[[IO[str]], Iterable[Any]], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """What is set: in `environ`, or else in `file`, which `parse` takes apart as python-dotenv's
-    `parse_stream` does; an empty value is not.
+    """What is set: in `environ`, or else in `file` (see `env_file`); an empty value is not.
+
+    Raises SettingsError where the file, or a line of it, cannot be read.
+    """
+    return {
+        name: value
+        for name, value in [*env_file(file, parse).items(), *environ.items()]
+        if value.strip()
+    }
+
+
+def env_file(file: Path, parse: Callable[[IO[str]], Iterable[Any]]) -> dict[str, str]:
+    """The names and values of `file`, which `parse` takes apart as python-dotenv's `parse_stream`
+    does; nothing where there is no such file.
 
     Raises SettingsError where the file, or a line of it, cannot be read: python-dotenv itself would
     skip the line, and a token in it.
@@ -115,13 +135,68 @@ def environment(
     wrong = [f".env cannot be read at line {line.original.line}" for line in lines if line.error]
     if wrong:
         raise SettingsError(wrong)
-    given = [*((line.key, line.value) for line in lines), *environ.items()]
-    return {name: value for name, value in given if name and value and value.strip()}
+    return {line.key: line.value or "" for line in lines if line.key}
 
 
-def reserve(threads: int) -> int:
-    """How many of `threads` are kept for /users when UPSTREAM_MAX_IN_FLIGHT is not set."""
-    return min(8, max(1, threads // 4))
+def value_of(name: str, environ: Mapping[str, str]) -> str:
+    """The text of a setting, from `environ` or from the file that its other form NAME_FILE names;
+    empty where neither is set.
+
+    The last newline of a file is dropped. Raises ValueError, to be read after the setting's name,
+    where both forms are set, or the file cannot be read or holds nothing: an empty secret would
+    leave /users open.
+    """
+    text = environ.get(name, "").strip()
+    file = environ.get(f"{name}_FILE", "").strip() if name in FROM_FILE else ""
+    if not file:
+        return text
+    if text:
+        raise ValueError(f"and {name}_FILE are both set: unset one of them")
+    try:
+        text = Path(file).read_text(encoding="utf-8").removesuffix("\n").strip()
+    except OSError as error:
+        # The path is not told: a secret that was put there by mistake would be in the log.
+        raise ValueError(f"cannot be read from {name}_FILE: {error.strerror}") from None
+    except ValueError:  # no UTF-8, or a path with a NUL
+        raise ValueError(f"cannot be read from {name}_FILE: it is no text in UTF-8") from None
+    if not text:
+        raise ValueError(f"cannot be read from {name}_FILE: the file is empty")
+    return text
+
+
+def near_misses(names: Iterable[str]) -> list[str]:
+    """A problem for each of `names` that is close to a setting's and none.
+
+    It is close where it differs in one letter, two in a long name, or in the case, the order or the
+    number of its words: USER_TOKEN, WORKER, users_token, TRUSTED_PROXY. Other names are another
+    program's that shares the file.
+    """
+    settings = [*VARIABLES, *(f"{name}_FILE" for name in FROM_FILE)]
+    found = []
+    for name in names:
+        if name in settings:
+            continue
+        upper = name.upper().replace("-", "_")
+        distance, meant = min(
+            (0 if _words(upper) == _words(one) else _distance(upper, one), one) for one in settings
+        )
+        if distance <= (1 if len(meant) <= 7 else 2):
+            found.append(f"{name} in .env is no setting: write {meant}, or take the line out")
+    return found
+
+
+def _words(name: str) -> list[str]:
+    return sorted(re.sub("IES$", "Y", word).removesuffix("S") for word in name.split("_"))
+
+
+def _distance(one: str, other: str) -> int:
+    """How many letters have to be put in, taken out or replaced to make one name of the other."""
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one):
+        above, row = row, [i + 1]
+        for j, wanted in enumerate(other):
+            row.append(min(above[j] + (letter != wanted), above[j + 1] + 1, row[j] + 1))
+    return row[-1]
 
 
 def is_loopback(host: str) -> bool:
@@ -132,11 +207,57 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def available_cpus() -> int:
-    """CPUs that this process may run on (fewer than the machine's inside a container)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def available_cpus(system: Path = Path("/")) -> int:
+    """How many CPUs this process may use: those that it may run on, fewer than the machine's where
+    it is pinned, and no more than the quotas of its control groups, a part of a CPU counted as one.
+
+    `system` is where /proc and /sys are.
+    """
+    pinned = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
+    return min([cpus, *(max(1, math.ceil(quota)) for quota in cpu_quotas(system))])
+
+
+def cpu_quotas(system: Path = Path("/")) -> list[float]:
+    """The CPUs that each control group over this process may use, of version 1 or 2, where it has a
+    quota. See cgroup-v2.rst (cpu.max) and sched-bwc.rst (cfs_quota_us) of the kernel.
+    """
+    quotas = []
+    for folder, v2 in _cpu_groups(system):
+        try:
+            if v2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = (
+                    (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+                )
+            if quota != "max" and int(quota) > 0:
+                quotas.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # The root group has no such file, nor has one without the controller.
+    return quotas
+
+
+def _cpu_groups(system: Path) -> Iterator[tuple[Path, bool]]:
+    # The folders of the groups over this process that can have a quota, and whether they are of
+    # version 2. What is mounted may be a part of the tree only, as it is in a container that shows
+    # the paths of the host: then the folder of the mount itself is the container's group.
+    proc = system / "proc/self"
+    try:
+        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+    except OSError:  # no Linux
+        return
+    for mount in mounts:
+        kind, options = mount[mount.index("-") + 1], mount[-1].split(",")
+        if kind != "cgroup2" and not (kind == "cgroup" and "cpu" in options):
+            continue
+        top = system / mount[4].lstrip("/")
+        for _, controllers, path in groups:
+            if ("cpu" in controllers.split(",")) if kind == "cgroup" else not controllers:
+                inside = Path(path.removeprefix(mount[3]).lstrip("/"))
+                for folder in (inside, *inside.parents):
+                    yield top / folder, kind == "cgroup2"
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -167,6 +288,15 @@ def _switch(text: str) -> bool:
     if text.lower() in ("off", "false", "no", "0"):
         return False
     raise ValueError(f"must be on or off, not {text!r}")
+
+
+def _auto_or_switch(text: str) -> bool | None:
+    if text.lower() == "auto":
+        return None
+    try:
+        return _switch(text)
+    except ValueError:
+        raise ValueError(f"must be auto, on or off, not {text!r}") from None
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
@@ -261,11 +391,16 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
     "HOST": (_host, "127.0.0.1"),
     "PORT": (_integer(0, 65535), "8080"),
     "WORKERS": (_workers, "1"),
-    "THREADS": (_integer(2, 4096), "32"),
-    "UPSTREAM_MAX_IN_FLIGHT": (_optional(_integer(1, 4096)), ""),
+    "THREADS": (_integer(1, 4096), "16"),
+    "UPSTREAM_MAX_IN_FLIGHT": (_optional(_integer(1, 1_000_000)), ""),
     "UPSTREAM_CONNECT_TIMEOUT": (_seconds(0.1, 3600), "5"),
-    "UPSTREAM_READ_TIMEOUT": (_seconds(0.1, 86400), "60"),
-    "UPSTREAM_PRESERVE_HOST": (_switch, "off"),
+    "UPSTREAM_READ_TIMEOUT": (_seconds(0.1, 86400), "300"),
+    "UPSTREAM_STREAM_TIMEOUT": (_seconds(0.1, 604800), "3600"),
+    "UPSTREAM_KEEPALIVE_TIMEOUT": (_seconds(0, 86400), "50"),
+    "UPSTREAM_RETRY": (_seconds(0, 3600), "0"),
+    "UPSTREAM_PRESERVE_HOST": (_auto_or_switch, "auto"),
+    "SSE_KEEPALIVE": (_seconds(0, 86400), "0"),
+    "KEEPALIVE_TIMEOUT": (_seconds(1, 86400), "120"),
     "DB_POOL_SIZE": (_integer(1, 1000), "8"),
     "DB_POOL_TIMEOUT": (_seconds(0.01, 3600), "2"),
     "DB_CONNECT_TIMEOUT": (_seconds(1, 3600), "2"),
@@ -273,7 +408,12 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
     "USERS_TOKEN": (_tokens, ""),
     "USERS_AUTH": (_choice("token", "none"), "token"),
     "TRUSTED_PROXIES": (_networks, ""),
-    "MAX_BODY_BYTES": (_integer(0, 10**15), "104857600"),
+    "MAX_BODY_BYTES": (_integer(0, 10**15), "0"),
     "SHUTDOWN_TIMEOUT": (_seconds(0, 3600), "30"),
+    "DRAIN_DELAY": (_seconds(0, 3600), "0"),
     "ACCESS_LOG": (_switch, "on"),
 }
+
+# Those that may be given as a file that holds the value, NAME_FILE: a secret of a container's or of
+# systemd's.
+FROM_FILE = ("POSTGRES_URI", "USERS_TOKEN")

@@ -23,7 +23,7 @@ ROOT = Path(CONTEXT.params["directory"]).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from postgres.schema import ENCODING, applied, names, reason  # noqa: E402
-from settings import SettingsError, environment, postgres_uri  # noqa: E402
+from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
 CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise
 MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
@@ -39,10 +39,10 @@ def uri_and_keywords() -> tuple[str, dict[str, str]]:
         given = environment(ROOT / ".env", parse_stream, os.environ)
     except SettingsError as error:
         raise SystemExit(str(error)) from None
-    uri = given.get("POSTGRES_URI", "").strip()
-    if not uri:
-        raise SystemExit("POSTGRES_URI is required")
     try:
+        uri = value_of("POSTGRES_URI", given)
+        if not uri:
+            raise ValueError("is required")
         uri = postgres_uri(uri)
         return uri, parse_dsn(uri)
     except ValueError as error:

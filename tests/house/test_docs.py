@@ -49,7 +49,7 @@ import pytest
 from dotenv import dotenv_values
 
 from app import Gatehouse
-from settings import VARIABLES, Settings
+from settings import FROM_FILE, VARIABLES, Settings
 from tests.harness import DEAD_DATABASE, ROOT, Databases, call, checkout, free_port, wait_for
 from tests.users.test_problems import CONTRACT
 
@@ -96,7 +96,7 @@ def quoted(cell: str) -> str | None:
 def test_every_variable_is_in_the_configuration_and_nothing_else_is() -> None:
     found = rows(CONFIGURATION.read_text())
     names = [name for cells in found if re.fullmatch(r"[A-Z_]+", name := quoted(cells[0]) or "")]
-    assert sorted(names) == sorted(VARIABLES)
+    assert sorted(names) == sorted([*VARIABLES, *(f"{name}_FILE" for name in FROM_FILE)])
 
 
 @pytest.mark.parametrize("name", VARIABLES)
@@ -113,14 +113,25 @@ def test_a_variable_is_documented_with_its_default(name: str) -> None:
 
 
 def test_every_variable_is_in_the_example_with_its_default_and_nothing_else_is() -> None:
+    lines = re.findall(r"(?m)^#?([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text())
+    defaults = {name: default for name, (_, default) in VARIABLES.items() if default is not None}
+    files = {f"{name}_FILE": "" for name in FROM_FILE}
+    required = {name: value for name, value in lines if name in VARIABLES.keys() - defaults.keys()}
+    assert dict(lines) == required | defaults | files
+    assert len(lines) == len(dict(lines))
+
+
+def test_the_example_sets_what_is_required_alone() -> None:
+    """A default that is written into a copy stays there when a later version has a better one."""
     example = dotenv_values(ROOT / ".env.example", interpolate=False)
-    assert example == {name: default or "" for name, (_, default) in VARIABLES.items()}
+    required = [name for name, (_, default) in VARIABLES.items() if default is None]
+    assert list(example) == required and all(example.values())
 
 
 def test_every_variable_of_the_example_has_a_line_of_meaning() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     for before, line in zip(lines, lines[1:], strict=False):
-        if not line.startswith("#") and line:
+        if re.match("#?[A-Z_]+=", line):
             assert before.startswith("# "), line
 
 

@@ -68,6 +68,12 @@ TARGETS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def replacing(upstream: ScriptedUpstream) -> Iterator[Service]:
+    with Service(UPSTREAM_URL=upstream.url, UPSTREAM_PRESERVE_HOST="off") as running:
+        yield running
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: repr(target[:40]))
 def test_the_target_arrives_byte_for_byte(
     service: Service, upstream: ScriptedUpstream, target: bytes
@@ -90,9 +96,9 @@ def test_the_target_arrives_byte_for_byte(
     ],
 )
 def test_an_absolute_target_arrives_as_its_path_and_query(
-    service: Service, upstream: ScriptedUpstream, target: bytes, arrives: bytes
+    replacing: Service, upstream: ScriptedUpstream, target: bytes, arrives: bytes
 ) -> None:
-    seen, _ = forward(service, upstream, request(b"GET %s HTTP/1.1" % target))
+    seen, _ = forward(replacing, upstream, request(b"GET %s HTTP/1.1" % target))
     assert seen.target == arrives
     assert seen.get("Host") == f"127.0.0.1:{upstream.port}"
 
@@ -255,7 +261,7 @@ def test_a_head_with_a_lone_line_feed_is_400_at_once(
 
 
 def test_header_lines_arrive_in_their_order_and_case_and_nothing_is_invented(
-    service: Service, upstream: ScriptedUpstream
+    replacing: Service, upstream: ScriptedUpstream
 ) -> None:
     lines = [
         b"x-UPPER-lower: 1",
@@ -278,7 +284,7 @@ def test_header_lines_arrive_in_their_order_and_case_and_nothing_is_invented(
         b"Content-Type: text/plain",
         b"Content-Encoding: br",
     ]
-    seen, _ = forward(service, upstream, request(b"GET / HTTP/1.1", *lines))
+    seen, _ = forward(replacing, upstream, request(b"GET / HTTP/1.1", *lines))
     head = [line.rstrip() for line in seen.head.split(b"\r\n")]
     assert head[: len(lines) + 2] == [
         b"GET / HTTP/1.1",
@@ -406,27 +412,19 @@ def test_an_upgrade_is_ignored_in_http_1_0(service: Service, upstream: ScriptedU
     assert (reply.status, seen.get("Upgrade")) == (200, None)
 
 
-def test_the_upstream_is_asked_for_by_its_own_host(
-    service: Service, upstream: ScriptedUpstream
+def test_the_upstream_is_asked_for_by_its_own_host_where_the_setting_says_so(
+    replacing: Service, upstream: ScriptedUpstream
 ) -> None:
-    seen, _ = forward(service, upstream, message(b"GET / HTTP/1.1", b"Host: shop.example:81"))
+    seen, _ = forward(replacing, upstream, message(b"GET / HTTP/1.1", b"Host: shop.example:81"))
     assert seen.all("Host") == [f"127.0.0.1:{upstream.port}"]
     assert seen.get("X-Forwarded-Host") == "shop.example:81"
 
 
 @pytest.mark.parametrize("host", ["shop.example", "SHOP.example:81", "[::1]:8080", "127.0.0.1"])
-def test_the_clients_host_is_kept_where_the_setting_says_so(
-    preserving: Service, upstream: ScriptedUpstream, host: str
-) -> None:
-    seen, _ = forward(preserving, upstream, message(b"GET / HTTP/1.1", f"Host: {host}".encode()))
+def test_the_clients_host_is_kept(service: Service, upstream: ScriptedUpstream, host: str) -> None:
+    seen, _ = forward(service, upstream, message(b"GET / HTTP/1.1", f"Host: {host}".encode()))
     assert seen.all("Host") == [host]
     assert seen.get("X-Forwarded-Host") == host
-
-
-@pytest.fixture(scope="module")
-def preserving(upstream: ScriptedUpstream) -> Iterator[Service]:
-    with Service(UPSTREAM_URL=upstream.url, UPSTREAM_PRESERVE_HOST="on") as running:
-        yield running
 
 
 @pytest.mark.parametrize(("version", "hop"), [(b"1.1", "1.1"), (b"1.0", "1.0")])

@@ -41,6 +41,12 @@ def trusting(upstream: ScriptedUpstream) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
+def replacing(upstream: ScriptedUpstream) -> Iterator[Service]:
+    with Service(UPSTREAM_URL=upstream.url, UPSTREAM_PRESERVE_HOST="off") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def trap() -> Iterator[ScriptedUpstream]:
     """A server that nothing may ever connect to."""
     server = ScriptedUpstream()
@@ -229,10 +235,11 @@ def test_a_body_that_looks_like_a_request_is_only_a_body(
 
 
 def test_the_body_of_a_refused_request_never_becomes_a_request(
-    service: Service, upstream: ScriptedUpstream
+    start: Callable[..., Service], upstream: ScriptedUpstream
 ) -> None:
     """What arrived in the read after the refusal's was parsed as requests, and the second of them
     forwarded while the connection lingered."""
+    service = start(UPSTREAM_URL=upstream.url, MAX_BODY_BYTES=100_000_000)
     upstream.script(ok)
     head = request(b"POST /refused HTTP/1.1", b"Content-Length: 200000000")
     one_read = head + b"x" * (65536 - len(head))
@@ -273,7 +280,7 @@ def test_the_body_of_a_refused_request_never_becomes_a_request(
 )
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"OPTIONS", b"CONNECT"])
 def test_no_target_changes_which_host_is_called(
-    service: Service,
+    replacing: Service,
     upstream: ScriptedUpstream,
     trap: ScriptedUpstream,
     method: bytes,
@@ -282,7 +289,7 @@ def test_no_target_changes_which_host_is_called(
     upstream.script(ok)
     line = b"%s %s HTTP/1.1" % (method, target % trap.port)
     for host in (HOST, b"Host: 127.0.0.1:%d" % trap.port):
-        reply = service.exchange(message(line, host))
+        reply = replacing.exchange(message(line, host))
         assert reply.status in (200, 400, 405)
         assert len(upstream.seen) == (1 if reply.status == 200 else 0)
         assert all(seen.get("Host") == f"127.0.0.1:{upstream.port}" for seen in upstream.seen)
@@ -293,7 +300,7 @@ def test_no_target_changes_which_host_is_called(
 def test_a_preserved_host_changes_only_the_host_line(
     start: Callable[..., Service], upstream: ScriptedUpstream, trap: ScriptedUpstream
 ) -> None:
-    service = start(UPSTREAM_URL=upstream.url, UPSTREAM_PRESERVE_HOST="on")
+    service = start(UPSTREAM_URL=upstream.url)
     host = f"127.0.0.1:{trap.port}"
     seen, reply = forward(service, upstream, message(b"GET / HTTP/1.1", f"Host: {host}".encode()))
     assert (seen.get("Host"), reply.status, trap.connections) == (host, 200, 0)
