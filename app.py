@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import bottle
 from bottle import request, response
@@ -40,19 +40,16 @@ from problems import (
     Problem,
     SchemaNotMigrated,
     Unauthorized,
-    UpstreamBroken,
-    UpstreamTimeout,
-    UpstreamUnreachable,
 )
 from server import workers
-from server.channel import Channel
+from server.exchange import Patience
 from server.listener import bind
 from server.logs import Output
-from server.parser import RequestParser
-from server.upstream import ClientGone, Upstream
+from server.server import Options, Server
+from server.upstream import Connector
 from services import inputs, users
 from services.health import Health
-from services.proxy import Proxy, origin_form
+from services.proxy import Proxy
 from settings import (
     Settings,
     SettingsError,
@@ -63,6 +60,7 @@ from settings import (
     value_of,
 )
 from wire.fields import ANY, Field
+from wire.request import Head
 
 VERSION = "1.0.0"
 ROOT = Path(__file__).resolve().parent
@@ -71,10 +69,8 @@ MIGRATIONS = ROOT / "migrations"
 log = logging.getLogger("gatehouse")
 
 HEALTH_THREADS = 64
-# While a proxied request has a thread of its own: how many there are, and what stands for no limit
-# of a body.
-THREADED_LIMIT = 256
-UNLIMITED = 1 << 62
+# Threads that answer imports and exports, each of which may last long.
+BULK_THREADS = 8
 JSON = "application/json"
 CA_BUNDLE = "REQUESTS_CA_BUNDLE"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
@@ -360,120 +356,44 @@ def problem_reply(problem: Problem, request_id: str) -> Reply:
 
 
 class Gatehouse:
-    """What is served: the application, the proxy, and what the server asks before.
+    """What Gatehouse's own server is given: the application, the proxy's rules, and whose a request
+    is."""
 
-    `ca_bundle` is a file of certificates to trust for an https upstream.
-    """
-
-    def __init__(self, settings: Settings, ca_bundle: str | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.max_body = settings.max_body_bytes
         self.board = Board(settings.workers)
-        upstream_url = urlsplit(settings.upstream_url)
-        self.limit = settings.upstream_max_in_flight or THREADED_LIMIT
+        self.owned = create_app(settings, self.board)
+        url = urlsplit(settings.upstream_url)
         self.proxy = Proxy(
-            Upstream(
-                settings.upstream_url,
-                connect_timeout=settings.upstream_connect_timeout,
-                read_timeout=settings.upstream_read_timeout,
-                connections=self.limit,
-                ca_bundle=ca_bundle,
-            ),
-            host=upstream_url.netloc,
-            prefix=upstream_url.path,
+            host=url.netloc,
+            prefix=url.path,
             name=f"gatehouse-{uuid.uuid4().hex[:12]}",
-            limit=self.limit,
             preserve_host=settings.upstream_preserve_host,
             trusted=settings.trusted_proxies,
-            board=self.board,
         )
-        self.owned = create_app(settings, self.board)
+        self.caller = self.proxy.caller
+        self.request_head = self.proxy.request_head
+        self.answer_fields = self.proxy.answer_fields
+        self.interim_fields = self.proxy.interim_fields
 
-    def admit(self, head: RequestParser) -> tuple[str, int]:
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Answer a request that is not proxied."""
+        body: Iterable[bytes] = self.owned(environ, start_response)
+        return body
+
+    def admit(self, head: Head) -> tuple[str, int]:
         """Whose a request is, decided on its decoded path when its head is complete: the lane that
         serves it and the largest body it may have. Raises the Problem to refuse it with."""
-        head.id = _request_id(head)
-        if head.command == "CONNECT" and not head.request_uri.startswith("/"):
-            self.proxy.admit(head)
-        head.target = origin_form(head.request_uri, head.command)
-        path, _, head.query = head.target.partition("?")
-        if "%" in path:
-            path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
-        head.path = path
-        owner = OWNED.fullmatch(path)
+        owner = OWNED.fullmatch(head.path)
         if owner is None:
             self.proxy.admit(head)
-            return "proxy", self.max_body or UNLIMITED
+            return "proxy", self.max_body
         if owner[1] == "users":
             given = head.values.get("authorization")
             self.owned.authorize(None if given is None else ", ".join(given))
-        elif LIVE.fullmatch(path):
+        elif LIVE.fullmatch(head.path):
             return "live", inputs.MAX_BYTES  # it waits for nothing, nor behind what does
         return owner[1], inputs.MAX_BYTES
-
-    def caller(self, request: RequestParser, peer: str) -> str:
-        """The client's address as the access log names it."""
-        return self.proxy.caller(request, peer)
-
-    def join(self, worker: int) -> None:
-        """Take part as worker number `worker`."""
-        self.board.join(worker)
-
-    def close(self) -> None:
-        """Close the connections that are open and idle."""
-        database.close_all()
-        self.proxy.upstream.close()
-
-    def answer(self, head: RequestParser, client: Channel) -> Reply:
-        """Answer a request. Raises ClientGone where nobody is there to be answered."""
-        try:
-            if head.error is not None:
-                raise head.error
-            if head.lane == "proxy":
-                return self.proxy.forward(head, client)
-        except ClientGone:
-            raise
-        except Problem as problem:
-            return self._refuse(problem, head)
-        except Exception:
-            log.exception("%s request_id=%s", head.command, head.id)
-            return self._refuse(Problem(), head)
-        return _through_wsgi(self.owned, head, client)
-
-    def _refuse(self, problem: Problem, head: RequestParser) -> Reply:
-        head.id = head.id or _request_id(head)
-        if isinstance(problem, UpstreamUnreachable | UpstreamBroken | UpstreamTimeout):
-            cause = " ".join(str(problem.__cause__ or problem.detail).split())
-            log.warning("%s: %s request_id=%s", problem.name, cause, head.id)
-        status, fields, body = problem_reply(problem, head.id)
-        return status, fields + own_fields(head.id), body
-
-
-def _request_id(head: RequestParser) -> str:
-    return sane_request_id(",".join(head.values.get("x-request-id", [])))
-
-
-def _through_wsgi(application: Application, head: RequestParser, client: Channel) -> Reply:
-    """Have the application answer a request whose body has been read."""
-    environ: dict[str, Any] = {
-        "REQUEST_METHOD": head.command,
-        "SCRIPT_NAME": "",
-        "PATH_INFO": head.path,
-        "QUERY_STRING": head.query,
-        "SERVER_PROTOCOL": f"HTTP/{head.version}",
-        "REMOTE_ADDR": client.addr[0],
-        "wsgi.input": head.get_body_stream(),
-        "wsgi.input_terminated": True,
-        "gatehouse.request_id": head.id,
-        "gatehouse.arrived": head.arrived,
-    }
-    for name, values in head.values.items():
-        if "_" not in name:  # it would be another's: X_Request_Id and X-Request-Id
-            key = name.upper().replace("-", "_")
-            plain = key in ("CONTENT_TYPE", "CONTENT_LENGTH")
-            environ[key if plain else f"HTTP_{key}"] = ", ".join(values)
-    started: list[Any] = []
-    body = application(environ, lambda status, fields: started.extend((status, fields)))
-    return started[0], started[1], body
 
 
 def load_settings() -> Settings:
@@ -534,7 +454,8 @@ def check(settings: Settings) -> int:
         codes.append(code)
         print(f"schema: {line}")
     try:
-        Gatehouse(settings, os.environ.get(CA_BUNDLE)).proxy.upstream.probe()
+        connector = Connector(settings.upstream_url, os.environ.get(CA_BUNDLE))
+        connector.probe(settings.upstream_connect_timeout)
         print("upstream: ok")
     except Problem as problem:
         codes.append(6)
@@ -559,24 +480,42 @@ def run(settings: Settings) -> int:
         settings.workers,
         "worker" if settings.workers == 1 else "workers",
     )
-    gatehouse = Gatehouse(settings, os.environ.get(CA_BUNDLE))
-    return workers.serve(
-        gatehouse,
-        listener,
-        workers=settings.workers,
-        lanes={
-            # As many as there are places, again for streams that come back, and one to tell those
-            # that find none.
-            "proxy": 2 * gatehouse.limit + 1,
+    gatehouse = Gatehouse(settings)
+    options = Options(
+        upstream_url=settings.upstream_url,
+        ca_bundle=os.environ.get(CA_BUNDLE),
+        threads={
             # Enough to use every connection while others are told that none is free.
             "users": max(settings.threads, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
             "live": HEALTH_THREADS,
-            "quick": HEALTH_THREADS,
+            "bulk": BULK_THREADS,
         },
+        patience=Patience(
+            head=settings.upstream_read_timeout,
+            stream=settings.upstream_stream_timeout,
+            retry=settings.upstream_retry,
+            comment=settings.sse_keepalive,
+        ),
+        limit=settings.upstream_max_in_flight or 0,
+        connect_timeout=settings.upstream_connect_timeout,
+        upstream_keepalive=settings.upstream_keepalive_timeout,
+        keepalive=settings.keepalive_timeout,
+        drain_delay=settings.drain_delay,
         shutdown_timeout=settings.shutdown_timeout,
         access_log=settings.access_log,
     )
+
+    def work(number: int) -> Server:
+        gatehouse.board.join(number)
+        return Server(gatehouse, listener, options)
+
+    try:
+        return workers.serve(
+            work, listener, workers=settings.workers, shutdown_timeout=settings.shutdown_timeout
+        )
+    finally:
+        database.close_all()
 
 
 def main(arguments: list[str]) -> int:

@@ -7,8 +7,8 @@ import mmap
 import time
 
 UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
-IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT, CLIENTS, AWAKE = range(7)
-CELLS = 8
+IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT, CLIENTS, AWAKE, STREAMS, LIMIT = range(9)
+CELLS = 16
 
 
 class Board:

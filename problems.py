@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+# On all that Gatehouse itself answers.
+OWN_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
+
 
 class Problem(Exception):
     """An error that a caller is told about, as `application/problem+json`.
@@ -110,11 +113,6 @@ class InvalidQuery(Problem):
     detail = "The query is not valid; see errors."
 
 
-class UpgradeNotSupported(Problem):
-    status, name, title = 501, "upgrade-not-supported", "Upgrade not supported"
-    detail = "WebSocket upgrades are not forwarded."
-
-
 class UpstreamUnreachable(Problem):
     status, name, title = 502, "upstream-unreachable", "Upstream unreachable"
     detail = "The upstream did not accept a connection."
@@ -146,6 +144,11 @@ class UpstreamBusy(Problem):
 class UpstreamTimeout(Problem):
     status, name, title = 504, "upstream-timeout", "Upstream timeout"
     detail = "The upstream did not answer in time."
+
+
+class HttpVersionNotSupported(Problem):
+    status, name, title = 505, "http-version-not-supported", "HTTP version not supported"
+    detail = "Gatehouse speaks HTTP/1.1 and HTTP/1.0."
 
 
 class LoopDetected(Problem):

@@ -12,7 +12,7 @@ from collections import deque
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as json_string
 
-from server.parser import RequestParser
+from wire.request import Head
 
 # What waits for a slow reader, at most; lines beyond that are dropped.
 PENDING_BYTES = 1 << 20
@@ -138,15 +138,15 @@ def writable(descriptor: int) -> select.poll:
     return poller
 
 
-def access_line(request: RequestParser, status: str, size: int, caller: str) -> str:
-    """The access log's line, of JSON, for a request that has just been answered."""
+def access_line(head: Head, status: str, size: int, milliseconds: float, caller: str) -> str:
+    """The access log's line, of JSON, for a request that has just been answered; `size` is in bytes
+    of the body, a `status` that is empty was never sent."""
     now = time.time_ns() // 1_000_000
-    milliseconds = (time.monotonic() - request.arrived) * 1000
     return (
         f'{{"time": "{second(now // 1000)}.{now % 1000:03}Z",'
-        f' "method": "{request.command[:LONGEST_METHOD]}", "target": {quoted(request.request_uri)},'
+        f' "method": "{head.method[:LONGEST_METHOD]}", "target": {quoted(head.target)},'
         f' "status": {status[:3] or 0}, "bytes": {size}, "ms": {milliseconds:.3f},'
-        f' "caller": "{caller}", "request_id": "{request.id}"}}\n'
+        f' "caller": "{caller}", "request_id": "{head.id}"}}\n'
     )
 
 

@@ -1,328 +1,304 @@
-"""Waitress, run so that no request waits for another kind's trouble: the event loop, and lanes."""
+"""The event loop: which sockets are ready, whose time is up, what threads have brought.
+
+One thread turns it, and that thread owns every socket. Others reach it by `call` alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import heapq
 import logging
+import math
+import os
 import select
 import selectors
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
-
-from waitress import wasyncore
-from waitress.adjustments import Adjustments
-from waitress.server import TcpWSGIServer
-
-from metrics import AWAKE, CLIENTS, Board
-from problems import Problem
-from server.channel import Channel
-from server.lanes import Lane
-from server.listener import connection_limit, let_nobody_in
-from server.logs import Output, access_line, quoted
-from server.parser import RequestParser
-from server.task import Task
-from wire.fields import Field
 
 log = logging.getLogger("gatehouse")
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-BACKLOG = 1024
-# While it drains, a connection that has brought no request yet has this many seconds to bring one:
-# its client was let in, and may have sent one already.
-FIRST_REQUEST_SECONDS = 1.0
-# A worker lets the others be first for this many seconds for each client that one of them has
-# fewer, up to a limit: it may be starting, or waiting for the processor. Whichever woke first would
-# take them all, and refuse what is over its share of the upstream's places.
-GIVE_WAY_SECONDS = 0.005
-MOST_GIVE_WAY_SECONDS = 0.025
-# So often in a row, while the others' numbers of clients stay as they are: they may all be stopped.
-MOST_IN_VAIN = 20
-# A worker lets nobody in before the others are awake, or before this many seconds have passed.
-WAKING_SECONDS = 1.0
-# At its end a worker waits this many seconds for a log's reader.
-LOG_SECONDS = 1.0
+NEVER = math.inf
+# How many events one turn takes from the selector at most; the others are in the next turn.
+BATCH = 256
+# What one splice moves at most, as large as a pipe may be for anybody.
+PIPE_BYTES = 1 << 20
+# What may happen at a socket. Epoll tells of a peer that has closed its sending half without the
+# bytes before that end having been read (LEAVING); elsewhere that is only seen by reading.
+READ, WRITE, BROKEN = 1, 4, 8 | 16  # EPOLLIN, EPOLLOUT, EPOLLERR | EPOLLHUP
+LEAVING = getattr(select, "EPOLLRDHUP", 0)
 
 
-class Application(Protocol):
-    """What is served."""
+class Watched(Protocol):
+    """What the loop looks after: something with a descriptor."""
 
-    board: Board
-
-    def answer(
-        self, request: RequestParser, client: Channel
-    ) -> tuple[str, list[Field], Iterable[bytes]]:
-        """Answer a request: status line, header lines, body. Raises where nobody wants an answer
-        any more."""
-
-    def admit(self, request: RequestParser) -> tuple[str, int]:
-        """The request's lane and the largest body it may have. Raises a Problem to refuse it."""
-
-    def caller(self, request: RequestParser, peer: str) -> str:
-        """The address that the access log names."""
-
-    def join(self, worker: int) -> None:
-        """Called in each worker before it serves."""
-
-    def close(self) -> None:
-        """Called when a worker has served its last request."""
+    def on_event(self, events: int) -> None:
+        """Called with the events that have happened, of those watched for, or BROKEN."""
 
 
-class Watched(dict[int, Any]):
-    """Waitress's map of its sockets, which keeps the selector in step. Waitress itself asks every
-    socket at every turn what it waits for; here a change is told when it happens, so that the
-    connections that do nothing cost nothing."""
+class Timer:
+    """A deadline that may be moved as often as one likes: moving it later costs an assignment.
 
-    def __init__(self, selector: selectors.BaseSelector) -> None:
-        super().__init__()
-        self.selector = selector
+    `when` is in seconds on the monotonic clock, NEVER for no deadline; `action` is called then.
+    """
 
-    def __setitem__(self, descriptor: int, watched: Any) -> None:
-        super().__setitem__(descriptor, watched)
-        watched.events = READ
-        self.selector.register(descriptor, READ, watched)
+    __slots__ = ("_loop", "_queued", "action", "when")
 
-    def __delitem__(self, descriptor: int) -> None:
-        watched: Any = super().pop(descriptor)
-        if watched.events:
-            self.selector.unregister(descriptor)
-        watched.events = 0
+    def __init__(self, loop: Loop, action: Callable[[], None] | None = None) -> None:
+        self._loop = loop
+        self._queued = NEVER  # where it stands in the loop's heap
+        self.when = NEVER
+        self.action = action
 
-    def rearm(self, watched: Any) -> None:
-        """Watch for what `watched` waits for now."""
-        descriptor = watched._fileno
-        if descriptor not in self:  # closed
+    def set(self, when: float) -> None:
+        """Move the deadline."""
+        self.when = when
+        if when < self._queued:
+            self._queued = when
+            self._loop.queue_timer(when, self)
+
+    def cancel(self) -> None:
+        """There is no deadline any more."""
+        self.when = NEVER
+
+    def drop(self) -> None:
+        """The timer is not used any more: it keeps nothing alive, and leaves the heap in time."""
+        self.when, self.action = NEVER, None
+        if self._queued < NEVER:
+            self._loop.timer_dropped()
+
+    def due(self, queued: float, now: float) -> None:
+        """The entry that was queued for `queued` has come up."""
+        if queued != self._queued:
+            return  # An earlier entry stood for this timer.
+        self._queued = NEVER
+        if self.when > now:
+            if self.when < NEVER:
+                self.set(self.when)
             return
-        events = (READ if watched.readable() else 0) | (WRITE if watched.writable() else 0)
-        if events == watched.events:
-            return
-        if not watched.events:
-            self.selector.register(descriptor, events, watched)
-        elif not events:
-            self.selector.unregister(descriptor)
+        self.when = NEVER
+        if self.action is not None:
+            self.action()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it may still be set or come up."""
+        return self.action is not None
+
+
+class Loop:
+    """`now` is the monotonic clock at the beginning of this turn, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+        self.longest_turn = 0.0  # seconds; whoever reads it sets it back
+        self._poller: Any = Epoll() if hasattr(select, "epoll") else Portable()
+        self._watched: dict[int, Watched] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._sequence = 0
+        self._dropped = 0  # how many entries of the heap are of no use
+        self._calls: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
+        self._soon: list[Callable[[], None]] = []
+        self._closing: list[Any] = []
+        self._asleep = False
+        self._pipe: tuple[int, int] | None = None
+        # A descriptor that wakes the loop: a pair of sockets exists everywhere.
+        self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
+        self._waker.setblocking(False)
+        self._poller.register(self._wake.fileno(), READ)
+
+    # Sockets.
+
+    def watch(self, descriptor: int, watched: Watched, before: int, events: int) -> None:
+        """Watch a descriptor for `events`, which until now was watched for the events `before`."""
+        if not before:
+            self._poller.register(descriptor, events)
+            self._watched[descriptor] = watched
+        elif events:
+            self._poller.modify(descriptor, events)
         else:
-            self.selector.modify(descriptor, events, watched)
-        watched.events = events
+            # One that is watched for nothing would still be told of as BROKEN, at every turn.
+            self._poller.unregister(descriptor)
+            del self._watched[descriptor]
 
+    def close(self, sock: Any) -> None:
+        """Close a socket that is watched no more, at the end of this turn: an event of this turn
+        that was meant for it must not find another connection under the same number."""
+        self._closing.append(sock)
 
-class Server(TcpWSGIServer):  # type: ignore[misc]
-    """One worker's event loop: accepts, reads, hands requests to lanes, and sends what is left."""
+    def pipe(self) -> tuple[int, int]:
+        """A pipe's two ends, to write into and to read from, through which the kernel moves bytes
+        from socket to socket. It is empty between two uses, so one is enough."""
+        if self._pipe is None:
+            outlet, intake = os.pipe()
+            os.set_blocking(outlet, False)
+            os.set_blocking(intake, False)
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(intake, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            self._pipe = intake, outlet
+        return self._pipe
 
-    channel_class = Channel
-    draining = False
-    stopping = False
-    alone = True  # no other worker listens on the same socket
+    # Time.
 
-    def __init__(
-        self,
-        application: Application,
-        listener: socket.socket,
-        lanes: dict[str, int],
-        shutdown_timeout: float,
-        access_log: bool,
-    ) -> None:
-        adjustments = Adjustments(
-            sockets=[],
-            ident=None,
-            clear_untrusted_proxy_headers=False,  # the proxy does that, for the headers it knows
-            channel_request_lookahead=1,
-            connection_limit=connection_limit(),
-            inbuf_overflow=65536,
-            outbuf_overflow=1 << 20,
-            recv_bytes=65536,
-            backlog=BACKLOG,
-        )
-        adjustments.admit = application.admit
-        self.lanes = {name: Lane(name, limit) for name, limit in lanes.items()}
-        self.shutdown_timeout = shutdown_timeout
-        self.access_log = Output(1) if access_log else None
-        # With what logging writes to, which has lines of its own that may wait.
-        streams = [getattr(handler, "stream", None) for handler in logging.root.handlers]
-        outputs = {"access log": self.access_log, "log": next(iter(streams), None)}
-        self.outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
-        self.watched = Watched(selectors.DefaultSelector())
-        self._deadline = 0.0
-        self._grace = 0.0
-        self._tick_at = 0.0
-        self._gives_way_until = 0.0
-        self._others: tuple[int, ...] = ()
-        self._in_vain = 0
-        super().__init__(
-            application,
-            map=self.watched,
-            _sock=listener,
-            dispatcher=self,  # never used: add_task is here
-            adj=adjustments,
-            sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
-            bind_socket=False,
-            _start=False,  # listening starts in `run`, when signals are heard
-        )
+    def queue_timer(self, when: float, timer: Timer) -> None:
+        self._sequence += 1
+        heapq.heappush(self._timers, (when, self._sequence, timer))
 
-    def set_reuse_addr(self) -> None:
-        """The listening socket is bound already."""
+    def timer_dropped(self) -> None:
+        """An entry of the heap stands for a timer that nobody uses. Connections come and go by the
+        thousand, and each would stay there until its idle time had passed: sweep now and then."""
+        self._dropped += 1
+        if self._dropped > 1000 and self._dropped * 2 > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].in_use]
+            heapq.heapify(self._timers)
+            self._dropped = 0
 
-    def readable(self) -> bool:
-        return (
-            self.accepting
-            and not self._gives_way_until
-            and len(self.active_channels) < self.adj.connection_limit
-        )
+    # Calls.
 
-    def handle_accept(self) -> None:
-        """Let a client in, or give way to a worker that has fewer. Once, for it may not be awake,
-        and not for ever to workers that let nobody in."""
-        clients, others = self._count_clients(), self.application.board.others(CLIENTS)
-        if others != self._others:
-            self._others, self._in_vain = others, 0
-        elif self._gives_way_until:
-            self._in_vain += 1
-        fewer = clients - min(others, default=clients)
-        giving = self._gives_way_until or self.draining or self._in_vain >= MOST_IN_VAIN
-        if fewer > 0 and not giving:
-            seconds = min(fewer * GIVE_WAY_SECONDS, MOST_GIVE_WAY_SECONDS)
-            self._gives_way_until = time.monotonic() + seconds
-            return
-        self._gives_way_until = 0.0
-        super().handle_accept()
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the loop's thread call a function; callable from any thread."""
+        self._calls.put((function, arguments))
+        if self._asleep:
+            self.wake()
 
-    def accept(self) -> tuple[socket.socket, Any] | None:
+    def soon(self, function: Callable[[], None]) -> None:
+        """Call a function at the end of this turn; for the loop's own thread."""
+        self._soon.append(function)
+
+    def wake(self) -> None:
+        """End the loop's sleep; callable from any thread and from a signal handler."""
+        with contextlib.suppress(OSError):  # It is full of wake-ups already, or the loop is gone.
+            self._waker.send(b"\0")
+
+    def turn(self) -> None:
+        """Wait for what happens next, and see to all of it."""
+        self._asleep = True
+        timeout = self._patience()
+        events = self._poller.poll(timeout, BATCH)
+        self._asleep = False
+        self.now = began = time.monotonic()
+        for descriptor, happened in events:
+            watched = self._watched.get(descriptor)
+            if watched is not None:  # else an earlier event of this turn has ended it
+                self._attempt(watched.on_event, happened)
+            elif descriptor == self._wake.fileno():
+                self._drain_wake()
+        self._take_calls()
+        self._take_timers(began)
+        self.turn_over()
+        if events:
+            self.longest_turn = max(self.longest_turn, time.monotonic() - began)
+
+    def _take_timers(self, now: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            queued, _, timer = heapq.heappop(self._timers)
+            self._attempt(timer.due, queued, now)
+
+    def turn_over(self) -> None:
+        """Do what was left to the end of the turn."""
+        while self._soon:
+            soon, self._soon = self._soon, []
+            for function in soon:
+                self._attempt(function)
+        if self._closing:
+            for sock in self._closing:
+                sock.close()
+            self._closing.clear()
+
+    def _patience(self) -> float:
+        # After `_asleep` is set: a call that comes in now either is seen here, or wakes the loop.
+        if self._calls.qsize() or self._soon:
+            return 0.0
+        if not self._timers:
+            return 1.0
+        return min(1.0, max(0.0, self._timers[0][0] - time.monotonic()))
+
+    def _take_calls(self) -> None:
+        # No more than have come by now: threads that are quick must not keep the sockets waiting.
+        for _ in range(self._calls.qsize()):
+            try:
+                function, arguments = self._calls.get_nowait()
+            except Empty:
+                return
+            self._attempt(function, *arguments)
+
+    def _drain_wake(self) -> None:
         try:
-            accepted: tuple[socket.socket, Any] | None = super().accept()
-            return accepted
-        except OSError:
-            # No descriptor is free. Who waits goes on waiting, and the selector would go on saying
-            # so: look again in a while.
-            self._gives_way_until = time.monotonic() + MOST_GIVE_WAY_SECONDS
-            return None
+            while len(self._wake.recv(4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
 
-    def _count_clients(self) -> int:
-        clients = len(self.active_channels)
-        self.application.board.set(CLIENTS, clients)
-        return clients
+    def _attempt(self, function: Callable[..., None], *arguments: Any) -> None:
+        # Whoever may fail has caught it by now, and ended what is its own; the loop goes on.
+        try:
+            function(*arguments)
+        except Exception:
+            log.exception("an event could not be handled")
 
-    def fix_addr(self, addr: tuple[str, int]) -> tuple[str, int]:
-        # A socket that listens on IPv6 for both shows IPv4 clients in IPv6's clothes.
-        return addr[0].removeprefix("::ffff:"), addr[1]
+    def shut(self) -> None:
+        """Close what is the loop's own."""
+        for sock in (*self._closing, self._wake, self._waker):
+            sock.close()
+        self._closing.clear()
+        for end in self._pipe or ():
+            os.close(end)
+        self._poller.close()
 
-    def add_task(self, task: Channel) -> None:
-        request = task.requests[0]
-        request.arrived = request.arrived or time.monotonic()  # not again when it goes on
-        self.lanes[request.lane].add(task)
 
-    def wake(self, channel: Channel) -> None:
-        """Have the loop look after `channel`; callable from any thread."""
-        self.trigger.pull_trigger(channel.advance)
+class Epoll:
+    """Linux's own, told in its own numbers."""
 
-    def rearm(self, channel: Channel) -> None:
-        self.watched.rearm(channel)
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self.register = self._epoll.register
+        self.modify = self._epoll.modify
+        self.unregister = self._epoll.unregister
+        self.poll = self._epoll.poll
+        self.close = self._epoll.close
 
-    def stop(self) -> None:
-        """Begin to drain; callable from a signal handler."""
-        self.stopping = True
-        self.trigger.pull_trigger()
 
-    def run(self) -> None:
-        """Serve until `stop` is called and what was under way is answered."""
-        self._await_others()
-        self.accept_connections()
-        self.watched.rearm(self)
-        while not (self.draining and self._drained()):
-            patience = GIVE_WAY_SECONDS if self._gives_way_until else 0.1 if self.draining else 1.0
-            for key, mask in self.watched.selector.select(patience):
-                watched = key.data
-                if mask & READ:
-                    wasyncore.read(watched)
-                if mask & WRITE and watched.events & WRITE:
-                    wasyncore.write(watched)
-                self.watched.rearm(watched)
-            now = time.monotonic()
-            if self._gives_way_until and now >= self._gives_way_until:
-                self.handle_accept()
-            self._count_clients()
-            self.watched.rearm(self)
-            if now >= self._tick_at:
-                self._tick_at = now + 1.0
-                self._close_expired(now)
-                self._see_to_logs()
-            if self.draining:
-                self._close_idle(now)
-            elif self.stopping:
-                self._drain(now)
-        for channel in list(self.active_channels.values()):
-            channel.reset_on_close()  # an answer that is cut here must not look whole
-            channel.will_close = False
-            channel.handle_close()
-        self._see_to_logs(min(LOG_SECONDS, max(0.0, self._deadline - time.monotonic())))
+class Portable:
+    """The same where there is no epoll: whatever Python's selectors find."""
 
-    def _see_to_logs(self, seconds: float = 0.0) -> None:
-        for name, output in self.outputs.items():
-            output.finish(seconds)
-            if dropped := output.dropped():
-                log.warning("%d lines of the %s were dropped, for nobody took them", dropped, name)
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self.unregister = self._selector.unregister
+        self.close = self._selector.close
 
-    def _await_others(self) -> None:
-        # Whoever knocks first knows nothing of workers: the first of them would take all.
-        board, until = self.application.board, time.monotonic() + WAKING_SECONDS
-        board.set(AWAKE, 1)
-        while not (self.stopping or all(board.others(AWAKE)) or time.monotonic() > until):
-            time.sleep(0.005)
+    def register(self, descriptor: int, events: int) -> None:
+        self._selector.register(descriptor, self._translated(events))
 
-    def _close_expired(self, now: float) -> None:
-        for channel in list(self.active_channels.values()):
-            if channel.will_close or channel.expired(now):
-                if channel.stalled or channel.parked is not None:
-                    channel.reset_on_close()  # or what it has of an answer may look whole
-                channel.refused = False
-                channel.will_close = True
-                channel.handle_close()
-            elif channel.has_left():
-                channel.leave()
+    def modify(self, descriptor: int, events: int) -> None:
+        self._selector.modify(descriptor, self._translated(events))
 
-    def _drain(self, now: float) -> None:
-        self.draining = True
-        self._gives_way_until = 0.0
-        self._deadline = now + self.shutdown_timeout
-        self._grace = now + min(FIRST_REQUEST_SECONDS, self.shutdown_timeout)
-        # Who is in the queue has been let in by the kernel, and closing would turn them out.
-        if self.alone:
-            let_nobody_in(self.socket)
-        waiting = select.poll()
-        waiting.register(self.socket, select.POLLIN)
-        while waiting.poll(0) and not self._gives_way_until:
-            self.handle_accept()
-        self._gives_way_until = 0.0
-        wasyncore.dispatcher.close(self)
-        for channel in list(self.active_channels.values()):
-            if channel.readable():
-                wasyncore.read(channel)  # a request that is here already is under way
-        self._close_idle(now)
+    def _translated(self, events: int) -> int:
+        # Selectors watch for something always: one that waits for nothing waits to be read.
+        found = selectors.EVENT_READ if events & READ or not events & WRITE else 0
+        return found | (selectors.EVENT_WRITE if events & WRITE else 0)
 
-    def _close_idle(self, now: float) -> None:
-        for channel in list(self.active_channels.values()):
-            busy = channel.requests or channel.request is not None or channel.lingering
-            if channel.connected and not busy and (channel.served or now >= self._grace):
-                channel.close_when_flushed = True
-                self.watched.rearm(channel)
+    def poll(self, timeout: float, most: int) -> Iterable[tuple[int, int]]:
+        for key, mask in self._selector.select(timeout):
+            yield (
+                key.fd,
+                (READ if mask & selectors.EVENT_READ else 0)
+                | (WRITE if mask & selectors.EVENT_WRITE else 0),
+            )
 
-    def _drained(self) -> bool:
-        return not self.active_channels or time.monotonic() >= self._deadline
 
-    def log_failure(self, request: RequestParser, error: Exception) -> None:
-        """Say why an answer that had begun was cut."""
-        unexpected = None if isinstance(error, Problem) else error
-        log.error(
-            "%s %s cut: %s request_id=%s",
-            request.command,
-            quoted(request.request_uri),
-            error if unexpected is None else type(error).__name__,
-            request.id,
-            exc_info=unexpected,
-        )
+def raise_descriptor_limit() -> int:
+    """Allow this process as many descriptors as it may have; returns how many these are."""
+    try:
+        import resource
 
-    def log_access(self, task: Task) -> None:
-        """Write the access log's line of a request."""
-        if self.access_log is not None:
-            request = task.request
-            caller = self.application.caller(request, task.channel.addr[0])
-            self.access_log.write(access_line(request, task.status, task.bytes_sent, caller))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard == resource.RLIM_INFINITY or hard > 65536:
+            hard = 65536
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+        return max(soft, hard)
+    except (ImportError, ValueError, OSError):
+        return 1024

@@ -1,268 +1,319 @@
-"""The upstream's side of the wire: what is plugged into requests' HTTPAdapter to be faithful.
+"""Connections to the upstream: made by requests' adapter, watched and kept by the loop.
 
-requests keeps the connection pool, connecting, TLS and its CA bundle. Writing a request and reading
-an answer are done here, because the layers below change what passes through them: urllib3 encodes
-the target anew and adds User-Agent and Accept-Encoding; http.client takes a 103 for the answer and
-gives the real one to the next caller, loses every header after a malformed line, and takes a body
-that was cut inside its chunks for whole.
+requests finds the host's addresses, connects, does TLS and has the bundle of certificates to trust;
+that waits, so it is a helper thread's. Writing requests and reading answers is not left to it,
+because the layers below change what passes: urllib3 encodes the target anew and adds User-Agent
+and Accept-Encoding; http.client takes a 103 for the answer and gives the real one to the next
+caller, loses every header after a malformed line, and takes a body that was cut inside its chunks
+for whole.
 """
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Iterator
-from typing import Any, BinaryIO, Protocol
+import errno
+import logging
+import ssl
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
-from problems import UpstreamBroken, UpstreamTimeout
-from server.connection import Connection
-from wire.chunks import Chunks
-from wire.fields import Field, listed
+from metrics import IN_FLIGHT, STREAMS, Board
+from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
+from server.jobs import Lane
+from server.loop import Loop, Timer
+from server.stream import Stream
 
-# RFC 9110 section 9.2.2.
-IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+log = logging.getLogger("gatehouse")
+
 # A request that must not be sent twice goes on a connection that was in use this many seconds ago
 # at most: the shorter the idle time, the smaller the chance that the upstream is just closing it.
 FRESH_SECONDS = 1.0
-
-LENGTH = re.compile(r"[0-9]{1,18}")
-
-
-class Client(Protocol):
-    """Who a request is forwarded for: `on_gone` is called, once, when they have gone."""
-
-    addr: tuple[str, int]
-    gone: bool
-    on_gone: Any
+# The log says that the cap is reached once in this many seconds.
+SAY_SECONDS = 10.0
 
 
-class ClientGone(Exception):
-    """The client left while its request was with the upstream."""
-
-
-class Answer:
-    """An answer: `status`, `reason` and `fields` as they came, and the body by `pieces`."""
-
-    def __init__(self, upstream: Upstream, connection: Connection, method: str) -> None:
-        self._upstream = upstream
-        self._connection: Connection | None = connection
-        version, self.status, self.reason, self.fields = self._final_head(connection)
-        lengths: list[str] = []
-        codings: list[str] = []
-        options: list[str] = []
-        for name, value in self.fields:
-            match name.lower():
-                case "content-length":
-                    lengths.append(value)
-                case "transfer-encoding":
-                    codings.append(value.lower())
-                case "connection":
-                    options += listed([value.lower()])
-        if any(not LENGTH.fullmatch(length) for length in lengths) or len(lengths) > 1:
-            raise UpstreamBroken("The Content-Length of the upstream's answer is malformed.")
-        if codings and (codings != ["chunked"] or lengths or version == "1.0"):
-            raise UpstreamBroken("The Transfer-Encoding of the upstream's answer is malformed.")
-        bodiless = method == "HEAD" or self.status in (204, 304)
-        # RFC 9112 section 6.3: none, by chunks, by length, or until the connection closes.
-        self._chunked = bool(codings) and not bodiless
-        self._left: int | None = 0 if bodiless else int(lengths[0]) if lengths else None
-        persistent = "keep-alive" in options if version == "1.0" else True
-        framed = self._chunked or self._left is not None
-        # One that has no body but announces one may be followed by it all the same, and that would
-        # be the next caller's answer.
-        stray = bodiless and bool(codings or lengths not in ([], ["0"]))
-        self._keep = framed and persistent and not stray and "close" not in options
-
-    def _final_head(self, connection: Connection) -> tuple[str, int, str, list[Field]]:
-        deadline = time.monotonic() + self._upstream.read_timeout
-        while True:
-            head = connection.read_head(deadline)
-            if head[1] >= 200:
-                return head
-            if head[1] == 101:
-                raise UpstreamBroken("The upstream switched protocols unasked.")
+class Carried(Protocol):
+    """An exchange, as far as its connection to the upstream is concerned; `over` once it has
+    ended, which a helper thread may look at too."""
 
     @property
-    def more(self) -> bool:
-        """Whether the end of the body has not arrived yet."""
-        return self._connection is not None
+    def over(self) -> bool: ...
 
-    def pieces(self) -> Iterator[bytes]:
-        """The body, piece by piece as it arrives; an empty piece first where none is here yet. The
-        connection is let go before the last piece is given. Raises UpstreamBroken where the body
-        ends before its end, UpstreamTimeout where nothing comes."""
-        connection = self._connection
-        assert connection is not None
-        connection.sock.settimeout(self._upstream.read_timeout)
-        try:
-            if self._chunked:
-                yield from self._by_chunks(connection)
-            elif self._left is not None:
-                yield from self._by_length(connection, self._left)
-            else:
-                yield from self._until_close(connection)
-        except TimeoutError:
-            raise UpstreamTimeout("The upstream stalled in the middle of a body.") from None
-        except (OSError, EOFError) as error:
-            raise UpstreamBroken("The upstream's answer was cut in its body.") from error
-        self._done()
+    def connected(self, connection: Connection) -> None:
+        """The connection that was asked for."""
 
-    def _by_length(self, connection: Connection, left: int) -> Iterator[bytes]:
-        while left:
-            piece, connection.buffer = connection.buffer[:left], connection.buffer[left:]
-            left -= len(piece)
-            if not left:
-                self._done()
-            yield piece
-            if left and not connection.receive():
-                raise EOFError
+    def unconnected(self, problem: Problem, refused: bool) -> None:
+        """There is none, and why; `refused` says that nobody listens there."""
 
-    def _until_close(self, connection: Connection) -> Iterator[bytes]:
-        while True:
-            piece, connection.buffer = connection.buffer, b""
-            yield piece
-            if not connection.receive():
-                # An end that is not the upstream's: of a request that it reset, or from this side.
-                if connection.refused or connection.aborted:
-                    raise EOFError
-                return
+    def from_upstream(self, data: bytes) -> None:
+        """Bytes of the answer."""
 
-    def _by_chunks(self, connection: Connection) -> Iterator[bytes]:
-        # http.client takes a chunk size of `+5` or `0x5`, any two bytes after a chunk, and the end
-        # of file for the end of the trailer. What has arrived is passed on at once, as one piece
-        # however many chunks it came in, and what is malformed ends the body only after that.
-        chunks = Chunks()
-        while True:
-            pieces, connection.buffer = chunks.feed(connection.buffer)
-            if chunks.complete:
-                self._done()
-            yield b"".join(pieces)
-            if chunks.complete:
-                return
-            if chunks.malformed or not connection.receive():
-                raise EOFError
+    def pass_straight(self, connection: Connection) -> bool:
+        """Pass on what has arrived without looking at it; False where that cannot be done now."""
 
-    def _done(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            # Bytes after the end belong to no request: the connection is out of step.
-            keep = self._keep and connection.whole and not connection.buffer
-            self._upstream.release(connection, keep)
+    def upstream_ended(self) -> None:
+        """No more bytes of the answer come."""
 
-    def close(self) -> None:
-        """Let the connection go; it is closed where the body was not read to its end."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._upstream.release(connection, keep=False)
+    def upstream_failed(self) -> None:
+        """The connection is broken."""
+
+    def upstream_progressed(self) -> None:
+        """The upstream has taken some of what was sent."""
+
+    def upstream_drained(self) -> None:
+        """The upstream has taken all that was sent."""
 
 
-class Upstream(HTTPAdapter):
-    """requests' HTTPAdapter for one upstream, sending bytes as they are given.
+class Connection(Stream):
+    """One connection to the upstream: an exchange's, or kept for the next one.
 
-    `base_url` is an http or https URL, time-outs are in seconds, `connections` is how many idle
-    ones are kept at most, and `ca_bundle` a file of certificates to trust instead of requests' own.
+    `used` says whether it has been kept before, `refused` whether the upstream would not take all
+    of a request.
+    """
+
+    __slots__ = ("exchange", "idle_since", "refused", "straight", "upstream", "used")
+
+    def __init__(self, loop: Loop, sock: Any, upstream: Upstream) -> None:
+        super().__init__(loop, sock)
+        self.upstream = upstream
+        self.exchange: Carried | None = None
+        self.used = False
+        self.refused = False  # whether the upstream would not take all of the request
+        self.straight = False  # whether what arrives may go straight to the client's socket
+        self.idle_since = 0.0
+        self.watch()
+
+    def _read(self) -> None:
+        if not self.straight or self.exchange is None or not self.exchange.pass_straight(self):
+            super()._read()
+
+    def received(self, data: bytes) -> None:
+        if self.exchange is None:
+            self.upstream.discard(self)  # Bytes that belong to no request: it is out of step.
+        else:
+            self.exchange.from_upstream(data)
+
+    def ended(self) -> None:
+        if self.exchange is None:
+            self.upstream.discard(self)  # It must not be found closed by the next request.
+        else:
+            self.exchange.upstream_ended()
+
+    def failed(self, error: OSError) -> None:
+        if self.exchange is None:
+            self.upstream.discard(self)
+        else:
+            self.exchange.upstream_failed()
+
+    def unsendable(self, error: OSError) -> None:
+        """It may have answered before it stopped reading (RFC 9112 section 9.3)."""
+        self.refused = True
+        self.stop_sending()
+
+    def progressed(self) -> None:
+        if self.exchange is not None:
+            self.exchange.upstream_progressed()
+
+    def drained(self) -> None:
+        if self.exchange is not None:
+            self.exchange.upstream_drained()
+
+    def release(self, *, keep: bool) -> None:
+        """The exchange needs it no more: keep it for another, or close it."""
+        self.exchange = None
+        self.straight = False
+        if keep and not (
+            self.closed or self.ended_reading or self.refused or self.queued or self.paused
+        ):
+            self.upstream.keep(self)
+        else:
+            self.upstream.discard(self)
+
+
+class Upstream:
+    """The upstream's connections in this worker, and how many requests are with it.
+
+    `limit` is how many may be at once. Times are in seconds: `connect_timeout` for the look-up of
+    the name, connecting and TLS together, `keepalive` how long an idle connection is kept.
     """
 
     def __init__(
         self,
-        base_url: str,
+        loop: Loop,
+        lane: Lane,
+        connector: Connector,
         *,
+        limit: int,
         connect_timeout: float,
-        read_timeout: float,
-        connections: int,
-        ca_bundle: str | None = None,
+        keepalive: float,
+        board: Board,
     ) -> None:
-        super().__init__(pool_connections=1, pool_maxsize=connections, max_retries=0)
+        self.loop = loop
+        self.limit = limit
         self.connect_timeout = connect_timeout
-        self.read_timeout = read_timeout
+        self.in_flight = 0
+        self.streams = 0
+        self.open = 0
+        self.make_room: Callable[[], bool] = lambda: True
+        self._lane = lane
+        self._connector = connector
+        self._keepalive = keepalive
+        self._board = board
+        self._idle: deque[Connection] = deque()  # the one that was used last is the last
+        self._expiry = Timer(loop, self._expire)
+        self._said = -SAY_SECONDS
+
+    # How many requests are with it.
+
+    def enter(self) -> None:
+        """Count one more request. Raises UpstreamBusy where that is one too many."""
+        if self.in_flight >= self.limit:
+            if self.loop.now - self._said >= SAY_SECONDS:
+                self._said = self.loop.now
+                log.warning(
+                    "%d requests are with the upstream, which is the limit: others are told 503",
+                    self.limit,
+                )
+            raise UpstreamBusy
+        self.in_flight += 1
+        self._board.set(IN_FLIGHT, self.in_flight)
+
+    def leave(self) -> None:
+        """Count one less."""
+        self.in_flight -= 1
+        self._board.set(IN_FLIGHT, self.in_flight)
+
+    def outcome(self, *, up: bool) -> None:
+        """Note how a request went, for /health."""
+        self._board.forwarded(up)
+
+    def stream(self, change: int) -> None:
+        """Count one event stream or tunnel more, or less."""
+        self.streams += change
+        self._board.set(STREAMS, self.streams)
+
+    # Connections.
+
+    def take(self, *, repeatable: bool) -> Connection | None:
+        """A connection that was kept; None where there is none that a request may use which may,
+        or may not, be sent twice."""
+        while self._idle:
+            connection = self._idle[-1]
+            idle = self.loop.now - connection.idle_since
+            if idle > self._keepalive:
+                self._expire()
+                continue
+            if not repeatable and idle > FRESH_SECONDS:
+                return None
+            self._idle.pop()
+            if connection.closed:  # broken in this very turn, and about to be told of it
+                continue
+            connection.used = True
+            return connection
+        return None
+
+    def connect(self, exchange: Carried) -> None:
+        """Make a connection for an exchange, which is told when it is there."""
+        self.make_room()
+        self._lane.add(lambda: self._connect(exchange))
+
+    def _connect(self, exchange: Carried) -> None:
+        """On a helper thread: the socket, or why there is none, is a value for the loop."""
+        if exchange.over:
+            return
+        try:
+            sock = self._connector.connect(self.connect_timeout)
+        except Problem as problem:
+            self.loop.call(exchange.unconnected, problem, was_refused(problem))
+            return
+        self.loop.call(self._connected, sock, exchange)
+
+    def _connected(self, sock: Any, exchange: Carried) -> None:
+        self.open += 1
+        exchange.connected(Connection(self.loop, sock, self))
+
+    def keep(self, connection: Connection) -> None:
+        """Keep a connection for the next request."""
+        connection.idle_since = self.loop.now
+        self._idle.append(connection)
+        if len(self._idle) == 1:
+            self._expiry.set(self.loop.now + self._keepalive)
+
+    def discard(self, connection: Connection) -> None:
+        """Close a connection, kept or not."""
+        if connection.idle_since and connection in self._idle:
+            self._idle.remove(connection)
+        connection.close()
+        self.open -= 1
+
+    def drop_one(self) -> bool:
+        """Close the connection that has been idle longest; False where none is."""
+        if not self._idle:
+            return False
+        self.discard(self._idle[0])
+        return True
+
+    def _expire(self) -> None:
+        """Close what has been idle for too long."""
+        while self._idle and self.loop.now - self._idle[0].idle_since >= self._keepalive:
+            self.discard(self._idle[0])
+        if self._idle:
+            self._expiry.set(self._idle[0].idle_since + self._keepalive)
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        while self.drop_one():
+            pass
+
+
+class Connector(HTTPAdapter):
+    """requests' adapter for one upstream, which makes connections to it.
+
+    `base_url` is an http or https URL, `ca_bundle` a file or folder of certificates to trust
+    instead of requests' own.
+    """
+
+    def __init__(self, base_url: str, ca_bundle: str | None = None) -> None:
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
         request = requests.Request("GET", base_url).prepare()
         verify = ca_bundle or True
         self._pool: Any = self.get_connection_with_tls_context(request, verify)
         self.cert_verify(self._pool, base_url, verify, None)  # type: ignore[no-untyped-call]
 
-    def probe(self) -> None:
+    def connect(self, seconds: float) -> Any:
+        """A connected socket that does not block. Raises UpstreamUnreachable, or UpstreamTimeout
+        after `seconds` for any one address."""
+        connection = self._pool._new_conn()
+        connection.timeout = seconds
+        try:
+            connection.connect()
+        except NewConnectionError as error:  # which is a ConnectTimeoutError too
+            raise UpstreamUnreachable from error
+        except (ConnectTimeoutError, TimeoutError):
+            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
+        except (HTTPError, OSError, ValueError) as error:
+            raise UpstreamUnreachable from error
+        sock, connection.sock = connection.sock, None
+        if isinstance(sock, ssl.SSLSocket):
+            # An end of file without TLS's own would pass for the end of the body.
+            sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
+        sock.setblocking(False)
+        return sock
+
+    def probe(self, seconds: float) -> None:
         """Connect, and close. Raises UpstreamUnreachable or UpstreamTimeout."""
-        connection = self._take(idempotent=True)
-        try:
-            connection.connect(self.connect_timeout)
-        finally:
-            self.release(connection, keep=False)
+        self.connect(seconds).close()
 
-    def exchange(self, method: str, head: bytes, body: BinaryIO | None, client: Client) -> Answer:
-        """Send one request and read the head of its answer.
 
-        It is sent again, once, where that is safe: the method is idempotent and the connection,
-        which had been used before, closed without a byte of an answer. Raises UpstreamUnreachable,
-        UpstreamBroken, UpstreamTimeout, or ClientGone where the client left meanwhile.
-        """
-        connection = self._take(method in IDEMPOTENT)
-        if connection.sock is not None:
-            try:
-                return self._attempt(connection, method, head, body, client)
-            except EOFError:
-                if method not in IDEMPOTENT or client.gone:
-                    raise self._failure(client) from None
-            connection = Connection(self._pool._get_conn())
-            connection.close()  # not another one that may have died of the same cause
-            if body is not None:
-                body.seek(0)
-        try:
-            connection.connect(self.connect_timeout)
-        except BaseException:
-            self.release(connection, keep=False)
-            raise
-        try:
-            return self._attempt(connection, method, head, body, client)
-        except EOFError:
-            raise self._failure(client) from None
-
-    def _attempt(
-        self,
-        connection: Connection,
-        method: str,
-        head: bytes,
-        body: BinaryIO | None,
-        client: Client,
-    ) -> Answer:
-        # EOFError where the connection ended without a byte of an answer.
-        client.on_gone = connection.abort
-        try:
-            if client.gone:
-                raise ClientGone
-            connection.send(head, body, self.read_timeout)
-            return Answer(self, connection, method)
-        except TimeoutError:
-            self.release(connection, keep=False)
-            raise UpstreamTimeout from None
-        except (EOFError, OSError):
-            self.release(connection, keep=False)
-            if not connection.heard:
-                raise EOFError from None
-            raise self._failure(client) from None
-        except BaseException:
-            self.release(connection, keep=False)
-            raise
-
-    def _failure(self, client: Client) -> Exception:
-        if client.gone:
-            return ClientGone()
-        return UpstreamBroken("The upstream closed the connection without an answer.")
-
-    def _take(self, idempotent: bool) -> Connection:
-        raw = self._pool._get_conn()  # closed by urllib3 if the upstream has closed it meanwhile
-        idle = time.monotonic() - getattr(raw, "idle_since", 0.0)
-        if raw.sock is not None and not idempotent and idle > FRESH_SECONDS:
-            raw.close()
-        return Connection(raw)
-
-    def release(self, connection: Connection, keep: bool) -> None:
-        """Give a connection back to the pool, or close it."""
-        connection.disown()
-        if keep:
-            connection.raw.idle_since = time.monotonic()
-        else:
-            connection.close()
-        self._pool._put_conn(connection.raw)
+def was_refused(problem: Problem) -> bool:
+    """Whether nobody listens at the upstream's address, which may be about to change."""
+    error: BaseException | None = problem.__cause__
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,6 +1,6 @@
 """Workers: processes that share the listening socket.
 
-A worker is one event loop and its lanes' threads. With more than one a supervisor holds the
+A worker is one event loop and the threads of its jobs. With more than one a supervisor holds the
 listening socket, replaces those that die and passes signals on.
 """
 
@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from server.listener import let_nobody_in
-from server.loop import Application, Server
+from server.loop import READ
+from server.server import Server
 
 log = logging.getLogger("gatehouse")
 
@@ -28,18 +29,16 @@ START_ATTEMPTS = 5
 
 
 def serve(
-    application: Application,
+    make: Callable[[int], Server],
     listener: socket.socket,
     *,
     workers: int,
-    lanes: dict[str, int],
     shutdown_timeout: float,
-    access_log: bool,
 ) -> int:
     """Serve on `listener`, which is bound, until SIGTERM or SIGINT and return an exit code.
 
-    `lanes` says how many threads each kind of request has in a worker; `shutdown_timeout` is how
-    many seconds requests under way have to end.
+    `make` makes the server of a worker, given its number, in that worker's process;
+    `shutdown_timeout` is how many seconds requests under way have to end.
     """
 
     # So that services of one worker each do not all choose the same core.
@@ -47,15 +46,13 @@ def serve(
 
     def work(number: int, lifeline: int | None) -> None:
         pin(first_core + number)
-        application.join(number)
-        server = Server(application, listener, lanes, shutdown_timeout, access_log)
+        server = make(number)
         if lifeline is not None:
             Lifeline(lifeline, server)
             server.alone = False
         on_signals(server.stop, alone=server.alone)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         server.run()
-        application.close()
 
     if workers == 1:
         work(0, None)
@@ -91,20 +88,13 @@ class Lifeline:
     """The end of a pipe whose other end the supervisor holds: it ends when the supervisor does."""
 
     def __init__(self, descriptor: int, server: Server) -> None:
-        self._fileno = descriptor
-        self.events = 0
-        self.server = server
-        server.watched[descriptor] = self
+        self._descriptor = descriptor
+        self._server = server
+        server.loop.watch(descriptor, self, 0, READ)
 
-    def handle_read_event(self) -> None:
-        del self.server.watched[self._fileno]
-        self.server.stop()
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return False
+    def on_event(self, events: int) -> None:
+        self._server.loop.watch(self._descriptor, self, READ, 0)
+        self._server.stop()
 
 
 class Supervisor:

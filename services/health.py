@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from metrics import IDLE, IN_FLIGHT, IN_USE, Board
+from metrics import IDLE, IN_FLIGHT, IN_USE, LIMIT, STREAMS, Board
 from models import User, database
 from postgres.statements import Statement
 from problems import Problem, SchemaNotMigrated
@@ -116,5 +116,7 @@ class Health:
             "upstream": {
                 "status": self.board.upstream(),
                 "in_flight": self.board.total(IN_FLIGHT),
+                "streams": self.board.total(STREAMS),
+                "limit": self.board.total(LIMIT),
             },
         }

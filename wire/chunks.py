@@ -1,4 +1,9 @@
-"""Bodies in chunks, as both sides of the wire have them."""
+"""Bodies, as both sides of the wire frame them: by a length or in chunks (RFC 9112 section 6).
+
+Both kinds of reader have one shape: `feed` takes what has arrived and gives back what of it is
+the body's, and what follows the body; `complete` says that the body has ended, `malformed` that no
+end can be told any more.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,73 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\0\r]*)?")
 # Some servers fill the size up with spaces.
 FILLED_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")
+# Chunk extensions and trailers are dropped, and a sender may send nothing else: it may send so many
+# bytes of framing for each byte of body, and so many for none.
+FRAMING_FOR_EACH_BYTE = 16
+FRAMING_BYTES = 2 * MAX_LINE_BYTES
+
+
+def chunk(piece: bytes) -> bytes:
+    """A piece of a body as one chunk; the piece may not be empty, which would end the body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Sized:
+    """Takes a body of `length` bytes out of what arrives."""
+
+    __slots__ = ("announced", "left")
+
+    malformed = False
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.announced = length
+
+    @property
+    def complete(self) -> bool:
+        return not self.left
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        if len(data) <= self.left:
+            self.left -= len(data)
+            return data, b""
+        left, self.left = self.left, 0
+        return data[:left], data[left:]
+
+
+class UntilClose:
+    """A body that ends where its connection ends."""
+
+    __slots__ = ()
+
+    malformed = complete = False
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        return data, b""
 
 
 class Chunks:
     """Takes a chunked body apart (RFC 9112 section 7.1), strictly; trailers are dropped.
 
     A line may end with a line feed alone and a size with spaces, unless `exact`: a request that two
-    readers may take for two things is refused, an answer is only read.
+    readers may take for two things is refused, an answer is only read. `announced` is how large the
+    body is at least, from the chunks seen so far.
     """
+
+    __slots__ = (
+        "_exact",
+        "_left",
+        "_partial",
+        "_state",
+        "_trailer",
+        "_framing",
+        "announced",
+        "complete",
+        "malformed",
+    )
 
     SIZE, DATA, END, TRAILER = range(4)
 
@@ -24,41 +88,58 @@ class Chunks:
         self._exact = exact
         self.complete = False
         self.malformed = False
+        self.announced = 0
         self._state = self.SIZE
-        self.left = 0  # bytes of the current chunk that are still to come
+        self._left = 0  # bytes of the current chunk that are still to come
+        self._partial = b""  # the beginning of a line that is not whole yet
         self._trailer = 0
+        self._framing = 0
 
-    def feed(self, data: bytes) -> tuple[list[bytes], bytes]:
-        """The pieces of the body in `data`, and what is left of it: the start of a line that is
-        not whole yet, or what follows the body."""
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        if self._state == self.DATA and len(data) < self._left:
+            self._left -= len(data)
+            return data, b""
+        if self._partial:
+            data, self._partial = self._partial + data, b""
         pieces: list[bytes] = []
         at = 0
         while at < len(data) and not self.complete and not self.malformed:
             if self._state == self.DATA:
-                piece = data[at : at + self.left]
+                piece = data[at : at + self._left]
                 pieces.append(piece)
                 at += len(piece)
-                self.left -= len(piece)
-                self._state = self.DATA if self.left else self.END
+                self._left -= len(piece)
+                self._state = self.DATA if self._left else self.END
                 continue
             end = data.find(b"\n", at)
             if end < 0:
-                self.malformed = len(data) - at > MAX_LINE_BYTES or (
-                    self._state == self.END and data[at:] != b"\r"
+                self._partial = data[at:]
+                self.malformed = len(self._partial) > MAX_LINE_BYTES or (
+                    self._state == self.END and self._partial != b"\r"
                 )
+                at = len(data)
                 break
             line = data[at:end]
+            self._framing += len(line)
             self._line(line.removesuffix(b"\r"))
-            self.malformed = self.malformed or (self._exact and not line.endswith(b"\r"))
+            if len(line) > MAX_LINE_BYTES or (
+                self._exact
+                and (
+                    not line.endswith(b"\r")
+                    or self._framing > FRAMING_FOR_EACH_BYTE * self.announced + FRAMING_BYTES
+                )
+            ):
+                self.malformed = True
             at = end + 1
-        return pieces, data[at:]
+        return b"".join(pieces), data[at:]
 
     def _line(self, line: bytes) -> None:
         if self._state == self.SIZE:
             size = (CHUNK_LINE if self._exact else FILLED_LINE).fullmatch(line)
             self.malformed = size is None
-            self.left = int(size[1], 16) if size else 0
-            self._state = self.DATA if self.left else self.TRAILER
+            self._left = int(size[1], 16) if size else 0
+            self.announced += self._left
+            self._state = self.DATA if self._left else self.TRAILER
         elif self._state == self.END:
             self.malformed = line != b""
             self._state = self.SIZE

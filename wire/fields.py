@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 # A header line: name and value, decoded as latin-1, byte for byte.
 Field = tuple[str, str]
@@ -19,3 +20,17 @@ def field_values(fields: Iterable[Field], name: str) -> list[str]:
 def listed(values: Iterable[str]) -> list[str]:
     """The members of a comma-separated header that may stand on several lines."""
     return [member.strip(" \t") for value in values for member in value.split(",")]
+
+
+@lru_cache(1024)
+def lowered(name: str) -> str:
+    """A header's name in lower case. Names repeat, and a look-up costs less than the work."""
+    return name.lower()
+
+
+def stripped(text: str, lines: list[Field]) -> list[Field]:
+    """Header lines without the white space at their ends, where the `text` that they are from has
+    any: nearly none has."""
+    if " \r" in text or "\t\r" in text or " \n" in text or "\t\n" in text:
+        return [(name, value.rstrip(" \t")) for name, value in lines]
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
@@ -112,6 +113,15 @@ class RawClient:
                 body, self.buffer = self.buffer, b""
                 return Reply(head, body, True)
             self.buffer += data
+
+    def converse(self, data: bytes, method: str = "GET") -> Reply:
+        """Send `data`, and read the answer meanwhile: where a body is answered while it is sent, a
+        client that only sends would wait for itself."""
+        with ThreadPoolExecutor(1) as thread:
+            sending = thread.submit(self.send, data)
+            reply = self.reply(method)
+            sending.result()
+        return reply
 
     def closed(self, seconds: float = 5) -> bool:
         """Whether the other side closes within `seconds` without sending another byte."""

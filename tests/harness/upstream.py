@@ -54,11 +54,40 @@ def echo_at_once(sock: socket.socket, seen: Seen) -> bool:
     left = int(seen.get("Content-Length") or 0)
     sock.sendall(message(b"HTTP/1.1 200 OK", b"Content-Length: %d" % left))
     piece = seen.body
-    while piece:
+    while left and (piece := piece or sock.recv(65536)):
         sock.sendall(piece)
         left -= len(piece)
-        piece = sock.recv(65536) if left else b""
+        piece = b""
     return False
+
+
+def read_chunks(sock: socket.socket, buffer: bytes) -> tuple[bytes, bytes]:
+    """A body in chunks, the first of which is in `buffer`, and what follows it. OSError where it is
+    cut; AssertionError where it is not as RFC 9112 section 7.1 has it."""
+
+    def until(end: bytes) -> bytes:
+        nonlocal buffer
+        while end not in buffer:
+            more(sock)
+        line, _, buffer = buffer.partition(end)
+        return line
+
+    def more(sock: socket.socket) -> None:
+        nonlocal buffer
+        data = sock.recv(1 << 20)
+        if not data:
+            raise ConnectionError("the body was cut")
+        buffer += data
+
+    body = bytearray()
+    while size := int(until(b"\r\n"), 16):
+        while len(buffer) < size + 2:
+            more(sock)
+        body += buffer[:size]
+        assert buffer[size : size + 2] == b"\r\n"
+        buffer = buffer[size + 2 :]
+    assert until(b"\r\n") == b""
+    return bytes(body), buffer
 
 
 class ScriptedUpstream:
@@ -112,14 +141,18 @@ class ScriptedUpstream:
                 if self.early and self.early(sock, seen) is False:
                     return
                 length = seen.get("Content-Length")
-                assert not seen.all("Transfer-Encoding"), seen
+                if codings := seen.all("Transfer-Encoding"):
+                    assert codings == ["chunked"] and length is None, seen
+                    seen.body, buffer = read_chunks(sock, buffer)
+                    length = "0"
                 while length and len(buffer) < int(length):
                     data = sock.recv(65536)
                     if not data:
                         return
                     buffer += data
                 size = int(length or 0)
-                seen.body, buffer = buffer[:size], buffer[size:]
+                if not codings:
+                    seen.body, buffer = buffer[:size], buffer[size:]
                 self.seen.append(seen)
                 if isinstance(self.answer, bytes):
                     sock.sendall(self.answer)

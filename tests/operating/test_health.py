@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import socket
 import threading
 import time
@@ -68,6 +70,16 @@ def health(service: Service) -> dict[str, Any]:
     return document
 
 
+def upstream_part(document: dict[str, Any]) -> str:
+    """The status of the upstream with which nothing is under way; the rest is asserted."""
+    part = document["upstream"]
+    # As many as there are descriptors for, for each of which a client has another.
+    limit = (min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536) - 256) // 2
+    limit *= int(os.environ.get("TEST_WORKERS", 1))
+    assert part == {"status": part["status"], "in_flight": 0, "streams": 0, "limit": limit}
+    return str(part["status"])
+
+
 def test_health_tells_all_parts(service: Service) -> None:
     assert service.call("GET", "/users").status == 200
     reply = service.call("GET", "/health")
@@ -84,7 +96,7 @@ def test_health_tells_all_parts(service: Service) -> None:
         "pool": {"size": 8, "in_use": 0, "idle": 1},
         "pending_migrations": [],
     }
-    assert document["upstream"] == {"status": "unknown", "in_flight": 0}
+    assert upstream_part(document) == "unknown"
 
 
 def test_uptime_goes_on(service: Service) -> None:
@@ -110,7 +122,7 @@ def test_a_dead_database_is_told_in_time(start: Start, dead_uri: str) -> None:
         assert document["status"] == "degraded"
         assert document["database"]["status"] == "down"
         assert document["database"]["pool"] == {"size": 8, "in_use": 0, "idle": 0}
-        assert document["upstream"] == {"status": "unknown", "in_flight": 0}
+        assert upstream_part(document) == "unknown"
 
         began = time.monotonic()
         ready = service.call("GET", "/health/ready")
@@ -249,14 +261,14 @@ def test_the_upstream_is_told_from_forwarded_requests_only(database: str, start:
         assert upstream.connections == 0
 
         assert service.call("GET", "/x").status == 200
-        assert health(service)["upstream"] == {"status": "up", "in_flight": 0}
+        assert upstream_part(health(service)) == "up"
         assert (upstream.connections, len(upstream.seen)) == (1, 1)
     finally:
         upstream.close()
     # Nothing was forwarded since, so nothing is known to have changed.
     assert health(service)["upstream"]["status"] == "up"
     assert service.call("GET", "/x").status == 502
-    assert health(service)["upstream"] == {"status": "down", "in_flight": 0}
+    assert upstream_part(health(service)) == "down"
 
 
 def test_an_upstream_that_is_back_is_up_with_the_next_request(database: str, start: Start) -> None:

@@ -119,27 +119,35 @@ def test_requests_under_way_are_answered_and_no_new_ones_taken(
     start: Start, held: HeldUpstream, how: signal.Signals, workers: int
 ) -> None:
     service = start(UPSTREAM_URL=held.url, WORKERS=workers)
-    idle = [service.client() for _ in range(3)]
-    for client in idle:
+    kept = [service.client() for _ in range(4)]
+    for client in kept:
         client.send(b"GET /health/live HTTP/1.1\r\nHost: a.example\r\n\r\n")
-        assert client.reply().status == 200
-    idle[0].send(b"\r\n")  # which begins no request (RFC 9112 section 2.2)
+        reply = client.reply()
+        assert (reply.status, reply.get("Connection")) == (200, None)
+    kept[0].send(b"\r\n")  # which begins no request (RFC 9112 section 2.2)
     with under_way(service, held, ["/plain", "/stream"] * 6) as clients:
         service.process.send_signal(how)
         wait_for(lambda: refuses(service.port), 5, "new connections to be refused")
-        for client in idle:
-            with contextlib.suppress(ConnectionError):
-                client.send(b"GET /plain HTTP/1.1\r\nHost: a.example\r\n\r\n")
-            assert client.closed()
+        # Whoever asks on a connection that was kept is answered, and told that it ends.
+        for client, target in zip(kept[:3], ("/plain", "/plain", "/health/live"), strict=True):
+            client.send(f"GET {target} HTTP/1.1\r\nHost: a.example\r\n\r\n".encode())
+        reply = kept[2].reply()
+        assert (reply.status, reply.get("Connection")) == (200, "close")
+        assert kept[2].closed()
+        assert kept[3].closed()  # It has asked for nothing.
+        assert service.process.poll() is None
         held.release.set()
         released = time.monotonic()
-        for client in clients:
+        for client in [*clients, *kept[:2]]:
             reply = client.reply()
             assert (reply.status, reply.body, reply.complete) == (200, b"firstsecond", True), reply
-    assert service.process.wait(30) == 0
-    # Nothing waits for idle connections, or for the rest of SHUTDOWN_TIMEOUT.
-    assert time.monotonic() - released < 5
-    assert held.waiting == 12
+            if client in kept:
+                assert reply.get("Connection") == "close"
+        # Nothing waits for idle connections, whatever they were told, or for the rest of
+        # SHUTDOWN_TIMEOUT.
+        assert service.process.wait(30) == 0
+        assert time.monotonic() - released < 5
+    assert held.waiting == 14
 
 
 @one_or_two_workers

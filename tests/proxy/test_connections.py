@@ -27,12 +27,15 @@ from tests.harness import (
     request,
     wait_for,
 )
+from tests.harness.upstream import read_chunks
 
 OK = b"HTTP/1.1 200 OK"
 CHUNKED = b"Transfer-Encoding: chunked"
 IDEMPOTENT = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]
 # A small cap, and in one worker: the cap, like a pool of connections, is a worker's own.
 CAP = 3
+# So many bytes of a body are gathered before the upstream is asked, and kept until it answers.
+GATHERED = 65536
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +203,7 @@ def test_an_idempotent_request_is_sent_again_when_its_reused_connection_dies(
     start: Callable[..., Service], fresh: ScriptedUpstream, method: str
 ) -> None:
     service = start(UPSTREAM_URL=fresh.url)
-    body = b"" if method == "TRACE" else bytes(range(256)) * 4000
+    body = b"" if method == "TRACE" else bytes(range(256)) * (GATHERED // 256)
     data = request(f"{method} /a?b HTTP/1.1".encode(), b"Content-Length: %d" % len(body), body=body)
     client, seen = failing_when_reused(service, fresh, FailsWhenReused(), data)
     with client:
@@ -209,6 +212,35 @@ def test_an_idempotent_request_is_sent_again_when_its_reused_connection_dies(
     assert first.connection == died.connection != again.connection
     assert (died.head, died.body) == (again.head, again.body)
     assert again.body == body
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("dies", ["in the body", "after the body"])
+def test_a_request_whose_body_is_not_here_any_more_is_never_sent_twice(
+    start: Callable[..., Service], fresh: ScriptedUpstream, framing: str, dies: str
+) -> None:
+    service = start(UPSTREAM_URL=fresh.url)
+    body = bytes(GATHERED + 1)
+    head = b"Content-Length: %d" % len(body) if framing == "length" else CHUNKED
+    fresh.script(FailsWhenReused())
+    targets: list[bytes] = []
+
+    def note(sock: socket.socket, seen: Seen) -> bool:
+        targets.append(seen.target)
+        return dies == "after the body" or seen.target == b"/first"
+
+    fresh.early = note
+    with service.client() as client:
+        client.send(request(b"GET /first HTTP/1.1"))
+        assert client.reply().body == b"ok"
+        data = body if framing == "length" else chunked(body)
+        client.send(request(b"PUT /a HTTP/1.1", head))
+        client.send(data[:-1])
+        wait_for(lambda: targets[1:])
+        if dies == "after the body":
+            client.send(data[-1:])
+        problem(client.reply(), 502, "upstream-broken")
+    assert targets == [b"/first", b"/a"]
 
 
 @pytest.mark.parametrize("method", ["POST", "PATCH", "CUSTOM", "get"])
@@ -506,16 +538,41 @@ def test_a_client_that_leaves_while_its_request_is_forwarded_frees_the_connectio
     wait_for(lambda: in_flight(capped) == 0)
 
 
-def pour(total: int) -> Answer:
-    """An answer of `total` bytes, with its length."""
-    block = bytes(1 << 20)
+class Pour:
+    """Answers of `total` bytes, with their length, but for `ok` to a target other than /big.
 
-    def answer(sock: socket.socket, seen: Seen) -> None:
-        sock.sendall(message(OK, b"Content-Length: %d" % total))
-        for _ in range(total // len(block)):
-            sock.sendall(block)
+    `sent` is how many bytes of all of them a kernel has taken so far.
+    """
 
-    return answer
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.sent = 0
+
+    def __call__(self, sock: socket.socket, seen: Seen) -> None:
+        if seen.target != b"/big":
+            return ok(sock, seen)
+        block = memoryview(bytes(1 << 20))
+        sock.sendall(message(OK, b"Content-Length: %d" % self.total))
+        left = self.total
+        while left:
+            size = sock.send(block[:left])
+            left -= size
+            self.sent += size
+        return None
+
+    def stuck(self) -> None:
+        """Wait until something has been sent, and nothing more is taken of it."""
+        before = 0
+        while not before or before < self.sent:
+            before = self.sent
+            threading.Event().wait(0.3)
+
+
+def status_of(client: RawClient) -> int:
+    """The status of the next answer, which stays to be read."""
+    head = client.head()
+    client.buffer = head + b"\r\n\r\n" + client.buffer
+    return int(head.split(b" ")[1])
 
 
 def memory(service: Service) -> int:
@@ -525,70 +582,70 @@ def memory(service: Service) -> int:
     return sum(process.memory_full_info().uss for process in every)
 
 
-def test_clients_that_do_not_read_hold_neither_a_place_nor_a_thread(
+def test_clients_that_do_not_read_keep_their_places_until_their_last_byte(
+    start: Callable[..., Service], fresh: ScriptedUpstream
+) -> None:
+    """60 of them made 60 connections to an upstream that was to have two requests at most."""
+    pour = Pour(64 << 20)
+    fresh.script(pour)
+    service = start(UPSTREAM_URL=fresh.url, WORKERS=1, UPSTREAM_MAX_IN_FLIGHT=2)
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(service.client()) for _ in range(60)]
+        began = time.monotonic()
+        for reader in readers:
+            reader.send(request(b"GET /big HTTP/1.1"))
+        statuses = [status_of(reader) for reader in readers]
+        assert sorted(statuses) == [200] * 2 + [503] * 58
+        assert time.monotonic() - began < 10
+        pour.stuck()
+        assert (fresh.connections, in_flight(service)) == (2, 2)
+        # Owned paths go on, and those that were refused may ask again: they are refused again.
+        assert service.call("GET", "/health/live").status == 200
+        admitted = [reader for reader in readers if status_of(reader) == 200]
+        for reader in readers:
+            if reader not in admitted:
+                problem(reader.reply(), 503, "upstream-busy")
+                reader.send(request(b"GET /more HTTP/1.1"))
+                problem(reader.reply(), 503, "upstream-busy")
+        # They are only slow, not gone: what they asked for is still theirs, and nobody else's.
+        for left, reader in ((1, admitted[0]), (0, admitted[1])):
+            reply = reader.reply()
+            assert (len(reply.body), reply.complete) == (pour.total, True)
+            assert reply.body.count(0) == pour.total
+            assert in_flight(service) == left
+        assert service.call("GET", "/small").body == b"ok"
+    assert fresh.connections == 2
+
+
+def test_a_client_that_does_not_read_and_leaves_gives_its_place_back(
     capped: Service, upstream: ScriptedUpstream
 ) -> None:
-    size = 64 << 20
-    upstream.script(lambda sock, seen: (pour(size) if seen.target == b"/big" else ok)(sock, seen))
-    readers = []
-    for _ in range(CAP * 3):
-        client = capped.client()
-        # By the count, not by an answer: a place is given back just after its answer has gone.
-        wait_for(lambda: in_flight(capped) < CAP)
-        client.send(request(b"GET /big HTTP/1.1"))
-        readers.append(client)
-        # Not before it is with the upstream has it been counted.
-        wait_for(lambda: len(upstream.seen) == len(readers))
-    wait_for(lambda: capped.call("GET", "/small").status == 200)
-    assert capped.call("GET", "/health/live").status == 200
-    wait_for(lambda: in_flight(capped) == 0)
-    # They are only slow, not gone: what they asked for is still theirs.
-    for client in (readers[0], readers[-1]):
-        reply = client.reply()
-        assert (reply.status, len(reply.body), reply.complete) == (200, size, True)
-    for client in readers:
-        client.close()
-
-
-def test_a_late_reader_gets_the_rest_whoever_has_its_place_by_then(
-    start: Callable[..., Service], upstream: ScriptedUpstream
-) -> None:
-    """It waited for the end of a stream that has none."""
-    size = 64 << 20
-    endless = message(OK, CHUNKED, body=b"5\r\nhello\r\n")
-    hold = threading.Event()
-
-    def answer(sock: socket.socket, seen: Seen) -> None:
-        if seen.target == b"/endless":
-            sock.sendall(endless)
-            hold.wait(20)
-        else:
-            pour(size)(sock, seen)
-
-    upstream.script(answer)
-    service = start(UPSTREAM_URL=upstream.url, UPSTREAM_MAX_IN_FLIGHT=1, WORKERS=1)
-    with service.client() as late, service.client() as stream:
-        late.send(request(b"GET /big HTTP/1.1"))
-        wait_for(lambda: upstream.seen and in_flight(service) == 0)
-        stream.send(request(b"GET /endless HTTP/1.1"))
-        stream.head()
-        problem(service.call("GET", "/more"), 503, "upstream-busy")
-        reply = late.reply()
-        assert (len(reply.body), reply.complete) == (size, True)
-        hold.set()
+    pour = Pour(64 << 20)
+    upstream.script(pour)
+    readers = [capped.client() for _ in range(CAP)]
+    for reader in readers:
+        reader.send(request(b"GET /big HTTP/1.1"))
+        assert status_of(reader) == 200
+    pour.stuck()
+    problem(capped.call("GET", "/small"), 503, "upstream-busy")
+    for left, reader in zip(range(CAP - 1, -1, -1), readers, strict=True):
+        reader.close()
+        wait_for(lambda left=left: in_flight(capped) == left, 1, "its place")
+        assert capped.call("GET", "/small").body == b"ok"
 
 
 def test_the_log_counts_the_time_that_a_stream_waited_for_its_client(
     capped: Service, upstream: ScriptedUpstream
 ) -> None:
-    upstream.script(pour(64 << 20))
+    pour = Pour(64 << 20)
+    upstream.script(pour)
     with capped.client() as client:
         began = time.monotonic()
-        client.send(request(b"GET /waits HTTP/1.1"))
-        wait_for(lambda: upstream.seen and in_flight(capped) == 0)
+        client.send(request(b"GET /big HTTP/1.1", b"X-Request-Id: waits"))
+        pour.stuck()
         waited = time.monotonic() - began
         assert client.reply().complete
-    [line] = wait_for(lambda: [one for one in capped.access_log if one["target"] == "/waits"])
+    [line] = wait_for(lambda: [one for one in capped.access_log if one["request_id"] == "waits"])
     assert line["bytes"] == 64 << 20
     assert line["ms"] > waited * 1000
 
@@ -597,14 +654,14 @@ def test_a_body_is_asked_for_after_the_answers_before_it(
     capped: Service, upstream: ScriptedUpstream
 ) -> None:
     """Also where those have not been taken yet: the 100 came in the middle of one."""
-    size = 64 << 20
-    upstream.script(lambda sock, seen: (pour(size) if seen.target == b"/big" else ok)(sock, seen))
+    pour = Pour(64 << 20)
+    upstream.script(pour)
     expecting = request(b"PUT /body HTTP/1.1", b"Content-Length: 2", b"Expect: 100-continue")
     with capped.client() as client:
         client.send(request(b"GET /big HTTP/1.1") + expecting)
-        wait_for(lambda: upstream.seen and in_flight(capped) == 0)
+        pour.stuck()
         first = client.reply()
-        assert (len(first.body), first.body.strip(b"\0")) == (size, b"")
+        assert (len(first.body), first.body.strip(b"\0")) == (pour.total, b"")
         assert client.head() == b"HTTP/1.1 100 Continue"
         client.send(b"hi")
         assert client.reply().body == b"ok"
@@ -634,9 +691,9 @@ def test_memory_stays_flat_for_an_answer_of_any_size(
     service: Service, upstream: ScriptedUpstream
 ) -> None:
     total = 256 << 20
-    upstream.script(pour(total))
+    upstream.script(Pour(total))
     with service.client() as client:
-        client.send(request(b"GET /warm HTTP/1.1"))
+        client.send(request(b"GET /big HTTP/1.1"))
         client.head()
         before = peak = memory(service)
         received = len(client.buffer)
@@ -655,10 +712,11 @@ def test_memory_stays_flat_when_the_client_does_not_read(
     capped: Service, upstream: ScriptedUpstream
 ) -> None:
     freed = threading.Event()
+    pour = Pour(512 << 20)
 
     def answer(sock: socket.socket, seen: Seen) -> None:
         try:
-            pour(512 << 20)(sock, seen)
+            pour(sock, seen)
         finally:
             freed.set()
 
@@ -667,7 +725,8 @@ def test_memory_stays_flat_when_the_client_does_not_read(
     with capped.client() as client:
         client.send(request(b"GET /big HTTP/1.1"))
         client.head()
-        wait_for(lambda: in_flight(capped) == 0)
+        pour.stuck()
+        assert in_flight(capped) == 1
         assert memory(capped) - before < 24 << 20
         # The upstream has to wait: nothing has taken the rest of the body to keep it elsewhere.
         assert not freed.is_set()
@@ -684,9 +743,11 @@ def test_memory_stays_flat_for_a_request_of_any_size(
 
     def count(sock: socket.socket, seen: Seen) -> bool:
         nonlocal counted
-        counted = len(seen.body)
-        while counted < total:
+        counted = 0 if framing == "chunked" else len(seen.body)
+        while counted < total and framing == "length":
             counted += len(sock.recv(1 << 20))
+        if framing == "chunked":
+            counted = len(read_chunks(sock, seen.body)[0])
         received.set()
         ok(sock, seen)
         return False

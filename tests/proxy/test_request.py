@@ -18,6 +18,7 @@ from tests.harness import (
     chunked,
     forward,
     message,
+    ok,
     problem,
     request,
 )
@@ -225,7 +226,6 @@ def test_connect_is_405(service: Service, upstream: ScriptedUpstream, target: by
         b"GET /a HTTP/1",
         b"GET /a HTTP/1.1x",
         b"GET /a HTTP/1.12",
-        b"GET /a HTTP/2.0",
         b"GET /a http/1.1",
         b"GET /a XTTP/1.1",
     ],
@@ -236,6 +236,45 @@ def test_a_malformed_request_line_is_400(
     upstream.script(b"")
     problem(service.exchange(request(line)), 400, "bad-request")
     assert upstream.seen == []
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"3.0", b"0.9", b"2.1", b"9.9"])
+@pytest.mark.parametrize("target", [b"/a", b"/health/live"])
+def test_a_version_of_http_that_is_not_1_is_505(
+    service: Service, upstream: ScriptedUpstream, version: bytes, target: bytes
+) -> None:
+    """Also the preface of HTTP/2, whose rest is no request: the connection ends."""
+    upstream.script(b"")
+    for line in (b"GET %s HTTP/%s" % (target, version), b"PRI * HTTP/" + version):
+        with service.client() as client:
+            client.send(request(line) + b"SM\r\n\r\n")
+            problem(client.reply(), 505, "http-version-not-supported")
+            assert client.closed()
+    assert upstream.seen == []
+
+
+@pytest.mark.parametrize("version", [b"1.2", b"1.9"])
+def test_a_later_version_of_http_1_is_served_as_1_1(
+    service: Service, upstream: ScriptedUpstream, version: bytes
+) -> None:
+    """RFC 9110 section 2.5. So it has chunks, keeps its connection, and must name its host."""
+    upstream.script(message(b"HTTP/1.1 200 OK", b"Transfer-Encoding: chunked", body=chunked(b"ok")))
+    data = request(
+        b"POST /a HTTP/" + version, b"Transfer-Encoding: chunked", body=chunked(b"h", b"i")
+    )
+    with service.client() as client:
+        for _ in range(2):
+            client.send(data)
+            reply = client.reply()
+            assert reply.status_line == b"HTTP/1.1 200 OK"
+            assert (reply.body, reply.get("Transfer-Encoding")) == (b"ok", "chunked")
+            assert reply.get("Connection") is None
+        client.send(message(b"GET /a HTTP/" + version, b"X-A: 1"))
+        problem(client.reply(), 400, "bad-request")
+        assert client.closed()
+    assert [seen.request_line for seen in upstream.seen] == [b"POST /a HTTP/1.1"] * 2
+    assert [seen.body for seen in upstream.seen] == [b"hi"] * 2
+    assert {(seen.get("Via") or "").partition(" ")[0] for seen in upstream.seen} == {"1.1"}
 
 
 @pytest.mark.parametrize(
@@ -394,22 +433,52 @@ def test_connection_cannot_remove_the_host_the_framing_or_what_the_proxy_sets(
     "lines",
     [
         [b"Connection: Upgrade", b"Upgrade: websocket"],
-        [b"Connection: keep-alive, upgrade", b"Upgrade: h2c, WebSocket"],
+        [b"connection: keep-alive, X-Hop, upgrade", b"X-Hop: 1", b"UPGRADE: WebSocket"],
+        [b"Connection: keep-alive", b"Connection: UPGRADE", b"Upgrade: h2c, WebSocket"],
     ],
 )
-def test_a_websocket_upgrade_is_501(
+def test_a_websocket_upgrade_is_forwarded_with_both_lines(
     service: Service, upstream: ScriptedUpstream, lines: list[bytes]
 ) -> None:
-    upstream.script(b"")
-    problem(service.exchange(request(b"GET /ws HTTP/1.1", *lines)), 501, "upgrade-not-supported")
-    assert upstream.seen == []
+    """Nothing else that was offered is; and any other answer than a 101 is an ordinary one."""
+    key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    upstream.script(ok)
+    with service.client() as client:
+        for _ in range(2):
+            client.send(request(b"GET /ws HTTP/1.1", *lines, key))
+            reply = client.reply()
+            assert (reply.status, reply.body, reply.get("Connection")) == (200, b"ok", None)
+    for seen in upstream.seen:
+        assert seen.all("Upgrade") == ["websocket"]
+        assert [value.lower() for value in seen.all("Connection")] == ["upgrade"]
+        assert seen.get("Sec-WebSocket-Key") == "dGhlIHNhbXBsZSBub25jZQ=="
+        assert seen.get("X-Hop") is None
+    assert len(upstream.seen) == 2
 
 
-def test_an_upgrade_is_ignored_in_http_1_0(service: Service, upstream: ScriptedUpstream) -> None:
-    """RFC 9110 section 7.8."""
-    lines = [b"Connection: Upgrade", b"Upgrade: websocket"]
-    seen, reply = forward(service, upstream, request(b"GET /ws HTTP/1.0", *lines))
-    assert (reply.status, seen.get("Upgrade")) == (200, None)
+@pytest.mark.parametrize(
+    ("first_line", "lines"),
+    [
+        (b"GET /ws HTTP/1.0", [b"Connection: Upgrade", b"Upgrade: websocket"]),
+        (b"GET /ws HTTP/1.1", [b"Upgrade: websocket"]),
+        (b"GET /ws HTTP/1.1", [b"Connection: keep-alive", b"Upgrade: websocket"]),
+        (b"GET /ws HTTP/1.1", [b"Connection: Upgrade"]),
+        (b"GET /ws HTTP/1.1", [b"Connection: Upgrade", b"Upgrade: websockets"]),
+        (b"GET /ws HTTP/1.1", [b"Connection: Upgrade", b"Upgrade: h2c, TLS/1.0"]),
+        (b"POST /ws HTTP/1.1", [b"Connection: Upgrade", b"Upgrade: websocket"]),
+        (b"get /ws HTTP/1.1", [b"Connection: Upgrade", b"Upgrade: websocket"]),
+    ],
+)
+def test_any_other_upgrade_is_dropped_and_the_request_goes_on(
+    service: Service, upstream: ScriptedUpstream, first_line: bytes, lines: list[bytes]
+) -> None:
+    """RFC 9110 section 7.8. What switches all the same is broken."""
+    data = request(first_line, *lines)
+    seen, reply = forward(service, upstream, data)
+    assert (reply.status, seen.get("Upgrade"), seen.get("Connection")) == (200, None, None)
+    switched = message(b"HTTP/1.1 101 Switching Protocols", b"Upgrade: websocket")
+    upstream.script(switched)
+    problem(service.exchange(data), 502, "upstream-broken")
 
 
 def test_the_upstream_is_asked_for_by_its_own_host_where_the_setting_says_so(
@@ -481,7 +550,16 @@ def test_a_request_id_that_is_missing_or_malformed_is_made(
 
 
 EVERY_BYTE = bytes(range(256))
-BODIES = [b"x", EVERY_BYTE, b"\r\n0\r\n\r\n", EVERY_BYTE * 4096]
+# So many bytes of a body are gathered before the upstream is asked.
+GATHERED = 65536
+BODIES = [
+    b"x",
+    EVERY_BYTE,
+    b"\r\n0\r\n\r\n",
+    EVERY_BYTE * (GATHERED // 256),
+    EVERY_BYTE * (GATHERED // 256) + b"x",
+    EVERY_BYTE * 4096,
+]
 
 
 @pytest.mark.parametrize("method", ["POST", "GET", "DELETE", "OPTIONS", "QUERY"])
@@ -497,14 +575,19 @@ def test_a_body_with_a_length_arrives_with_that_length(
 
 @pytest.mark.parametrize("coding", [b"chunked", b"Chunked", b" CHUNKED\t"])
 @pytest.mark.parametrize("body", BODIES, ids=len)
-def test_a_chunked_body_arrives_with_its_length(
+def test_a_chunked_body_arrives_with_its_length_or_where_it_is_large_in_chunks(
     service: Service, upstream: ScriptedUpstream, coding: bytes, body: bytes
 ) -> None:
     pieces = [body[i : i + 70_000] for i in range(0, len(body), 70_000)]
     data = request(b"POST / HTTP/1.1", b"Transfer-Encoding:" + coding, body=chunked(*pieces))
-    seen, _ = forward(service, upstream, data)
-    assert seen.body == body
-    assert seen.all("Content-Length") == [str(len(body))]
+    seen, reply = forward(service, upstream, data)
+    assert (seen.body == body, reply.body) == (True, b"ok")
+    if len(body) <= GATHERED:
+        assert seen.all("Content-Length") == [str(len(body))]
+        assert seen.all("Transfer-Encoding") == []
+    else:
+        assert seen.all("Transfer-Encoding") == ["chunked"]
+        assert seen.all("Content-Length") == []
 
 
 @pytest.mark.parametrize(

@@ -413,7 +413,7 @@ def test_a_205_with_an_empty_body_is_framed(service: Service, upstream: Scripted
     [
         [b"HTTP/1.1 100 Continue"],
         [b"HTTP/1.1 102 Processing"],
-        [b"HTTP/1.1 103 Early Hints", b"Link: </a.css>; rel=preload", b"Content-Length: 99"],
+        [b"HTTP/1.1 104 Upload Resumption Supported", b"Content-Length: 99"],
         [b"HTTP/1.1 199 Any", b"Transfer-Encoding: chunked", b"Set-Cookie: a=1"],
     ],
 )
@@ -440,25 +440,80 @@ def test_interim_answers_are_skipped(
     assert [seen.connection for seen in upstream.seen] == [upstream.seen[0].connection] * 2
 
 
+@pytest.mark.parametrize(
+    ("status", "version"),
+    [(b"102 Processing", b"1.1"), (b"103 Early Hints", b"1.0"), (b"100 Continue", b"1.1")],
+)
 def test_an_interim_answer_that_comes_long_before_the_final_one_is_skipped(
-    service: Service, upstream: ScriptedUpstream
+    service: Service, upstream: ScriptedUpstream, status: bytes, version: bytes
 ) -> None:
+    """HTTP/1.0 has none (RFC 9110 section 15.2), and nobody asked for a 100."""
     go_on = threading.Event()
 
     def answer(sock: socket.socket, seen: Seen) -> None:
-        sock.sendall(message(b"HTTP/1.1 103 Early Hints", b"Link: </a.css>"))
+        sock.sendall(message(b"HTTP/1.1 " + status, b"Link: </a.css>"))
         go_on.wait(10)
         sock.sendall(message(b"HTTP/1.1 200 OK", LENGTH_0))
 
     upstream.script(answer)
     with service.client() as client:
-        client.send(request())
+        client.send(request(b"GET / HTTP/" + version))
         client.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             client.head()
         go_on.set()
         client.sock.settimeout(15)
         assert client.head().startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize("times", [1, 30])
+def test_early_hints_pass_at_once_without_what_is_this_hop_s(
+    service: Service, upstream: ScriptedUpstream, times: int
+) -> None:
+    """RFC 8297. They are with the client before the answer is there."""
+    go_on = threading.Event()
+    hints = [b"Link: </a.css>; rel=preload", b"link: </b.js>", b"X-Bytes: \xe9"]
+    hop = [
+        b"Connection: X-Hop",
+        b"X-Hop: 1",
+        b"Keep-Alive: 5",
+        b"Alt-Svc: clear",
+        b"X-Request-Id: a",
+    ]
+    hop += [b"Content-Length: 99"]  # which none may have (RFC 9110 section 8.6)
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        sock.sendall(message(b"HTTP/1.1 103 Early Hints", *hints, *hop) * times)
+        assert go_on.wait(10)
+        go_on.clear()
+        sock.sendall(
+            message(b"HTTP/1.1 200 OK", b"Content-Length: 2", b"X-To: " + seen.target, body=b"hi")
+        )
+
+    upstream.script(answer)
+    with service.client() as client:
+        for target in (b"/1", b"/2"):
+            client.send(request(b"GET %s HTTP/1.1" % target))
+            for _ in range(times):
+                assert client.head().split(b"\r\n") == [b"HTTP/1.1 103 Early Hints", *hints]
+            assert client.buffer == b""
+            go_on.set()
+            reply = client.reply()
+            assert (reply.status, reply.body, reply.get("X-To")) == (200, b"hi", target.decode())
+            assert reply.get("Link") is None
+    assert [seen.connection for seen in upstream.seen] == [upstream.seen[0].connection] * 2
+
+
+def test_early_hints_are_not_sent_before_the_answers_before_theirs(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    answer = message(b"HTTP/1.1 103 Early Hints", b"Link: </a.css>")
+    upstream.script(answer + message(b"HTTP/1.1 200 OK", b"Content-Length: 2", body=b"hi"))
+    with service.client() as client:
+        client.send(request() * 3)
+        for _ in range(3):
+            assert client.head().startswith(b"HTTP/1.1 103 ")
+            assert client.reply().body == b"hi"
 
 
 class Pieces:
@@ -633,7 +688,9 @@ def test_an_upstream_that_answers_as_it_reads_gets_all_of_the_body(
     upstream.script(b"")
     upstream.early = echo_at_once
     body = os.urandom(20_000_000)
-    reply = service.call("POST", "/echo", body)
+    head = request(b"POST /echo HTTP/1.1", b"Content-Length: %d" % len(body))
+    with service.client() as client:
+        reply = client.converse(head + body, "POST")
     assert (reply.status, reply.complete) == (200, True)
     assert reply.body == body
 

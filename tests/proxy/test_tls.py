@@ -167,7 +167,9 @@ def test_an_upstream_that_answers_as_it_reads_gets_all_of_the_body(
     upstream.script(b"")
     upstream.early = echo_at_once
     body = os.urandom(8 << 20)
-    reply = service.call("POST", "/echo", body)
+    head = request(b"POST /echo HTTP/1.1", b"Content-Length: %d" % len(body))
+    with service.client() as client:
+        reply = client.converse(head + body, "POST")
     assert (reply.status, reply.complete) == (200, True)
     assert reply.body == body
 

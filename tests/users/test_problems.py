@@ -41,13 +41,13 @@ CONTRACT = {
     "invalid-user": 422,
     "invalid-query": 422,
     "internal-error": 500,
-    "upgrade-not-supported": 501,
     "upstream-unreachable": 502,
     "upstream-broken": 502,
     "database-unavailable": 503,
     "schema-not-migrated": 503,
     "upstream-busy": 503,
     "upstream-timeout": 504,
+    "http-version-not-supported": 505,
     "loop-detected": 508,
 }
 # What an answer of this status has to say besides.
@@ -171,17 +171,6 @@ def a_database_that_fails_in_a_way_nobody_thought_of(parts: Parts) -> Reply:
     return reply
 
 
-@provokes("upgrade-not-supported")
-def a_websocket(parts: Parts) -> Reply:
-    upgrade = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    return parts.service.call("GET", "/chat", headers=upgrade)
-
-
 @provokes("upstream-unreachable")
 def an_upstream_that_is_down(parts: Parts) -> Reply:
     return parts.start(UPSTREAM_URL="http://127.0.0.1:1/quux").call("GET", "/x")
@@ -235,6 +224,11 @@ def an_upstream_that_does_not_answer(parts: Parts) -> Reply:
         asked.set()
 
 
+@provokes("http-version-not-supported")
+def a_version_that_is_not_1(parts: Parts) -> Reply:
+    return parts.service.exchange(b"GET /x HTTP/2.0\r\nHost: a\r\n\r\n")
+
+
 @provokes("loop-detected")
 def an_upstream_that_is_gatehouse_itself(parts: Parts) -> Reply:
     port = free_port()
@@ -260,20 +254,23 @@ def test_no_two_problem_types_have_one_title() -> None:
 
 
 @pytest.mark.parametrize(
-    "head",
+    ("head", "status"),
     [
-        b"HEAD / HTTP/1.2\r\nHost: a\r\n\r\n",
-        b"HEAD / HTTP/1.1\r\nHost: a\r\nX\r\n\r\n",
-        b"HEAD / HTTP/1.1\r\nHost: a\n\r\n",
-        b"HEAD /" + b"a" * 66_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+        (b"HEAD / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+        (b"HEAD / HTTP/1.12\r\nHost: a\r\n\r\n", 400),
+        (b"HEAD / HTTP/1.1\r\nHost: a\r\nX\r\n\r\n", 400),
+        (b"HEAD / HTTP/1.1\r\nHost: a\n\r\n", 400),
+        (b"HEAD /" + b"a" * 66_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     ],
-    ids=lambda head: repr(head[:40]),
+    ids=lambda value: repr(value)[:40],
 )
-def test_a_head_that_is_refused_gets_no_body_either(service: Service, head: bytes) -> None:
+def test_a_head_that_is_refused_gets_no_body_either(
+    service: Service, head: bytes, status: int
+) -> None:
     with service.client() as client:
         client.send(head)
         reply = client.reply("HEAD")
-        assert (reply.status, reply.get("Content-Type")) == (400, "application/problem+json")
+        assert (reply.status, reply.get("Content-Type")) == (status, "application/problem+json")
         assert client.closed()
 
 

@@ -1,0 +1,580 @@
+"""One client connection: requests in, one after the other, and their answers out.
+
+It reads heads, hands each request to whoever answers it, writes answers, and ends the connection.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from problems import OWN_FIELDS, BadRequest, Problem
+from server.logs import quoted
+from server.loop import LEAVING, NEVER, Loop, Timer
+from server.stream import Stream
+from wire.chunks import LAST_CHUNK, chunk
+from wire.fields import Field
+from wire.ids import request_id
+from wire.request import Head, end_of_head
+
+log = logging.getLogger("gatehouse")
+
+# A request has this many seconds, plus one for each MIN_BYTES_PER_SECOND that have arrived.
+REQUEST_SECONDS = 30.0
+MIN_BYTES_PER_SECOND = 500
+# A client that has taken nothing for this many seconds is cut; it is looked at so often.
+READER_SECONDS, READER_LOOK_SECONDS = 60.0, 15.0
+# The rest of a request that nobody wants is read and thrown away for so long, and while something
+# comes so often: closing a socket with unread bytes resets it, which may destroy the answer
+# before the client has read it (RFC 9112 section 9.6).
+LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 2.0
+# What a client may send ahead of the answer that it waits for.
+AHEAD_BYTES = 65536
+
+STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
+
+
+class Responder(Protocol):
+    """Who answers a request: an Exchange with the upstream, or a Job of the application's."""
+
+    @property
+    def wants_body(self) -> bool:
+        """Whether more of the request's body is to come."""
+
+    def from_client(self, data: bytes) -> bytes:
+        """Take bytes of the body; returns what follows it."""
+
+    def client_drained(self) -> None:
+        """The client has taken all that was written."""
+
+    def client_ended(self) -> None:
+        """The client has ended its sending half."""
+
+    def settled(self) -> None:
+        """The request is behind the client, which has all of its answer or is gone. Once."""
+
+
+class Desk(Protocol):
+    """What a client connection is given by the server that let it in.
+
+    `keepalive` is how many seconds an idle connection is kept, `closing` whether connections end
+    with the present answer.
+    """
+
+    loop: Loop
+    keepalive: float
+    closing: bool
+
+    def respond(self, client: Client, head: Head) -> None:
+        """Give the request to whoever answers it. Raises the Problem to refuse it with."""
+
+    def answered(self, client: Client, head: Head, seconds: float) -> None:
+        """A request is behind the client: `seconds` passed before its answer began."""
+
+    def refused(self, problem: Problem) -> None:
+        """A request was answered with a problem."""
+
+    def left(self, client: Client) -> None:
+        """The connection is closed."""
+
+
+class Phase(enum.Enum):
+    """What a client connection is about."""
+
+    READING = "a request is waited for, or its head is arriving"
+    ANSWERING = "somebody answers a request, whose body may still be arriving"
+    FLUSHING = "an answer is complete, or cut, and the client has yet to take the rest of it"
+    LINGERING = "the last answer is sent; what still comes is read and thrown away"
+    CLOSED = "the connection is closed"
+
+
+class Client(Stream):
+    """The loop calls `received`, `ended`, `drained` and `failed`; whoever answers the present
+    request calls `begin`, `write` and `finish`, or `refuse`, or `cut`.
+
+    `arrived` is when the present request was here to be answered, `status` and `sent` what has been
+    answered, the latter in bytes of its body.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_began",
+        "_body_left",
+        "_chunked",
+        "_close",
+        "_complete",
+        "_desk",
+        "_head_out",
+        "_linger_until",
+        "_nested",
+        "_paused_at",
+        "_received",
+        "_scanned",
+        "_started",
+        "_timer",
+        "_took",
+        "_unread",
+        "_untaken",
+        "arrived",
+        "deadline",
+        "head",
+        "idle_since",
+        "owner",
+        "peer",
+        "phase",
+        "responder",
+        "sent",
+        "served",
+        "status",
+    )
+
+    def __init__(self, desk: Desk, sock: Any, peer: tuple[str, int]) -> None:
+        super().__init__(desk.loop, sock, LEAVING)
+        self._desk = desk
+        self.peer = peer
+        self.phase = Phase.READING
+        self.head: Head | None = None  # the request that is being answered
+        self.responder: Responder | None = None
+        self.owner = ""
+        self.served = 0
+        self.arrived = 0.0
+        self._ahead = b""  # what has come and is not read yet
+        self._scanned = 0  # how much of that has been searched for the end of a head
+        self._began = 0.0  # when the first byte of the present request came; 0 between requests
+        self._received = 0  # bytes of the present request
+        self._paused_at = 0.0
+        self.idle_since = desk.loop.now
+        self._linger_until = 0.0
+        self._nested = False
+        self._close = False  # whether the connection ends after the present answer
+        self._unread = False  # whether bytes are still coming that nobody will read
+        self._took = 0.0  # when the client last took something
+        self._untaken = 0
+        self._forget_answer()
+        # For whoever answers: one for all the requests of a connection, which costs each nothing.
+        self.deadline = Timer(desk.loop)
+        self._timer = Timer(desk.loop, self._look)
+        self._timer.set(self._patience())
+        self.watch()
+
+    def _forget_answer(self) -> None:
+        self.status = ""
+        self.sent = 0
+        self._head_out = b""  # a head that waits for the first piece of its body
+        self._chunked = False
+        self._body_left: int | None = None
+        self._complete = False
+        self._started = 0.0
+
+    # What comes in.
+
+    def received(self, data: bytes) -> None:
+        if self.phase is Phase.LINGERING:
+            self._took = self.loop.now
+            return
+        self._received += len(data)
+        responder = self.responder
+        if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
+            data = responder.from_client(data)
+            if self.phase is Phase.ANSWERING and not responder.wants_body:
+                self._timer.set(self._patience())
+        if not data or self._unread or self.phase is Phase.CLOSED:
+            return
+        self._ahead = self._ahead + data if self._ahead else data
+        if self.phase is Phase.READING:
+            self._read_requests()
+        elif len(self._ahead) > AHEAD_BYTES:
+            self.pause()
+
+    def take_ahead(self) -> bytes:
+        """What the client sent ahead: of a tunnel, its first bytes."""
+        ahead, self._ahead = self._ahead, b""
+        return ahead
+
+    def _read_requests(self) -> None:
+        """Begin each request that is here, until one is not answered at once."""
+        if self._nested:
+            return  # A request was answered at once, and this is its end: the loop below goes on.
+        self._nested = True
+        try:
+            while self._ahead and self.phase is Phase.READING and self._read_head():
+                pass
+        finally:
+            self._nested = False
+
+    def _read_head(self) -> bool:
+        """Begin the next request; False where its head is not whole yet."""
+        data = self._ahead
+        if not self._scanned:
+            # Empty lines before a request are ignored (RFC 9112 section 2.2).
+            data = data.lstrip(b"\r\n") if data[0] in b"\r\n" else data
+        if not self._began and data:
+            self._began, self._received = self.loop.now, len(data)
+        problem: Problem | None = None
+        end = -1
+        try:
+            end = end_of_head(data, self._scanned)
+        except BadRequest as error:
+            problem = error
+        if end < 0 and problem is None:
+            self._ahead, self._scanned = data, len(data)
+            self._timer.set(self._patience())
+            return False
+        head = self.head = Head(data[:end] if problem is None else data[:5])
+        head.id = request_id(head.values.get("x-request-id"))
+        self._ahead, self._scanned = data[end + 4 :] if problem is None else b"", 0
+        self.arrived = self.loop.now
+        self.phase = Phase.ANSWERING
+        self._timer.cancel()
+        try:
+            if problem or head.problem:
+                raise problem or head.problem or BadRequest
+            self._desk.respond(self, head)
+        except Problem as refusal:
+            self.refuse(refusal)
+        responder = self.responder
+        if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
+            self._timer.set(self._patience())
+            self._received -= len(self._ahead)
+            self.received(self.take_ahead())  # Nothing, perhaps, which is what there is of it.
+        return True
+
+    def pause(self) -> None:
+        if not self.paused:
+            self._paused_at = self.loop.now
+        super().pause()
+
+    def resume(self) -> None:
+        if self.paused and self._began:
+            self._began += self.loop.now - self._paused_at  # It was not the client that waited.
+            self._timer.set(min(self._timer.when, self._patience()))
+        super().resume()
+
+    def ask_for_body(self) -> None:
+        """Send the 100 that a client may wait for before it sends a body."""
+        if self.head is not None and self.head.expects:
+            self.head.expects = False
+            self.interim("100 Continue", [])
+
+    def interim(self, status: str, fields: list[Field]) -> None:
+        """Pass on an interim answer; HTTP/1.0 has none."""
+        if self.head is not None and self.head.version == "1.1":
+            self._send(lines_of(status, fields))
+
+    # What goes out.
+
+    def begin(
+        self,
+        status: str,
+        fields: list[Field],
+        *,
+        length: int | None,
+        dated: bool,
+        close: bool = False,
+    ) -> None:
+        """Begin an answer with a status ("200 OK") and header lines, to which this hop's framing is
+        added; it leaves with the first piece of the body, or with `flush`.
+
+        `length` is the body's in bytes, as the header lines have it, None where they do not;
+        `dated` says whether there is a Date among them, `close` that the connection ends with this
+        answer.
+        """
+        head = self.head
+        assert head is not None
+        self.status = status
+        self._started = self.loop.now
+        if close or self.ended_reading or self._desk.closing or not head.persistent:
+            self._close = True
+        lines = [f"HTTP/1.1 {status}", *[f"{name}: {value}" for name, value in fields]]
+        if head.method == "HEAD" or status.startswith(("204", "304")):
+            self._body_left = 0
+        elif length is not None:
+            self._body_left = length
+        elif head.version == "1.1":
+            self._chunked = True
+            lines.append("Transfer-Encoding: chunked")
+        else:
+            self._close = True
+        if self._close:
+            lines.append("Connection: close")
+        elif head.version == "1.0":
+            lines.append("Connection: keep-alive")
+        if not dated:
+            lines.append(f"Date: {http_date(int(time.time()))}")  # RFC 9110 section 6.6.1
+        self._head_out = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def switch(self, status: str, fields: list[Field]) -> None:
+        """Answer that the protocol is switched: what is written from here on is not framed."""
+        self.status = status
+        self._started = self.loop.now
+        self._close = True
+        self._send(lines_of(status, fields))
+
+    def write(self, piece: bytes) -> None:
+        """Send a piece of the body, and the head before the first."""
+        if self._body_left is not None:
+            piece = piece[: self._body_left]
+            self._body_left -= len(piece)
+        if not piece:
+            return
+        self.sent += len(piece)
+        if self._chunked:
+            piece = chunk(piece)
+        if self._head_out:
+            piece, self._head_out = self._head_out + piece, b""
+        self._send(piece)
+
+    def pass_from(self, source: Stream) -> tuple[int, bytes] | None:
+        """Have the kernel pass on what of the body has arrived at another side's socket; see
+        Stream.move_to."""
+        assert self._body_left is not None
+        moved = source.move_to(self, self._body_left)
+        if moved is not None:
+            taken, rest = moved
+            self._body_left -= taken
+            self.sent += taken
+            if rest:
+                self._send(rest)
+        return moved
+
+    def flush(self) -> None:
+        """Send the head, if it still waits for the body."""
+        if self._head_out:
+            head, self._head_out = self._head_out, b""
+            self._send(head)
+
+    def comment(self, data: bytes) -> None:
+        """Send something into the body that is not the upstream's."""
+        sent = self.sent
+        self.write(data)
+        self.sent = sent
+
+    def _send(self, data: bytes) -> None:
+        waited = bool(self.queued)
+        self.send(data)
+        if self.queued and not waited:
+            self._took = self.loop.now
+            self._untaken = self.untaken()
+            self._timer.set(min(self._timer.when, self.loop.now + READER_LOOK_SECONDS))
+
+    def finish(self, *, more: bool = False) -> None:
+        """The answer is complete. Where `more` of the request's body is still passed on, this is
+        called again when that is done."""
+        if self.phase is not Phase.ANSWERING:
+            return
+        if self._body_left:
+            self.cut("it is shorter than its Content-Length")
+            return
+        if self._chunked and not self._complete:
+            last, self._head_out = self._head_out + LAST_CHUNK, b""
+            self._send(last)
+        else:
+            self.flush()
+        self._complete = True
+        if not more:
+            self._leave_unread()
+            self._go_on()
+
+    def _leave_unread(self) -> None:
+        """What is still to come of the body would be taken for the next request."""
+        if self.responder is not None and self.responder.wants_body:
+            self._close = self._unread = True
+
+    def refuse(self, problem: Problem) -> None:
+        """Answer with a problem; where an answer has begun, cut it instead."""
+        if self.phase is not Phase.ANSWERING:
+            return
+        if self.status:
+            self.cut(str(problem))
+            return
+        head, responder = self.head, self.responder
+        assert head is not None
+        self._desk.refused(problem)
+        body = problem.document(head.id)
+        fields = [
+            ("Content-Type", "application/problem+json"),
+            ("Content-Length", str(len(body))),
+            *problem.headers,
+            *OWN_FIELDS,
+            ("X-Request-Id", head.id),
+        ]
+        # Where the framing is in doubt, or bytes of a body are to come that nobody reads, what
+        # follows cannot be told from a request.
+        to_come = responder.wants_body if responder is not None else head.chunked or head.length
+        self._unread = bool(to_come) or isinstance(problem, BadRequest) or head.problem is not None
+        status = STATUS_LINES[problem.status]
+        self.begin(status, fields, length=len(body), dated=False, close=self._unread)
+        self.write(body)
+        self.flush()
+        self._go_on()
+
+    def cut(self, why: str = "") -> None:
+        """End the connection so that the answer cannot be taken for a whole one. `why` is for the
+        log; none where it is the client's own doing."""
+        if self.phase is not Phase.ANSWERING:
+            return
+        if why and self.head is not None:
+            method, target = self.head.method, quoted(self.head.target)
+            log.error("%s %s cut: %s request_id=%s", method, target, why, self.head.id)
+        self.flush()
+        framed = self._chunked or self._body_left is not None
+        self._leave_unread()
+        self._settle()
+        if self.closed:
+            return
+        self._close = True
+        if not framed and self.status:
+            self.hang_up(reset=True)
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Nothing more is written of this answer: go on when the client has taken all of it."""
+        if self.closed:
+            return
+        if self.queued:
+            self.phase = Phase.FLUSHING
+            return
+        self._settle()
+        unread = self._unread or (self._close and (self._ahead or self.paused))
+        if unread and not self.ended_reading:
+            self._linger()
+        elif self._close:
+            self.hang_up()
+        else:
+            self.phase = Phase.READING
+            self._forget_answer()
+            self._began = self.loop.now if self._ahead else 0.0
+            self._received = len(self._ahead)
+            self.idle_since = self.loop.now
+            self._timer.set(self._patience())
+            if self.paused:
+                self.resume()
+            self._read_requests()
+
+    def _settle(self) -> None:
+        """The request is behind us: let go of whoever answered it, and tell the log. Once."""
+        head, self.head = self.head, None
+        responder, self.responder = self.responder, None
+        if head is None:
+            return
+        self.served += 1
+        self._desk.answered(self, head, max(0.0, self._started - self.arrived))
+        if responder is not None:
+            responder.settled()
+
+    # The connection's end.
+
+    def _linger(self) -> None:
+        """End our half, and read what is still coming: see LINGER_SECONDS."""
+        self.phase = Phase.LINGERING
+        self._ahead = b""
+        self._took = self.loop.now
+        self._linger_until = self.loop.now + LINGER_SECONDS
+        self._timer.set(self.loop.now + LINGER_IDLE_SECONDS)
+        self.end()
+        self.resume()
+
+    def hang_up(self, *, reset: bool = False) -> None:
+        """Close the connection, whatever it is about."""
+        if self.phase is Phase.CLOSED:
+            return
+        self.phase = Phase.CLOSED
+        self.close(reset=reset)
+        self._settle()
+        self._timer.drop()
+        self.deadline.drop()
+        self._desk.left(self)
+
+    def ended(self) -> None:
+        """The client has ended its sending half, or has gone: the two look the same."""
+        if self.phase is Phase.ANSWERING and self.responder is not None:
+            self.responder.client_ended()
+        elif self.phase is Phase.FLUSHING:
+            self._close = True
+        else:
+            self.hang_up()
+
+    def leaving(self) -> None:
+        self.ended()
+
+    def failed(self, error: OSError) -> None:
+        self.hang_up()
+
+    def progressed(self) -> None:
+        self._took = self.loop.now
+
+    def drained(self) -> None:
+        if self.phase is Phase.FLUSHING:
+            self._go_on()
+        elif self.responder is not None:
+            self.responder.client_drained()
+
+    # Time.
+
+    def _patience(self) -> float:
+        """When to look next whether the client takes too long: to send, to read, or to ask."""
+        when = NEVER
+        if self.queued:
+            when = self.loop.now + READER_LOOK_SECONDS
+        if self.phase is Phase.READING:
+            idle_until = self.idle_since + max(self._desk.keepalive, 0 if self.served else 30)
+            when = min(when, self._overdue() if self._began else idle_until)
+        elif self.responder is not None and self.responder.wants_body and not self.paused:
+            when = min(when, self._overdue())
+        return when
+
+    def _overdue(self) -> float:
+        return self._began + REQUEST_SECONDS + self._received / MIN_BYTES_PER_SECOND
+
+    def _look(self) -> None:
+        """Close the connection of a client that has used up its time."""
+        now = self.loop.now
+        if self.phase is Phase.LINGERING:
+            until = min(self._linger_until, self._took + LINGER_IDLE_SECONDS)
+            if now >= until:
+                self.hang_up()
+            else:
+                self._timer.set(until)
+        elif self.queued and not self._reads(now):
+            self.hang_up(reset=True)
+        elif self._patience() <= now:
+            self.hang_up()
+        else:
+            self._timer.set(self._patience())
+
+    def _reads(self, now: float) -> bool:
+        """Whether the client has taken something lately. The kernel may take no more from us for
+        minutes while a slow reader empties what it holds, but that then gets less."""
+        untaken = self.untaken()
+        if untaken < self._untaken:
+            self._took = now
+        self._untaken = untaken
+        return now - self._took < READER_SECONDS
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of a request is here, and nothing of an answer is left to send."""
+        return self.phase is Phase.READING and not self._began
+
+    @property
+    def sending_head_since(self) -> float:
+        """When the client began to send the head that is arriving; NEVER where none is."""
+        return self._began if self.phase is Phase.READING and self._began else NEVER
+
+
+def lines_of(status: str, fields: list[Field]) -> bytes:
+    """The head of an answer."""
+    lines = [f"HTTP/1.1 {status}", *[f"{name}: {value}" for name, value in fields]]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+@lru_cache(2)
+def http_date(now: int) -> str:
+    """Seconds since 1970 as RFC 9110 section 5.6.7 has them."""
+    return formatdate(now, usegmt=True)

@@ -1,0 +1,775 @@
+"""One proxied request, from its head to its last byte, in both directions.
+
+Everything that can happen to it comes in by one method each: bytes and ends from either side, room
+on either side, a connection or none, time. It reads down the page as the request travels.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from problems import (
+    BadRequest,
+    BodyTooLarge,
+    Problem,
+    UpstreamBroken,
+    UpstreamTimeout,
+)
+from server.loop import NEVER, Loop, Timer
+from server.stream import HIGH_WATER, SPLICES, WAIT, Stream
+from server.upstream import Connection, Upstream
+from wire.answer import EVENT_ENDS, Answer, end_of_head
+from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk
+from wire.fields import Field
+from wire.request import Head
+from wire.websocket import Frames, close_frame
+
+log = logging.getLogger("gatehouse")
+
+# So much of a body is gathered before the upstream is asked: a slow sender of an ordinary request
+# costs it nothing, and the request can be sent again where that is safe. A larger one streams on.
+GATHERED_BYTES = 65536
+# An answer's body of more bytes than this goes from socket to socket where the kernel can do that.
+LARGE_BYTES = 262144
+# RFC 9110 section 9.2.2.
+IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+# A refused connection is tried again after so many seconds, where it is.
+RETRY_SECONDS = 0.25
+# A client that waits for a 100 before it sends a large body is told to go on after so many seconds
+# where the upstream says nothing: many do not know of it.
+CONTINUE_SECONDS = 1.0
+# A tunnel that is told to end has so many seconds for that.
+GOODBYE_SECONDS = 1.0
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class Asker(Protocol):
+    """The client's side, as far as an exchange is concerned."""
+
+    loop: Loop
+    deadline: Timer
+    head: Head | None
+    queued: int
+    ended_reading: bool
+
+    def begin(
+        self,
+        status: str,
+        fields: list[Field],
+        *,
+        length: int | None,
+        dated: bool,
+        close: bool = False,
+    ) -> None: ...
+    def switch(self, status: str, fields: list[Field]) -> None: ...
+    def interim(self, status: str, fields: list[Field]) -> None: ...
+    def ask_for_body(self) -> None: ...
+    def write(self, piece: bytes) -> None: ...
+    def comment(self, data: bytes) -> None: ...
+    def pass_from(self, source: Stream) -> tuple[int, bytes] | None: ...
+    def flush(self) -> None: ...
+    def finish(self, *, more: bool = False) -> None: ...
+    def refuse(self, problem: Problem) -> None: ...
+    def cut(self, why: str = "") -> None: ...
+    def end(self) -> None: ...
+    def hang_up(self, *, reset: bool = False) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def take_ahead(self) -> bytes: ...
+
+
+class Rules(Protocol):
+    """What the proxy does to heads."""
+
+    def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
+        """The head to send to the upstream; `length` frames a body that came in chunks and has been
+        gathered, None keeps the framing that it came with."""
+
+    def answer_fields(self, answer: Answer, head: Head) -> list[Field]:
+        """The header lines to give back."""
+
+    def interim_fields(self, answer: Answer) -> list[Field]:
+        """The header lines of an interim answer to give back."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an exchange waits, in seconds: for `head`s and pieces of answers, for pieces of a
+    `stream` and in a tunnel; how long a refused connection is tried again (`retry`), and after how
+    much silence of an event stream the client hears of us (`comment`, 0 never)."""
+
+    head: float
+    stream: float
+    retry: float
+    comment: float
+
+
+class State(enum.Enum):
+    """What an exchange is about."""
+
+    GATHERING = "the body, or the first of it, is arriving"
+    CONNECTING = "a connection to the upstream is being made"
+    RETRYING = "nobody listened at the upstream's address, which is tried again in a moment"
+    ASKING = "the request is on its way, and the head of the answer has yet to come"
+    ANSWERING = "the body of the answer passes"
+    DELIVERING = "the answer is complete, the rest of the request is still on its way"
+    TUNNELLING = "bytes pass in both directions until either side ends"
+    PARTING = "a tunnel has said goodbye to both sides"
+    ENDED = "all is over"
+
+
+class Exchange:
+    """`largest` is how many bytes the request's body may have (0: any number)."""
+
+    __slots__ = (
+        "_answer",
+        "_connection",
+        "_deadline",
+        "_entered",
+        "_gathered",
+        "_head",
+        "_heard",
+        "_in",
+        "_largest",
+        "_name",
+        "_nudge_at",
+        "_patience",
+        "_peer",
+        "_refused_since",
+        "_repeated",
+        "_rules",
+        "_scanned",
+        "_silent_since",
+        "_streamed",
+        "_streams",
+        "_tail",
+        "_timer",
+        "_to_client",
+        "_to_upstream",
+        "_upgrades",
+        "_upstream",
+        "body",
+        "client",
+        "loop",
+        "state",
+    )
+
+    def __init__(
+        self,
+        client: Asker,
+        head: Head,
+        peer: str,
+        upstream: Upstream,
+        rules: Rules,
+        patience: Patience,
+        largest: int,
+    ) -> None:
+        self.client = client
+        self.loop = client.loop
+        self.state = State.GATHERING
+        self.body = head.body()
+        self._head: Head | None = head
+        self._name = head.id
+        self._peer = peer
+        self._upstream = upstream
+        self._rules = rules
+        self._patience = patience
+        self._largest = largest
+        self._upgrades = head.upgrade
+        self._gathered = b""  # of the request's body, what is not with the upstream yet
+        self._streamed = False  # whether some of the body has been let go of
+        self._connection: Connection | None = None
+        self._entered = False  # whether it counts as one that is with the upstream
+        self._streams = False  # whether it counts as a stream
+        self._repeated = False
+        self._refused_since = NEVER
+        self._in = b""  # of the answer's head, what has arrived
+        self._scanned = 0
+        self._heard = False  # whether a byte of an answer has arrived
+        self._answer: Answer | None = None
+        self._tail = b"\n\n"  # the last bytes of an event stream; its beginning is an event's end
+        self._silent_since = 0.0
+        self._to_client: Frames | None = None  # of a tunnel, each direction's
+        self._to_upstream: Frames | None = None
+        self._timer = client.deadline
+        self._timer.action = self._expired
+        self._deadline = NEVER  # when the upstream is late
+        self._nudge_at = NEVER  # when something is to be done for the client
+
+    @property
+    def over(self) -> bool:
+        return self.state is State.ENDED
+
+    # The request arrives.
+
+    def start(self) -> None:
+        """Begin: ask at once where there is no body. Else what has come of it is told of next."""
+        if self.body is None:
+            self._ask()
+        elif not self._large:
+            self.client.ask_for_body()  # Of a larger one the upstream is asked.
+
+    @property
+    def _large(self) -> bool:
+        """Whether the body is known to be larger than what is gathered."""
+        return isinstance(self.body, Sized) and self.body.announced > GATHERED_BYTES
+
+    @property
+    def wants_body(self) -> bool:
+        """Whether more of the body, or of a tunnel, is to come from the client."""
+        if self.state is State.TUNNELLING or self.state is State.PARTING:
+            return True
+        return self.body is not None and not self.body.complete and self.state is not State.ENDED
+
+    def from_client(self, data: bytes) -> bytes:
+        """Bytes from the client; returns those that follow the request's body."""
+        if self.state is State.TUNNELLING:
+            self._through_to_upstream(data)
+            return b""
+        if self.state is State.PARTING:
+            self._part_towards_upstream(data)
+            return b""
+        assert self.body is not None
+        piece, rest = self.body.feed(data)
+        if self.body.malformed:
+            self._refuse(BadRequest("The chunked body is malformed."))
+        elif self._largest and self.body.announced > self._largest:
+            self._refuse(BodyTooLarge(f"The body is larger than {self._largest} bytes."))
+        elif self._connection is not None:
+            self._send_on(piece)
+        elif self._answer is not None:
+            pass  # Nobody takes it any more.
+        else:
+            self._gathered = self._gathered + piece if self._gathered else piece
+            if self.state is State.GATHERING:
+                if self._large or self.body.complete or len(self._gathered) > GATHERED_BYTES:
+                    self._ask()
+            elif len(self._gathered) > GATHERED_BYTES:
+                self.client.pause()
+        return rest
+
+    # A connection to the upstream.
+
+    def _ask(self) -> None:
+        """Ask the upstream, on a connection that was kept or on a new one."""
+        try:
+            self._upstream.enter()
+        except Problem as busy:
+            self._refuse(busy)
+            return
+        self._entered = True
+        head = self._head
+        assert head is not None
+        connection = self._upstream.take(repeatable=self._repeatable)
+        if connection is None:
+            self._connect()
+        else:
+            self.connected(connection)
+
+    @property
+    def _repeatable(self) -> bool:
+        """Whether the request may be sent a second time, and can be."""
+        head = self._head
+        whole = self.body is None or self.body.complete
+        return head is not None and head.method in IDEMPOTENT and whole and not self._streamed
+
+    def _connect(self) -> None:
+        self.state = State.CONNECTING
+        self._deadline = self.loop.now + self._upstream.connect_timeout
+        self._wait()
+        self._upstream.connect(self)
+
+    def unconnected(self, problem: Problem, refused: bool) -> None:
+        """No connection could be made."""
+        if self.state is not State.CONNECTING:
+            return
+        now = self.loop.now
+        self._refused_since = min(self._refused_since, now)
+        if refused and now + RETRY_SECONDS <= self._refused_since + self._patience.retry:
+            self.state = State.RETRYING
+            self._deadline = now + RETRY_SECONDS
+            self._wait()
+            return
+        self._fail(problem)
+
+    def connected(self, connection: Connection) -> None:
+        """Here is a connection: send what there is of the request."""
+        if self.state is State.ENDED:
+            connection.release(keep=True)
+            return
+        head = self._head
+        assert head is not None
+        connection.exchange = self
+        self._connection = connection
+        self.state = State.ASKING
+        body = self._gathered
+        whole = self.body is None or self.body.complete
+        length = None
+        if head.chunked and whole and len(body) <= GATHERED_BYTES:
+            length = len(body)
+        elif head.chunked:
+            body = (chunk(body) if body else b"") + (LAST_CHUNK if whole else b"")
+        if not whole:
+            self._gathered, self._streamed = b"", True
+        connection.send(self._rules.request_head(head, self._peer, length) + body)
+        self._asked()
+        if not whole:
+            self._nudge_at = self.loop.now + CONTINUE_SECONDS if head.expects else NEVER
+            self._wait()
+            self._pace_client()
+
+    def _asked(self) -> None:
+        """Something of the request has been sent or taken: when will the upstream be late?"""
+        if self._in:
+            return  # A head that has begun has to be whole in time, whatever else is to be sent.
+        connection = self._connection
+        unsent = self.body is not None and not self.body.complete
+        if unsent and connection is not None and not connection.queued:
+            self._deadline = NEVER  # It is the client that is waited for.
+        else:
+            self._deadline = self.loop.now + self._patience.head
+        self._wait()
+
+    # The body streams on.
+
+    def _send_on(self, piece: bytes) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        if isinstance(self.body, Chunks):
+            piece = (chunk(piece) if piece else b"") + (LAST_CHUNK if self.body.complete else b"")
+        connection.send(piece)
+        if self.state is State.ASKING or self.state is State.DELIVERING:
+            self._asked()
+        self._pace_client()
+        self._end_if_delivered()
+
+    def _pace_client(self) -> None:
+        """Read from the client as fast as the upstream takes it."""
+        connection = self._connection
+        if connection is not None and connection.queued > HIGH_WATER:
+            self.client.pause()
+        else:
+            self.client.resume()
+
+    def upstream_progressed(self) -> None:
+        """The upstream has taken some of the request."""
+        if self.state is State.ASKING or self.state is State.DELIVERING:
+            self._asked()
+
+    def upstream_drained(self) -> None:
+        """The upstream has taken all that was sent to it."""
+        self.upstream_progressed()
+        self._end_if_delivered()
+        if self.state is State.PARTING or self.state is State.TUNNELLING:
+            self._end_tunnel_if_over()
+        if self.state is not State.ENDED:
+            self.client.resume()
+
+    # The answer.
+
+    def from_upstream(self, data: bytes) -> None:
+        """Bytes of the answer, or of the tunnel."""
+        if self.state is State.TUNNELLING:
+            self._through_to_client(data)
+        elif self.state is State.ANSWERING:
+            self._answer_on(data)
+        elif self.state is State.PARTING:
+            self._part_towards_client(data)
+        elif self.state is State.DELIVERING:
+            self._give_up_delivering()  # It is out of step.
+        elif self.state is State.ASKING:
+            self._heard = True
+            self._in = self._in + data if self._in else data
+            if self._deadline == NEVER:
+                self._deadline = self.loop.now + self._patience.head
+                self._wait()
+            try:
+                self._read_heads()
+            except Problem as problem:
+                self._fail(problem)
+
+    def _read_heads(self) -> None:
+        """Read the head of the answer, and the interim ones before it. Raises UpstreamBroken."""
+        head = self._head
+        assert head is not None
+        while self.state is State.ASKING:
+            end, begin = end_of_head(self._in, self._scanned)
+            if end < 0:
+                self._scanned = len(self._in)
+                break
+            answer = Answer(self._in[:end], head.method)
+            self._in, self._scanned = self._in[begin:], 0
+            status = f"{answer.status} {answer.reason}"
+            if answer.status == 101:
+                self._switch(answer, status, head)
+            elif answer.status >= 200:
+                self._begin_answer(answer, status, head)
+            elif answer.status == 100:
+                self.client.ask_for_body()
+            elif answer.status == 103:
+                self.client.interim(status, self._rules.interim_fields(answer))
+        if self.state is State.ASKING and self.body is not None and not self.body.complete:
+            self._asked()  # After a 100 it is the client's turn.
+
+    def _begin_answer(self, answer: Answer, status: str, head: Head) -> None:
+        self._upstream.outcome(up=True)
+        self._answer = answer
+        self.state = State.ANSWERING
+        if answer.events:
+            self._count_stream()
+        unsent = self.body is not None and not self.body.complete
+        self.client.begin(
+            status,
+            self._rules.answer_fields(answer, head),
+            length=answer.length,
+            dated=answer.dated,
+            close=unsent,
+        )
+        answer.fields = []
+        if not unsent:
+            self._head = None  # It is not needed any more, and a stream may last for long.
+            self._gathered = b""
+        data, self._in = self._in, b""
+        self._silent_since = self.loop.now
+        connection = self._connection
+        assert connection is not None
+        if isinstance(answer.body, Sized) and answer.body.left > LARGE_BYTES:
+            connection.straight = SPLICES and not connection.tls
+        self._answer_on(data)
+
+    def _answer_on(self, data: bytes) -> None:
+        """Pass on a piece of the answer's body."""
+        answer = self._answer
+        assert answer is not None
+        body = answer.body
+        if body is None:
+            # Bytes after the end belong to no request: the connection is out of step.
+            self._end_answer(keep=not data)
+            return
+        piece, rest = body.feed(data)
+        if piece:
+            self._silent_since = self.loop.now
+            if answer.events:
+                self._tail = (self._tail + piece)[-4:]
+            self.client.write(piece)
+        else:
+            self.client.flush()
+        if self.state is not State.ANSWERING:
+            return
+        if body.complete:
+            self._end_answer(keep=not rest)
+        elif body.malformed:
+            self._break("the upstream's answer is malformed in its body")
+        elif self.client.queued > HIGH_WATER:
+            self._pause_upstream()
+        else:
+            self._wait_for_piece()
+
+    def pass_straight(self, connection: Connection) -> bool:
+        """Pass on what has arrived of a large body from socket to socket, without taking it into
+        this process; False where that cannot be done now."""
+        answer = self._answer
+        if self.client.queued or answer is None or not isinstance(answer.body, Sized):
+            return False
+        try:
+            moved = self.client.pass_from(connection)
+        except WAIT:
+            return True
+        except OSError:
+            return False  # Reading finds out what is the matter.
+        if moved is None:
+            return False
+        answer.body.left -= moved[0]
+        self._silent_since = self.loop.now
+        if answer.body.complete:
+            self._end_answer(keep=True)
+        elif self.client.queued > HIGH_WATER:
+            self._pause_upstream()
+        else:
+            self._wait_for_piece()
+        return True
+
+    def _wait_for_piece(self) -> None:
+        answer = self._answer
+        assert answer is not None
+        patience = self._patience
+        self._deadline = self.loop.now + (patience.stream if answer.events else patience.head)
+        self._nudge_at = self._comment_at()
+        self._wait()
+
+    def _comment_at(self) -> float:
+        """When the client of an event stream is to hear that its connection lives."""
+        answer, seconds = self._answer, self._patience.comment
+        if not seconds or answer is None or not answer.events or answer.coded:
+            return NEVER
+        if answer.length is not None or not self._tail.endswith(EVENT_ENDS):
+            return NEVER
+        return self._silent_since + seconds
+
+    def _pause_upstream(self) -> None:
+        """The client does not keep up: the upstream waits, and is not late meanwhile."""
+        assert self._connection is not None
+        self._connection.pause()
+        self._deadline = self._nudge_at = NEVER
+        self._wait()
+
+    def client_drained(self) -> None:
+        """The client has taken all that was written: more may come."""
+        if self.state is State.PARTING or self.state is State.TUNNELLING:
+            self._end_tunnel_if_over()
+        connection = self._connection
+        if connection is not None and connection.paused:
+            if self.state is State.ANSWERING:
+                self._wait_for_piece()
+            connection.resume()
+
+    def _end_answer(self, *, keep: bool) -> None:
+        """The answer is complete. Its connection is kept where it may carry another request."""
+        connection, answer = self._connection, self._answer
+        assert connection is not None and answer is not None
+        keep = keep and answer.reusable
+        if keep and (self.wants_body or connection.queued):
+            # An upstream that keeps its connection goes on reading what it has been promised.
+            self.state = State.DELIVERING
+            self._asked()
+            self.client.finish(more=True)
+            return
+        self._connection = None
+        self._timer.cancel()
+        connection.release(keep=keep)
+        self.client.finish()
+
+    def _end_if_delivered(self) -> None:
+        """The upstream has the rest of a request that it answered before its end."""
+        connection = self._connection
+        if self.state is not State.DELIVERING or connection is None:
+            return
+        if not self.wants_body and not connection.queued:
+            self._connection = None
+            self._timer.cancel()
+            connection.release(keep=True)
+            self.client.finish()
+
+    def _give_up_delivering(self) -> None:
+        self._let_go()
+        self.client.finish()
+
+    # The upstream ends.
+
+    def upstream_ended(self) -> None:
+        """The upstream sends no more."""
+        connection, answer = self._connection, self._answer
+        if self.state is State.TUNNELLING or self.state is State.PARTING:
+            self.client.end()
+            self._end_tunnel_if_over()
+        elif self.state is State.ANSWERING and answer is not None and connection is not None:
+            # An end of a request that the upstream would not take is no end of its answer.
+            if isinstance(answer.body, UntilClose) and not connection.refused:
+                self._end_answer(keep=False)
+            else:
+                self._break("the upstream's answer was cut in its body")
+        elif self.state is State.ASKING:
+            self._lost()
+        elif self.state is State.DELIVERING:
+            self._give_up_delivering()
+
+    def upstream_failed(self) -> None:
+        """The connection to the upstream is broken."""
+        if self.state is State.ASKING:
+            self._lost()
+        elif self.state is State.ANSWERING:
+            self._break("the connection to the upstream was broken in the answer's body")
+        elif self.state is State.DELIVERING:
+            self._give_up_delivering()
+        elif self.state is not State.ENDED:
+            self.client.hang_up()
+
+    def _lost(self) -> None:
+        """The connection ended before there was an answer: send the request again, once, where that
+        is safe."""
+        connection = self._connection
+        assert connection is not None
+        again = connection.used and self._repeatable and not self._heard and not self._repeated
+        self._let_go()
+        if again:
+            self._repeated = True
+            self._connect()  # Not on another that was kept: it may have died of the same cause.
+        else:
+            self._fail(UpstreamBroken("The upstream closed the connection without an answer."))
+
+    def _fail(self, problem: Problem) -> None:
+        """The upstream did not answer."""
+        cause = " ".join(str(problem.__cause__ or problem.detail).split())
+        log.warning("%s: %s request_id=%s", problem.name, cause, self._name)
+        self._upstream.outcome(up=False)
+        self._refuse(problem)
+
+    def _break(self, why: str) -> None:
+        """The answer cannot be completed."""
+        self._let_go()
+        self.client.cut(why)
+
+    def _refuse(self, problem: Problem) -> None:
+        """Tell the client, and be done."""
+        self._let_go()
+        self.client.refuse(problem)
+
+    def _let_go(self) -> None:
+        """Close the connection to the upstream."""
+        connection, self._connection = self._connection, None
+        self._timer.cancel()
+        if connection is not None:
+            connection.release(keep=False)
+
+    # The client ends.
+
+    def client_ended(self) -> None:
+        """The client sends no more. In a tunnel that is passed on; elsewhere it has gone, or looks
+        just like it, as proxies take it."""
+        if self.state is State.TUNNELLING and self._connection is not None:
+            self._connection.end()
+            self._end_tunnel_if_over()
+        elif self.state is State.PARTING:
+            self._end_tunnel_if_over()
+        else:
+            self.client.cut()
+
+    def settled(self) -> None:
+        """The client has all of its answer, or is gone: nothing is left to be done."""
+        self.state = State.ENDED
+        self._let_go()
+        self._head = None
+        if self._streams:
+            self._streams = False
+            self._upstream.stream(-1)
+        if self._entered:
+            self._entered = False
+            self._upstream.leave()
+
+    # Tunnels.
+
+    def _switch(self, answer: Answer, status: str, head: Head) -> None:
+        """The upstream agrees to go on as a WebSocket. Raises UpstreamBroken where nobody asked."""
+        if not self._upgrades or answer.switches != ["websocket"]:
+            raise UpstreamBroken("The upstream switched protocols unasked.")
+        self._upstream.outcome(up=True)
+        self.state = State.TUNNELLING
+        self._count_stream()
+        self._to_client, self._to_upstream = Frames(), Frames()
+        self.client.switch(status, self._rules.answer_fields(answer, head))
+        self._head = None
+        self._hear_tunnel()
+        first, self._in = self._in, b""
+        if first:
+            self._through_to_client(first)
+        ahead = self.client.take_ahead()
+        if ahead:
+            self._through_to_upstream(ahead)
+        self.client.resume()
+
+    def _count_stream(self) -> None:
+        self._streams = True
+        self._upstream.stream(1)
+
+    def _hear_tunnel(self) -> None:
+        self._deadline = self.loop.now + self._patience.stream
+        self._wait()
+
+    def _through_to_upstream(self, data: bytes) -> None:
+        connection = self._connection
+        assert connection is not None and self._to_upstream is not None
+        self._to_upstream.feed(data)
+        self._hear_tunnel()
+        connection.send(data)
+        if connection.queued > HIGH_WATER:
+            self.client.pause()
+
+    def _through_to_client(self, data: bytes) -> None:
+        assert self._to_client is not None
+        self._to_client.feed(data)
+        self._hear_tunnel()
+        self.client.write(data)
+        if self.client.queued > HIGH_WATER and self._connection is not None:
+            self._connection.pause()
+
+    def _end_tunnel_if_over(self) -> None:
+        """End a tunnel that both sides have ended, when what they sent has been taken."""
+        connection = self._connection
+        if connection is None or not (self.client.ended_reading and connection.ended_reading):
+            return
+        if not (self.client.queued or connection.queued):
+            self.client.hang_up()
+
+    def part(self) -> None:
+        """The service stops: end a tunnel in order, with a Close frame to each side where a frame
+        ends. Its application sees an orderly end, and a browser connects again."""
+        if self.state is State.TUNNELLING:
+            self.state = State.PARTING
+            self._deadline = NEVER
+            self._part_towards_client(b"")
+            self._part_towards_upstream(b"")
+
+    def _part_towards_client(self, data: bytes) -> None:
+        frames = self._to_client
+        if frames is not None:
+            rest = data[: frames.until_boundary(data)]
+            self.client.write(rest)
+            if frames.at_boundary:
+                self._to_client = None
+                self.client.write(close_frame(masked=False))
+                self.client.end()
+                self._parted()
+
+    def _part_towards_upstream(self, data: bytes) -> None:
+        frames, connection = self._to_upstream, self._connection
+        if frames is not None and connection is not None:
+            rest = data[: frames.until_boundary(data)]
+            connection.send(rest)
+            if frames.at_boundary:
+                self._to_upstream = None
+                connection.send(close_frame(masked=True))
+                self._parted()
+
+    def _parted(self) -> None:
+        """A Close frame has been sent: when both have, the two sides have a moment to end."""
+        if self._to_client is None and self._to_upstream is None:
+            self._deadline = self.loop.now + GOODBYE_SECONDS
+            self._wait()
+
+    # Time.
+
+    def _wait(self) -> None:
+        self._timer.set(min(self._deadline, self._nudge_at))
+
+    def _expired(self) -> None:
+        """Something is due, or late."""
+        late = self.loop.now >= self._deadline
+        if not late:
+            self._nudge()
+        elif self.state is State.RETRYING:
+            self._connect()
+        elif self.state is State.CONNECTING:
+            self._fail(UpstreamTimeout("The upstream did not accept a connection in time."))
+        elif self.state is State.ASKING:
+            self._fail(UpstreamTimeout())
+        elif self.state is State.ANSWERING:
+            self._break("the upstream stalled in the middle of a body")
+        elif self.state is State.DELIVERING:
+            self._give_up_delivering()
+        else:
+            self.client.hang_up()
+
+    def _nudge(self) -> None:
+        """Do what silence asks for: tell a client to send its body, or that its stream lives."""
+        self._nudge_at = NEVER
+        if self.state is State.ASKING:
+            self.client.ask_for_body()
+        elif self.state is State.ANSWERING and self.loop.now >= self._comment_at():
+            self.client.comment(KEEP_ALIVE)
+            self._silent_since = self.loop.now
+            self._nudge_at = self._comment_at()
+        self._wait()

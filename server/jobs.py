@@ -1,0 +1,403 @@
+"""Jobs: what waits for others, on threads that get values and give values back.
+
+A lane is a set of threads for one kind of job, so that no kind waits for another's. A `Job` is a
+request that the WSGI application answers on such a thread: it is given the request's body, and what
+the application answers comes back to the loop, which alone writes to the client.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from waitress.task import WSGITask
+
+from problems import BadRequest, BodyTooLarge, Problem
+from server.loop import Loop
+from server.stream import HIGH_WATER
+from wire.fields import Field, lowered
+from wire.request import Head
+
+log = logging.getLogger("gatehouse")
+
+# What of a body that is read while it arrives waits for its reader, at most.
+INBOX_BYTES = 262144
+
+
+class Lane:
+    """Threads for one kind of job, started when none is idle, up to `limit`."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._name = name
+        self._limit = limit
+        self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._spare = 0  # idle threads less queued jobs
+        self._threads = 0
+
+    def add(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._spare -= 1
+            start = self._spare < 0 and self._threads < self._limit
+            self._count(int(start))
+        self._queue.put(job)
+        if start:
+            try:
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            except RuntimeError:
+                log.exception("no thread can be started; the job waits for another")
+                with self._lock:
+                    self._count(-1)
+
+    def _count(self, threads: int) -> None:
+        self._threads += threads
+        self._spare += threads
+
+    def _work(self) -> None:
+        while True:
+            job = self._queue.get()
+            try:
+                job()
+            except Exception:
+                log.exception("a job failed")
+            with self._lock:
+                self._spare += 1
+
+
+class Asker(Protocol):
+    """The client of a job, as far as that is concerned."""
+
+    loop: Loop
+    peer: tuple[str, int]
+
+    @property
+    def queued(self) -> int: ...
+
+    def begin(
+        self, status: str, fields: list[Field], *, length: int | None, dated: bool
+    ) -> None: ...
+    def write(self, piece: bytes) -> None: ...
+    def finish(self) -> None: ...
+    def refuse(self, problem: Problem) -> None: ...
+    def cut(self) -> None: ...
+    def ask_for_body(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Left(Exception):
+    """The client has gone: nobody wants the rest of the answer."""
+
+
+class Inbox(io.RawIOBase):
+    """A body that is read, on a job's thread, while it arrives.
+
+    `wanted` is called on that thread when more may come, after the inbox had been full.
+    """
+
+    def __init__(self, wanted: Callable[[], None]) -> None:
+        self._pieces: SimpleQueue[bytes | None] = SimpleQueue()
+        self._wanted = wanted
+        self._lock = threading.Lock()
+        self._waiting = 0  # bytes that have arrived and are not read yet
+        self._full = False
+        self._rest = b""
+        self._over = False
+        self._cut = False
+
+    def put(self, piece: bytes) -> bool:
+        """Add what has arrived; False where no more should be given for now."""
+        self._pieces.put(piece)
+        with self._lock:
+            self._waiting += len(piece)
+            self._full = self._waiting >= INBOX_BYTES
+            return not self._full
+
+    def put_end(self, *, cut: bool = False) -> None:
+        """The body has ended; or it never will, where it was `cut`."""
+        self._cut = self._cut or cut
+        self._pieces.put(None)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for what arrives. Raises ConnectionResetError where the client has gone."""
+        if not self._rest and not self._over:
+            piece = self._pieces.get()
+            if piece is None:
+                self._over = True
+            else:
+                self._rest = piece
+                self._took(len(piece))
+        if self._cut and not self._rest:
+            raise ConnectionResetError("the client has gone in the middle of its body")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
+
+    def _took(self, size: int) -> None:
+        with self._lock:
+            self._waiting -= size
+            again = self._full and self._waiting < INBOX_BYTES // 2
+            self._full = self._full and not again
+        if again:
+            self._wanted()
+
+
+class Job:
+    """One request that the application answers: it reads the body, the application's answer comes
+    by `begin`, `write` and `finish`.
+
+    `largest` is how many bytes the body may have (0: any number). Where it is `streamed`, the
+    application begins when the head is there and reads what arrives.
+    """
+
+    over = False
+
+    def __init__(
+        self,
+        client: Asker,
+        head: Head,
+        lane: Lane,
+        application: Any,
+        *,
+        largest: int,
+        streamed: bool,
+        arrived: float,
+    ) -> None:
+        self.client = client
+        self.head = head
+        self.lane = lane
+        self.application = application
+        self.arrived = arrived
+        self.body = head.body()
+        self._largest = largest
+        self._gathered: list[bytes] = []
+        self._input: Any = None
+        self._inbox: Inbox | None = None
+        self._taken = threading.Event()  # set when the client has taken what was written
+        if streamed and self.body is not None:
+            self._inbox = Inbox(lambda: client.loop.call(client.resume))
+            self._input = io.BufferedReader(self._inbox, 65536)
+
+    def start(self) -> None:
+        """Begin, on the loop's thread."""
+        if self.body is None or self._inbox is not None:
+            self._run()
+        if self.body is not None and self.head.expects:
+            self.client.ask_for_body()
+
+    def from_client(self, data: bytes) -> bytes:
+        """Take bytes of the body; returns what follows it."""
+        assert self.body is not None
+        piece, rest = self.body.feed(data)
+        if self.body.malformed:
+            self._refuse(BadRequest("The chunked body is malformed."))
+        elif self._largest and self.body.announced > self._largest:
+            self._refuse(BodyTooLarge(f"The body is larger than {self._largest} bytes."))
+        elif self._inbox is not None:
+            if piece and not self._inbox.put(piece):
+                self.client.pause()
+            if self.body.complete:
+                self._inbox.put_end()
+        else:
+            self._gathered.append(piece)
+            if self.body.complete:
+                self.arrived = self.client.loop.now
+                self._run()
+        return rest
+
+    @property
+    def wants_body(self) -> bool:
+        return self.body is not None and not self.body.complete
+
+    def client_drained(self) -> None:
+        self._taken.set()
+
+    def client_ended(self) -> None:
+        """The client sends no more. It may still read, and the answer is nearly ready."""
+        if self.wants_body:
+            self.client.cut()
+
+    def settled(self) -> None:
+        """The client has its answer, or is gone."""
+        self.over = True
+        if self._inbox is not None:
+            self._inbox.put_end(cut=True)
+        self._taken.set()
+
+    def _refuse(self, problem: Problem) -> None:
+        self.over = True
+        self.client.refuse(problem)
+
+    def _run(self) -> None:
+        if self._input is None:
+            self._input = io.BytesIO(b"".join(self._gathered))
+            self._gathered = []
+        self.lane.add(self._work)
+
+    # On the lane's thread.
+
+    def _work(self) -> None:
+        task = Task(self)
+        try:
+            task.service()
+        except Left:
+            pass
+        except Exception:
+            log.exception("%s %s request_id=%s", self.head.method, self.head.path, self.head.id)
+            self.client.loop.call(self._told, self._failed, ())
+
+    def tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have the loop do something for the client, unless that has gone. Raises Left."""
+        if self.over:
+            raise Left
+        self.client.loop.call(self._told, function, arguments)
+
+    def _told(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if not self.over:
+            function(*arguments)
+
+    def _failed(self) -> None:
+        self.over = True
+        self.client.refuse(Problem())
+
+    def give_whole(self, status: str, fields: list[Field], body: bytes) -> None:
+        """The whole answer, on the loop's thread."""
+        self.give_head(status, fields)
+        self.client.write(body)
+        self._end()
+
+    def give_head(self, status: str, fields: list[Field]) -> None:
+        length, dated = None, False
+        for name, value in fields:
+            key = lowered(name)
+            if key == "content-length":
+                length = int(value)
+            elif key == "date":
+                dated = True
+        if length is not None and status.startswith("204"):  # RFC 9110 section 8.6
+            fields = [field for field in fields if lowered(field[0]) != "content-length"]
+        self.client.begin(status, fields, length=length, dated=dated)
+
+    def give_piece(self, piece: bytes) -> None:
+        self.client.write(piece)
+        if self.client.queued < HIGH_WATER:
+            self._taken.set()
+
+    def _end(self) -> None:
+        self.over = True
+        self.client.finish()
+
+    def give_end(self) -> None:
+        self._end()
+
+    def wait_until_taken(self) -> None:
+        """Wait until the client has taken enough of what was written. Raises Left."""
+        self._taken.wait()
+        self._taken.clear()
+        if self.over:
+            raise Left
+
+
+class _Channel:
+    """What waitress's task asks of its channel."""
+
+    def __init__(self, job: Job) -> None:
+        self.addr = job.client.peer
+        self.server = self
+        self.application = job.application
+        self.adj = self
+        self._job = job
+
+    # Of the server and its adjustments.
+    url_prefix = ""
+    ident = "gatehouse"
+    effective_port = 0
+    server_name = "gatehouse"
+    log_socket_errors = True
+
+    def check_client_disconnected(self) -> bool:
+        return self._job.over
+
+
+class _Request:
+    """What waitress's task asks of its request."""
+
+    url_scheme = "http"
+
+    def __init__(self, job: Job) -> None:
+        head = job.head
+        self.version = head.version
+        self.command = head.method
+        self.path = head.path
+        self.query = head.query
+        self.request_uri = head.target
+        # Names with an underscore are dropped, as waitress does: the environ has one name for both.
+        self.headers = {
+            name.upper().replace("-", "_"): ("; " if name == "cookie" else ", ").join(values)
+            for name, values in head.values.items()
+            if "_" not in name
+        }
+        if job.body is not None and head.chunked:
+            self.headers.pop("CONTENT_LENGTH", None)
+        self.get_body_stream = lambda: job._input
+
+
+class Task(WSGITask):  # type: ignore[misc]
+    """Waitress's WSGI task: it makes the environ, calls the application and checks what that
+    answers. Replaced is only where the answer goes.
+
+    Waitress's own writing sorts and re-cases header names, adds `Via`, gives HEAD a chunked body
+    and closes the connection after every 204 and 304; here the client's side writes all answers.
+    """
+
+    wrote_header = False
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(_Channel(job), _Request(job))
+        self._job = job
+
+    def service(self) -> None:
+        """Not waitress's, which takes an error of the application's for one of its own socket."""
+        self.execute()
+        self.finish()
+
+    def get_environment(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environment()
+        environ["REQUEST_METHOD"] = self._job.head.method  # Methods are told apart by their case.
+        environ["SCRIPT_NAME"] = ""
+        environ["gatehouse.request_id"] = self._job.head.id
+        environ["gatehouse.arrived"] = self._job.arrived
+        return environ
+
+    def write(self, data: bytes) -> None:
+        """Give a piece of the body to the loop, and the head before the first."""
+        if not self.complete:
+            raise RuntimeError("start_response was not called before the body was written")
+        job = self._job
+        whole = self.content_length is not None and len(data) == self.content_length
+        if not self.wrote_header and whole:
+            self.wrote_header = True
+            self.content_bytes_written = len(data)
+            job.tell(job.give_whole, self.status, self.response_headers, data)
+            return
+        if not self.wrote_header:
+            self.wrote_header = True
+            job.tell(job.give_head, self.status, self.response_headers)
+        if data:
+            self.content_bytes_written += len(data)
+            job.tell(job.give_piece, data)
+            job.wait_until_taken()
+
+    def finish(self) -> None:
+        if not self.wrote_header:
+            self.write(b"")
+        if not self._job.over:
+            self._job.tell(self._job.give_end)

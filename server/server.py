@@ -1,0 +1,346 @@
+"""One worker: it lets clients in, gives each request to whoever answers it, and stops in order."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import select
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from metrics import AWAKE, CLIENTS, LIMIT, Board
+from problems import BodyTooLarge, Problem
+from server.client import Client
+from server.exchange import Exchange, Patience, State
+from server.jobs import Job, Lane
+from server.listener import let_nobody_in
+from server.logs import Output, access_line
+from server.loop import NEVER, READ, Loop, Timer, raise_descriptor_limit
+from server.upstream import Connector, Upstream
+from wire.answer import Answer
+from wire.fields import Field
+from wire.request import Head
+
+log = logging.getLogger("gatehouse")
+
+BACKLOG = 1024
+# Descriptors that are neither client connections nor connections to the upstream: those of the
+# database, the logs, and of what libraries open for a moment.
+SPARE_DESCRIPTORS = 256
+# Threads that make connections to the upstream, and that answer long imports and exports.
+CONNECTING_THREADS, BULK_THREADS = 64, 8
+# While it drains, an idle connection is kept for so many seconds: its client may just be asking.
+IDLE_SECONDS = 1.0
+# A worker lets the others be first for this many seconds for each client that one of them has
+# fewer, up to a limit: it may be starting, or waiting for the processor.
+GIVE_WAY_SECONDS = 0.005
+MOST_GIVE_WAY_SECONDS = 0.025
+# So often in a row, while the others' numbers of clients stay as they are: they may all be stopped.
+MOST_IN_VAIN = 20
+# A worker lets nobody in before the others are awake, or before this many seconds have passed.
+WAKING_SECONDS = 1.0
+# At its end a worker waits this many seconds for a log's reader.
+LOG_SECONDS = 1.0
+# Where no descriptor is free, the clients that wait are looked at again after so many seconds.
+CROWDED_SECONDS = 0.025
+
+
+class Application(Protocol):
+    """What is served: a WSGI application, and what the server has to know of each request."""
+
+    board: Board
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """The application itself, for the requests that are not proxied."""
+
+    def admit(self, head: Head) -> tuple[str, int]:
+        """The lane of a request ("proxy", or one of the threads'), and how many bytes its body may
+        have (0: any number). Raises the Problem to refuse it with."""
+
+    def caller(self, head: Head, peer: str) -> str:
+        """The client's address as the access log names it."""
+
+    def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
+        """The head that is sent to the upstream; see server.exchange.Rules."""
+
+    def answer_fields(self, answer: Answer, head: Head) -> list[Field]:
+        """The header lines that are given back."""
+
+    def interim_fields(self, answer: Answer) -> list[Field]:
+        """Those of an interim answer."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a worker serves. Times are in seconds.
+
+    `threads` says how many each lane may have; a lane that is `streamed` reads bodies while they
+    arrive. `limit` is how many requests may be with the upstream at once, 0 for as many as there
+    are descriptors for.
+    """
+
+    upstream_url: str
+    threads: dict[str, int]
+    patience: Patience
+    streamed: frozenset[str] = frozenset({"bulk"})
+    ca_bundle: str | None = None
+    limit: int = 0
+    connect_timeout: float = 5.0
+    upstream_keepalive: float = 50.0
+    keepalive: float = 120.0
+    drain_delay: float = 0.0
+    shutdown_timeout: float = 30.0
+    access_log: bool = True
+
+
+class Server:
+    """One worker's sockets, and the loop that looks after them. `alone` says that no other worker
+    listens on the same socket."""
+
+    def __init__(self, application: Application, listener: socket.socket, options: Options) -> None:
+        self.application = application
+        self.options = options
+        self.loop = Loop()
+        self.keepalive = options.keepalive
+        self.alone = True
+        self.stopping = False
+        self.closing = False  # whether connections end with the answers that are under way
+        self._draining = False
+        self._listener = listener
+        self._accepting = False
+        self._clients: set[Client] = set()
+        self._room = max(64, raise_descriptor_limit() - SPARE_DESCRIPTORS)
+        self.upstream = Upstream(
+            self.loop,
+            Lane("connecting", CONNECTING_THREADS),
+            Connector(options.upstream_url, options.ca_bundle),
+            limit=options.limit or self._room // 2,
+            connect_timeout=options.connect_timeout,
+            keepalive=options.upstream_keepalive,
+            board=application.board,
+        )
+        self.upstream.make_room = self._make_room
+        self._lanes = {name: Lane(name, limit) for name, limit in options.threads.items()}
+        self._log = Output(1) if options.access_log else None
+        # With what logging writes to, which has lines of its own that may wait.
+        streams = [getattr(handler, "stream", None) for handler in logging.root.handlers]
+        outputs = {"access log": self._log, "log": next(iter(streams), None)}
+        self._outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
+        self._lines: list[str] = []
+        self._again = Timer(self.loop, self._accept)
+        self._tick = Timer(self.loop, self._see_to_all)
+        self._deadline = NEVER
+        self._others: tuple[int, ...] = ()
+        self._in_vain = 0
+
+    # Serving.
+
+    def run(self) -> None:
+        """Serve until `stop` is called and what was under way is answered."""
+        board = self.application.board
+        board.set(LIMIT, self.upstream.limit)
+        self._await_others()
+        self._listener.setblocking(False)
+        # Connections inherit it: small pieces are sent at once.
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._listener.listen(BACKLOG)
+        self._watch_listener(True)
+        self._tick.set(self.loop.now)
+        while not (self._draining and (not self._clients or self.loop.now >= self._deadline)):
+            self.loop.turn()
+            if self._lines:
+                self._write_log()
+            if self.stopping and not self._draining:
+                self._drain()
+        for client in list(self._clients):
+            client.hang_up(reset=True)  # An answer that is cut here must not look whole.
+        self.upstream.close()
+        self.loop.turn_over()
+        if self._lines:
+            self._write_log()
+        self._see_to_logs(min(LOG_SECONDS, max(0.0, self._deadline - time.monotonic())))
+        self.loop.shut()
+
+    def stop(self) -> None:
+        """Begin to drain; callable from a signal handler."""
+        self.stopping = True
+        self.loop.wake()
+
+    def _await_others(self) -> None:
+        # Whoever knocks first knows nothing of workers: the first of them would take all.
+        board, until = self.application.board, time.monotonic() + WAKING_SECONDS
+        board.set(AWAKE, 1)
+        while not (self.stopping or all(board.others(AWAKE)) or time.monotonic() > until):
+            time.sleep(0.005)
+
+    # Letting clients in.
+
+    def _watch_listener(self, accepting: bool) -> None:
+        if accepting != self._accepting:
+            before, after = (READ, 0) if self._accepting else (0, READ)
+            self.loop.watch(self._listener.fileno(), self, before, after)
+            self._accepting = accepting
+
+    def on_event(self, events: int) -> None:
+        """Somebody knocks: let them in, or give way to a worker that has fewer clients. Once, for
+        that may not be awake, and not for ever to workers that let nobody in."""
+        if not self.alone:
+            clients, others = len(self._clients), self.application.board.others(CLIENTS)
+            if others != self._others:
+                self._others, self._in_vain = others, 0
+            fewer = clients - min(others, default=clients)
+            if fewer > 0 and self._in_vain < MOST_IN_VAIN:
+                self._in_vain += 1
+                self._look_again(min(fewer * GIVE_WAY_SECONDS, MOST_GIVE_WAY_SECONDS))
+                return
+        self._accept()
+
+    def _look_again(self, seconds: float) -> None:
+        self._watch_listener(False)
+        self._again.set(self.loop.now + seconds)
+
+    def _accept(self) -> None:
+        if self._draining:
+            return
+        self._watch_listener(True)
+        # One at a time where others may want the next; else what is here.
+        for _ in range(16 if self.alone else 1):
+            if not self._let_in():
+                return
+
+    def _let_in(self) -> bool:
+        if len(self._clients) + self.upstream.open >= self._room and not self._make_room():
+            self._look_again(CROWDED_SECONDS)
+            return False
+        try:
+            sock, address = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False
+        except OSError as error:
+            # No descriptor is free. Whoever waits goes on waiting, and the selector would go on
+            # saying so: make room, and look again in a moment.
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._make_room()
+            self._look_again(CROWDED_SECONDS)
+            return False
+        sock.setblocking(False)
+        # A socket that listens on IPv6 for both shows IPv4 clients with a prefix.
+        peer = (address[0].removeprefix("::ffff:"), address[1])
+        self._clients.add(Client(self, sock, peer))
+        self.application.board.set(CLIENTS, len(self._clients))
+        return True
+
+    def _make_room(self) -> bool:
+        """Close a connection that nobody waits for, where there are as many as there may be: the
+        upstream's first, then idle clients', then that of whoever has been sending a head longest.
+        False where there is none."""
+        if len(self._clients) + self.upstream.open < self._room:
+            return True
+        if self.upstream.drop_one():
+            return True
+        idle = min((c for c in self._clients if c.idle), key=lambda c: c.idle_since, default=None)
+        slowest = idle or min(self._clients, key=lambda c: c.sending_head_since, default=None)
+        if slowest is None or (idle is None and slowest.sending_head_since == NEVER):
+            return False
+        slowest.hang_up()
+        return True
+
+    # What clients ask for.
+
+    def respond(self, client: Client, head: Head) -> None:
+        """Give a request to whoever answers it. Raises the Problem to refuse it with."""
+        lane, largest = self.application.admit(head)
+        client.owner = lane
+        if largest and head.length is not None and head.length > largest:
+            raise BodyTooLarge(f"The body is larger than {largest} bytes.")
+        if lane == "proxy":
+            exchange = Exchange(
+                client,
+                head,
+                client.peer[0],
+                self.upstream,
+                self.application,
+                self.options.patience,
+                largest,
+            )
+            client.responder = exchange
+            exchange.start()
+            return
+        job = Job(
+            client,
+            head,
+            self._lanes[lane],
+            self.application,
+            largest=largest,
+            streamed=lane in self.options.streamed,
+            arrived=client.arrived,
+        )
+        client.responder = job
+        job.start()
+
+    def answered(self, client: Client, head: Head, seconds: float) -> None:
+        """A request is behind its client: write its line of the access log."""
+        if self._log is not None:
+            caller = self.application.caller(head, client.peer[0])
+            milliseconds = (time.monotonic() - client.arrived) * 1000
+            self._lines.append(access_line(head, client.status, client.sent, milliseconds, caller))
+
+    def refused(self, problem: Problem) -> None:
+        """A request was answered with a problem."""
+
+    def left(self, client: Client) -> None:
+        """A client's connection is closed."""
+        self._clients.discard(client)
+        self.application.board.set(CLIENTS, len(self._clients))
+
+    # Now and then.
+
+    def _see_to_all(self) -> None:
+        self._tick.set(self.loop.now + 1.0)
+        self._see_to_logs()
+
+    def _write_log(self) -> None:
+        lines, self._lines = self._lines, []
+        assert self._log is not None
+        for line in lines:
+            self._log.write(line)
+
+    def _see_to_logs(self, seconds: float = 0.0) -> None:
+        for name, output in self._outputs.items():
+            output.finish(seconds)
+            if dropped := output.dropped():
+                log.warning("%d lines of the %s were dropped, for nobody took them", dropped, name)
+
+    # Stopping.
+
+    def _drain(self) -> None:
+        """Answer what is under way, and let nobody in any more."""
+        self._draining = self.closing = True
+        now = self.loop.now
+        self._deadline = now + self.options.shutdown_timeout
+        # Also whose answer had begun before, and did not say that the connection ends with it.
+        self.keepalive = min(self.keepalive, IDLE_SECONDS)
+        if self.alone:
+            let_nobody_in(self._listener)
+        # Who is in the queue has been let in by the kernel, and closing would turn them out.
+        waiting = select.poll()
+        waiting.register(self._listener, select.POLLIN)
+        while waiting.poll(0) and self._let_in():
+            pass
+        self._watch_listener(False)
+        self._listener.close()
+        for client in list(self._clients):
+            responder = client.responder
+            if isinstance(responder, Exchange) and responder.state is State.TUNNELLING:
+                responder.part()
+        goodbye = Timer(self.loop, self._close_idle)
+        goodbye.set(now + min(IDLE_SECONDS, self.options.shutdown_timeout))
+
+    def _close_idle(self) -> None:
+        """Close the connections whose clients have asked for nothing since."""
+        for client in list(self._clients):
+            if client.idle:
+                client.hang_up()

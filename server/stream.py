@@ -1,0 +1,328 @@
+"""A connected socket of the loop's: reading, writing what the other side takes, and its end.
+
+The client's side and the upstream's side of an exchange are both one of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import ssl
+import struct
+import sys
+import termios
+from collections import deque
+from typing import Any
+
+from server.loop import BROKEN, LEAVING, PIPE_BYTES, READ, WRITE, Loop
+
+# One read takes so much; and so much from a side that has filled it before.
+READ_BYTES, LARGE_READ_BYTES = 65536, 262144
+# A side that has so much to send asks the other to wait, and to go on below the second.
+HIGH_WATER, LOW_WATER = 262144, 65536
+
+# What splice(2) moves: pages rather than copies of them, and never waiting.
+SPLICES = hasattr(os, "splice")
+SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if SPLICES else 0
+
+WAIT = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Stream:
+    """Subclasses say what is to happen by `received`, `ended`, `drained` and `failed`, each of
+    which the loop calls; none of them is called after `close`.
+
+    `queued` is how many bytes wait for the other side to take them.
+    """
+
+    __slots__ = (
+        "_deaf",
+        "_ending",
+        "_events",
+        "_fd",
+        "_paused",
+        "_pending",
+        "_read_bytes",
+        "_write_waits_for_read",
+        "_idle_events",
+        "closed",
+        "ended_reading",
+        "loop",
+        "queued",
+        "sock",
+        "tls",
+    )
+
+    def __init__(self, loop: Loop, sock: Any, idle_events: int = 0) -> None:
+        """Take over a connected socket that does not block; `idle_events` are what is watched for
+        also while nothing is read."""
+        self._idle_events = idle_events
+        self.loop = loop
+        self.sock = sock
+        self._fd = sock.fileno()
+        self.tls = isinstance(sock, ssl.SSLSocket)
+        self._pending: deque[memoryview] | None = None
+        self.queued = 0
+        self._events = 0
+        self._paused = False
+        self._read_bytes = READ_BYTES
+        self._deaf = False  # whether the other side takes nothing any more
+        self._ending = False  # whether the sending half ends when all is sent
+        self._write_waits_for_read = False
+        self.ended_reading = False
+        self.closed = False
+
+    # What subclasses have to say.
+
+    def received(self, data: bytes) -> None:
+        """Bytes have arrived."""
+        raise NotImplementedError
+
+    def ended(self) -> None:
+        """The other side has ended its sending half: no more bytes come."""
+        raise NotImplementedError
+
+    def drained(self) -> None:
+        """All that was queued has been taken."""
+        raise NotImplementedError
+
+    def progressed(self) -> None:
+        """Some of what was queued has been taken."""
+
+    def unsendable(self, error: OSError) -> None:
+        """Nothing more can be sent. Unless a subclass reads on, the connection is broken."""
+        self._broke(error)
+
+    def failed(self, error: OSError) -> None:
+        """The connection is broken: reset, or not to be written to. Called at the end of a turn."""
+        raise NotImplementedError
+
+    # Reading.
+
+    def watch(self) -> None:
+        """Watch for what this side waits for now."""
+        if self.closed:
+            return
+        events = 0
+        if not self.ended_reading:
+            events = self._idle_events if self._paused else READ | self._idle_events
+        if self._pending and not self._write_waits_for_read:
+            events |= WRITE
+        if events != self._events:
+            self.loop.watch(self._fd, self, self._events, events)
+            self._events = events
+
+    def pause(self) -> None:
+        """Read no more for now."""
+        if not self._paused:
+            self._paused = True
+            self.watch()
+
+    def resume(self) -> None:
+        """Read again. TLS may have taken bytes off the socket already, which no selector sees."""
+        if self._paused:
+            self._paused = False
+            self.watch()
+            if self.tls:
+                self.loop.soon(self._read_on)
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def _read_on(self) -> None:
+        if not self.closed and not self._paused and not self.ended_reading:
+            self._read()
+
+    def on_event(self, events: int) -> None:
+        if events & WRITE and self._pending:
+            self._write()
+        if self.closed:
+            return
+        if events & (READ | BROKEN) and not self._paused:
+            if self._write_waits_for_read:
+                self._write_waits_for_read = False
+                self._write()
+                if self.closed:
+                    return
+            if not self.ended_reading:
+                self._read()
+            elif events & BROKEN:
+                self._broke(self._socket_error())
+        elif events & BROKEN:
+            self._broke(self._socket_error())
+        elif events & LEAVING and self._paused:
+            self._idle_events = 0  # Once: the selector would say so at every turn.
+            self.watch()
+            self.leaving()
+
+    def leaving(self) -> None:
+        """The other side has ended its sending half, behind bytes that are not read yet."""
+
+    def _socket_error(self) -> OSError:
+        number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return ConnectionResetError(number, "the connection was reset")
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self.sock.recv(self._read_bytes)
+            except WAIT:
+                return
+            except ssl.SSLEOFError:
+                # A connection that ends without TLS's own end: what it cut off cannot be told.
+                self._broke(ConnectionResetError("the connection was cut beneath TLS"))
+                return
+            except OSError as error:
+                self._broke(error)
+                return
+            if not data:
+                self._end_reading()
+                return
+            if len(data) >= READ_BYTES or self._read_bytes > READ_BYTES:
+                self._read_bytes = LARGE_READ_BYTES if len(data) >= READ_BYTES else READ_BYTES
+            self.received(data)
+            # What the TLS layer has read ahead shows in no selector.
+            if not self.tls or self.closed or self._paused or not self.sock.pending():
+                return
+
+    def _end_reading(self) -> None:
+        self.ended_reading = True
+        self.watch()
+        self.ended()
+
+    # Writing.
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send `data`, now as far as the other side takes it, and the rest as it takes more."""
+        if self.closed or self._deaf or not data:
+            return
+        sent = 0
+        if not self._pending:
+            try:
+                sent = self.sock.send(data)
+            except WAIT as wait:
+                self._write_waits_for_read = isinstance(wait, ssl.SSLWantReadError)
+            except OSError as error:
+                self.unsendable(error)
+                return
+            if sent == len(data):
+                return
+            if self._pending is None:
+                self._pending = deque()
+        assert self._pending is not None
+        view = memoryview(data)[sent:]
+        self._pending.append(view)
+        self.queued += len(view)
+        self.watch()
+
+    def _write(self) -> None:
+        pending = self._pending
+        assert pending is not None
+        began = self.queued
+        try:
+            while pending:
+                sent = self.sock.send(pending[0])
+                self.queued -= sent
+                if sent < len(pending[0]):
+                    pending[0] = pending[0][sent:]
+                    break
+                pending.popleft()
+        except WAIT as wait:
+            self._write_waits_for_read = isinstance(wait, ssl.SSLWantReadError)
+        except OSError as error:
+            self.unsendable(error)
+            return
+        if self.queued < began:
+            self.progressed()
+        if self.closed:
+            return
+        if not pending:
+            self._pending = None
+            self.watch()
+            if self._ending:
+                self._end_sending()
+            self.drained()
+        else:
+            self.watch()
+
+    def stop_sending(self) -> None:
+        """Drop what is queued, and whatever else is sent."""
+        self._deaf = True
+        self._pending, self.queued = None, 0
+        self.watch()
+
+    def end(self) -> None:
+        """End the sending half when all is sent."""
+        self._ending = True
+        if not self._pending and not self.closed:
+            self._end_sending()
+
+    def _end_sending(self) -> None:
+        try:
+            # Not SSLSocket.shutdown, which would take the TLS layer away from what still arrives.
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        except OSError as error:
+            self._broke(error)
+
+    # The end.
+
+    def _broke(self, error: OSError) -> None:
+        # Not at once: whoever is in the middle of sending or reading would find itself ended.
+        if self.closed:
+            return
+        if self._events:
+            self.loop.watch(self._fd, self, self._events, 0)
+            self._events = 0
+        self._pending, self.queued = None, 0
+        self.closed = True
+        self.loop.close(self.sock)
+        self.loop.soon(lambda: self.failed(error))
+
+    def close(self, *, reset: bool = False) -> None:
+        """Close the connection; `reset` makes its end visibly not an orderly one, and drops what
+        the other side has not taken."""
+        if self.closed:
+            return
+        self.closed = True
+        self._pending, self.queued = None, 0
+        if self._events:
+            self.loop.watch(self._fd, self, self._events, 0)
+            self._events = 0
+        if reset:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.loop.close(self.sock)
+
+    def move_to(self, other: Stream, most: int) -> tuple[int, bytes] | None:
+        """Have the kernel move what has arrived, `most` bytes of it, to another side's socket,
+        without a copy into this process and out of it. Returns how many bytes were taken, and
+        those of them that the other side did not take; None at the end of what arrives. Raises
+        OSError where there is nothing to read, or the connection is broken."""
+        source, target = self._fd, other._fd
+        intake, outlet = self.loop.pipe()
+        taken = os.splice(source, intake, min(most, PIPE_BYTES), flags=SPLICE)
+        if not taken:
+            return None
+        given = 0
+        # An error of the other side's is found again by whoever sends it the rest.
+        with contextlib.suppress(OSError):
+            while given < taken:
+                given += os.splice(outlet, target, taken - given, flags=SPLICE)
+        rest = b""
+        while len(rest) < taken - given:
+            rest += os.read(outlet, taken - given)
+        return taken, rest
+
+    def untaken(self) -> int:
+        """How many bytes the kernel holds that the other side has not acknowledged yet."""
+        request = getattr(termios, "TIOCOUTQ", None)
+        if request is None or not sys.platform.startswith("linux"):
+            return 0
+        try:
+            answer = fcntl.ioctl(self._fd, request, bytes(4))
+        except OSError:
+            return 0
+        return int.from_bytes(answer, sys.byteorder)

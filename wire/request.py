@@ -1,0 +1,218 @@
+"""The head of a request: from bytes to values, strictly, with everything as it came.
+
+What two readers may understand in two ways is refused here, so that the upstream is never asked for
+something else than what Gatehouse has checked (RFC 9112 sections 2, 3, 6 and 11.2).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from functools import lru_cache
+from urllib.parse import unquote_to_bytes
+
+from problems import BadRequest, HttpVersionNotSupported, Problem
+from wire.chunks import Chunks, Sized
+from wire.fields import Field, listed, lowered, stripped
+
+MAX_HEAD_BYTES = 65536
+MAX_HEADER_LINES = 200
+
+REQUEST_LINE = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])"
+)
+# One header line, from its beginning to its end: a line that is anything else is not found. Nothing
+# is given back of the white space (`*+`), or a long run of it would be gone through again from each
+# of its characters.
+HEADER_LINE = re.compile(
+    r"(?<=\r\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*)\r\n"
+)
+# RFC 3986 section 3.2.2 host, with an optional port.
+HOST = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})++)(?::[0-9]*)?"
+)
+ABSOLUTE_FORM = re.compile(r"https?://([^/?#]+)", re.IGNORECASE)
+LONE_LINE_FEED = re.compile(rb"(?<!\r)\n")
+DIGITS = re.compile(r"[0-9]+")
+# No body and no chunk is as large as this; what says so only means to confuse.
+ABSURD_BYTES = 1 << 60
+
+
+class Head:
+    """The head of one request.
+
+    `method`, `target` and `fields` are as they came, `values` are the header lines by lower-case
+    name; `version` is "1.0" or "1.1". `origin` is the target in origin form (RFC 9112 section 3.2),
+    otherwise byte for byte; `path` is its path, percent-decoded, as latin-1 text, and `query` what
+    follows the first `?`. `host` is the authority that is asked for. A body is framed by `chunked`
+    or by `length` (bytes; None where there is none). `persistent` says whether the client keeps its
+    connection, `expects` whether it waits for a 100 before it sends the body. `problem` is what
+    is wrong, if anything; what comes after such a head cannot be told from a body.
+
+    `id` is the request's own, set by whoever decides whose the request is.
+    """
+
+    __slots__ = (
+        "chunked",
+        "expects",
+        "fields",
+        "host",
+        "id",
+        "length",
+        "method",
+        "origin",
+        "path",
+        "persistent",
+        "problem",
+        "query",
+        "target",
+        "values",
+        "version",
+    )
+
+    def __init__(self, head: bytes) -> None:
+        """Take apart a head, without its last empty line."""
+        self.method = self.target = self.origin = self.path = self.query = self.host = self.id = ""
+        self.version = "1.1"
+        self.fields: list[Field] = []
+        self.values: dict[str, list[str]] = {}
+        self.length: int | None = None
+        self.chunked = self.persistent = self.expects = False
+        self.problem: Problem | None = None
+        try:
+            self._parse(head.decode("latin-1") + "\r\n")
+        except Problem as problem:
+            self.problem = problem
+            if head.startswith(b"HEAD "):
+                self.method = "HEAD"  # Whatever else is wrong with it, its answer has no body.
+
+    def _parse(self, text: str) -> None:
+        end = text.index("\r\n")
+        line = REQUEST_LINE.fullmatch(text, 0, end)
+        if line is None:
+            raise BadRequest("The request line is malformed.")
+        self.method, self.target, major, minor = line.groups()
+        if major != "1":
+            raise HttpVersionNotSupported
+        if minor == "0":
+            self.version = "1.0"
+        lines = HEADER_LINE.findall(text, end + 2)
+        if len(lines) != text.count("\r\n", end + 2):
+            raise BadRequest("A header line is malformed.")
+        if len(lines) > MAX_HEADER_LINES:
+            raise BadRequest(f"There are more than {MAX_HEADER_LINES} header lines.")
+        self.fields = stripped(text, lines)
+        values = self.values
+        for name, value in self.fields:
+            key = lowered(name)
+            if key in values:
+                values[key].append(value)
+            else:
+                values[key] = [value]
+        hosts = values.get("host", [])
+        if len(hosts) > 1 or (not hosts and self.version == "1.1"):
+            raise BadRequest("There must be one Host header.")
+        self.host = hosts[0] if hosts else ""
+        if self.host and not is_host(self.host):
+            raise BadRequest("The Host header is malformed.")
+        self._target()
+        self._connection()
+        self._framing()
+
+    def _target(self) -> None:
+        target = self.target
+        if target.startswith("/"):
+            self.origin = target
+        elif self.method == "CONNECT":
+            return  # It names a host for a tunnel, and no path; a reverse proxy refuses it.
+        elif target == "*" and self.method == "OPTIONS":
+            self.origin = self.path = target
+            return
+        else:
+            absolute = ABSOLUTE_FORM.match(target)
+            # A user name in the authority is none of the host (RFC 9110 section 4.2.4).
+            host = absolute[1].rpartition("@")[2] if absolute else ""
+            if absolute is None or not is_host(host):
+                raise BadRequest("The request target is malformed.")
+            self.host = host  # It stands for Host (RFC 9112 section 3.2.2).
+            rest = target[absolute.end() :]
+            if not rest and self.method == "OPTIONS":
+                rest = "*"  # RFC 9112 section 3.2.4
+            self.origin = rest if rest.startswith(("/", "*")) else "/" + rest
+        path, _, self.query = self.origin.partition("?")
+        if "%" in path:
+            path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
+        self.path = path
+
+    def _connection(self) -> None:
+        options = self.values.get("connection")
+        named = [option.lower() for option in listed(options)] if options else []
+        if self.version == "1.1":
+            self.persistent = "close" not in named
+        else:
+            self.persistent = "keep-alive" in named and "close" not in named
+
+    def _framing(self) -> None:
+        lengths = self.values.get("content-length")
+        codings = self.values.get("transfer-encoding")
+        if codings:
+            if self.version == "1.0" or lengths or [c.lower() for c in codings] != ["chunked"]:
+                raise BadRequest("Transfer-Encoding must be chunked, alone, and in HTTP/1.1.")
+            self.chunked = True
+        elif lengths:
+            if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
+                raise BadRequest("Content-Length must be one number.")
+            # int() refuses thousands of digits.
+            digits = lengths[0].lstrip("0")
+            self.length = int(digits or 0) if len(digits) < 19 else ABSURD_BYTES
+        else:
+            return
+        if self.version == "1.1" and (self.chunked or self.length):
+            self.expects = self.values.get("expect", [""])[-1].lower() == "100-continue"
+
+    @property
+    def upgrade(self) -> bool:
+        """Whether the client asks to go on as a WebSocket (RFC 9110 section 7.8, RFC 6455 section
+        4.1). One that also has a body is not taken for one: where the body ends would decide what
+        is the first frame."""
+        values = self.values
+        return (
+            "upgrade" in values
+            and self.method == "GET"
+            and self.version == "1.1"
+            and not self.chunked
+            and not self.length
+            and "upgrade" in [option.lower() for option in listed(values.get("connection", []))]
+            and "websocket" in [name.lower() for name in listed(values["upgrade"])]
+        )
+
+    def body(self) -> Chunks | Sized | None:
+        """What takes the body apart; None where there is no body."""
+        if self.chunked:
+            return Chunks(exact=True)
+        return Sized(self.length) if self.length else None
+
+
+@lru_cache(256)
+def is_host(text: str) -> bool:
+    """Whether this is a Host with an optional port, and what is in brackets an IPv6 address."""
+    match = HOST.fullmatch(text)
+    if match is None or match[1] is None:
+        return match is not None
+    try:
+        ipaddress.IPv6Address(match[1])
+    except ValueError:
+        return False
+    return True
+
+
+def end_of_head(data: bytes | bytearray, scanned: int = 0) -> int:
+    """Where the empty line that ends a head begins in `data`, or -1 while it is not there; the
+    first `scanned` bytes have been looked at before. Raises BadRequest where it cannot come."""
+    end = data.find(b"\r\n\r\n", max(0, scanned - 3))
+    # Of an end that is not there yet, three bytes may be.
+    if (len(data) - 3 if end < 0 else end) > MAX_HEAD_BYTES:
+        raise BadRequest(f"The head is larger than {MAX_HEAD_BYTES} bytes.")
+    if end < 0 and LONE_LINE_FEED.search(data, max(0, scanned - 1)):
+        raise BadRequest("A line of the head ends with a line feed alone.")
+    return end
