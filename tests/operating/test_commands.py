@@ -1,10 +1,28 @@
-"""`app.py check`, its lines and exit codes; the arguments that app.py does not have."""
+"""`app.py check` and `health`, their lines and exit codes; the arguments that app.py has or not."""
 
 from __future__ import annotations
 
-import psycopg2
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 
-from tests.harness import DEAD_DATABASE, Databases, ScriptedUpstream, free_port, run_app
+import psycopg2
+import pytest
+
+from tests.harness import (
+    DEAD_DATABASE,
+    ROOT,
+    Databases,
+    ScriptedUpstream,
+    Service,
+    checkout,
+    free_port,
+    run_app,
+)
 
 
 def check(**settings: str) -> tuple[int, list[str]]:
@@ -41,24 +59,194 @@ def test_another_schema_is_4(databases: Databases, upstream: ScriptedUpstream) -
     assert "users_email_lower" in lines[2]
 
 
-def test_an_unreachable_database_is_5(upstream: ScriptedUpstream) -> None:
+def test_an_unreachable_database_is_5_and_is_named(upstream: ScriptedUpstream) -> None:
     code, lines = check(POSTGRES_URI=DEAD_DATABASE, UPSTREAM_URL=upstream.url)
     assert code == 5
     assert lines == [
         "configuration: ok",
-        "database: unreachable: Connection refused",
+        "database: unreachable: 127.0.0.1:1: Connection refused",
         "schema: unknown",
         "upstream: ok",
     ]
 
 
-def test_an_unreachable_upstream_is_6(database: str) -> None:
-    code, lines = check(POSTGRES_URI=database, UPSTREAM_URL=f"http://127.0.0.1:{free_port()}")
+@pytest.mark.parametrize(
+    ("hosts", "told"),
+    [
+        ("[::1]:2", ["[::1]:2: "]),
+        ("127.0.0.1:1,127.0.0.2:2", ["127.0.0.1:1: Connection refused", "127.0.0.2:2: "]),
+        ("nowhere.invalid", ["nowhere.invalid:5432: "]),
+        ("127.0.0.1:1,nowhere.invalid:7", ["127.0.0.1:1: ", "nowhere.invalid:7: "]),
+    ],
+)
+def test_every_host_of_the_database_that_was_tried_is_named(
+    upstream: ScriptedUpstream, hosts: str, told: list[str]
+) -> None:
+    uri = f"postgresql://ann:s3cret@{hosts}/users"
+    code, lines = check(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url)
+    assert code == 5
+    assert all(address in lines[1] for address in told), lines[1]
+    assert "s3cret" not in "".join(lines)
+
+
+def test_a_database_that_refuses_says_why_without_names(
+    database: str, upstream: ScriptedUpstream
+) -> None:
+    """The wrong database on the right server, over its socket."""
+    uri = re.sub(r"/[^/?]*\?", "/s3cret?", database)
+    code, lines = check(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url)
+    assert code == 5
+    assert ".s.PGSQL." in lines[1] and "database does not exist" in lines[1]
+    assert "s3cret" not in "".join(lines)
+
+
+def test_an_unreachable_upstream_is_6_and_is_named(database: str) -> None:
+    port = free_port()
+    code, lines = check(POSTGRES_URI=database, UPSTREAM_URL=f"http://127.0.0.1:{port}/base")
     assert code == 6
-    assert lines[-1].startswith("upstream: unreachable: ")
+    assert lines[-1] == f"upstream: unreachable: 127.0.0.1:{port}: Connection refused"
+
+
+def test_an_upstream_without_a_port_has_that_of_its_scheme(database: str) -> None:
+    code, lines = check(POSTGRES_URI=database, UPSTREAM_URL="https://nowhere.invalid")
+    assert code == 6
+    assert lines[-1].startswith("upstream: unreachable: nowhere.invalid:443: ")
+
+
+def test_check_says_on_a_terminal_what_the_configuration_comes_to(
+    database: str, upstream: ScriptedUpstream
+) -> None:
+    ours, theirs = pty.openpty()
+    environ = {"PATH": os.environ["PATH"], "POSTGRES_URI": database, "UPSTREAM_URL": upstream.url}
+    process = subprocess.Popen(
+        [sys.executable, "app.py", "check"], cwd=checkout(), env=environ, stdout=theirs
+    )
+    assert process.wait(30) == 0
+    os.close(theirs)
+    text = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert text.startswith("configuration: ok\r\n  workers: 1; this process may use ")
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "given", "told"),
+    [
+        (1024, "", "384 at once in each worker, as descriptors allow"),
+        (100, "", "64 at once in each worker, as descriptors allow"),
+        (
+            1024,
+            "10",
+            "10 at once in each worker (UPSTREAM_MAX_IN_FLIGHT=10, and descriptors allow 384)",
+        ),
+        (
+            1024,
+            "500",
+            "384 at once in each worker (UPSTREAM_MAX_IN_FLIGHT=500, and descriptors allow 384)",
+        ),
+    ],
+)
+def test_check_says_how_many_streams_descriptors_allow(
+    descriptors: int, given: str, told: str
+) -> None:
+    command = f"ulimit -n {descriptors}; exec {sys.executable} app.py check --verbose"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=checkout(),
+        env={
+            "PATH": os.environ["PATH"],
+            "POSTGRES_URI": DEAD_DATABASE,
+            "UPSTREAM_URL": "http://127.0.0.1:1",
+            "UPSTREAM_MAX_IN_FLIGHT": given,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[2] == f"  streams: {told}"
+
+
+@pytest.mark.parametrize(
+    ("url", "preserve", "told"),
+    [
+        ("http://127.0.0.1:1", "auto", "the client's Host"),
+        ("https://app.example:8443", "auto", "Host: app.example:8443"),
+        ("http://127.0.0.1:1/base", "off", "Host: 127.0.0.1:1"),
+    ],
+)
+def test_check_says_which_host_the_application_sees(url: str, preserve: str, told: str) -> None:
+    settings = {"UPSTREAM_URL": url, "UPSTREAM_PRESERVE_HOST": preserve}
+    run = run_app("check", "--verbose", **settings, UPSTREAM_CONNECT_TIMEOUT="0.5")
+    assert run.stdout.splitlines()[3] == f"  host: the application sees {told}"
+
+
+# health
+
+
+@pytest.mark.parametrize("which", [[], ["live"]])
+def test_health_of_a_running_instance_is_0(start: Callable[..., Service], which: list[str]) -> None:
+    service = start()
+    run = run_app("health", *which, PORT=service.port)
+    assert run.returncode == 0
+    assert json.loads(run.stdout)["status"] in ("ok", "degraded")
+
+
+def test_health_is_1_where_the_instance_says_no(start: Callable[..., Service]) -> None:
+    service = start()
+    run = run_app("health", "ready", PORT=service.port)
+    assert run.returncode == 1
+    assert json.loads(run.stdout)["type"] == "urn:gatehouse:database-unavailable"
+
+
+def test_health_is_1_where_nothing_answers() -> None:
+    port = free_port()
+    run = run_app("health", PORT=port)
+    assert (run.returncode, run.stdout) == (
+        1,
+        f"127.0.0.1:{port} does not answer: Connection refused\n",
+    )
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_health_asks_this_machine_where_the_instance_listens_on_all_addresses(
+    start: Callable[..., Service], host: str
+) -> None:
+    service = start(HOST=host, USERS_AUTH="none")
+    assert run_app("health", "live", HOST=host, PORT=service.port).returncode == 0
+
+
+def test_health_needs_no_other_setting() -> None:
+    """A container's health check may run without the secrets."""
+    run = run_app("health", POSTGRES_URI="", UPSTREAM_URL="", PORT=free_port())
+    assert run.returncode == 1
+    run = run_app("health", PORT=0)
+    assert (run.returncode, run.stdout) == (
+        2,
+        "PORT must be the port of the running instance, not 0\n",
+    )
+
+
+# arguments
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    run = run_app("--version", POSTGRES_URI="", UPSTREAM_URL="")
+    [version] = re.findall(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text())
+    assert (run.returncode, run.stdout) == (0, f"gatehouse {version}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["check", "--help"]])
+def test_help_names_every_command_and_exit_code(arguments: list[str]) -> None:
+    run = run_app(*arguments, POSTGRES_URI="", UPSTREAM_URL="")
+    assert run.returncode == 0
+    for word in ("check", "health", "--dev", "--version", "docs/configuration.md"):
+        assert word in run.stdout
+    codes = run.stdout.partition("Exit codes:")[2]
+    assert re.findall(r"\b[0-9]\b", codes) == [str(code) for code in range(7)]
 
 
 def test_an_argument_that_is_not_known_is_2() -> None:
     run = run_app("--serve")
     assert run.returncode == 2
-    assert run.stdout == "usage: app.py [check | --dev]\n"
+    assert run.stdout == (
+        "usage: app.py [check | health [live | ready] | --dev | --version | --help]:"
+        " unrecognized arguments: --serve\n"
+    )

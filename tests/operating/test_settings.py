@@ -548,7 +548,18 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     assert len(done.stdout.splitlines()) == 1 and str(port) in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["check", "now"], ["--dev", "--dev"], ["-x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve"],
+        ["check", "now"],
+        ["--dev", "--dev"],
+        ["--dev", "check"],
+        ["-x"],
+        ["--vers"],
+        ["health", "well"],
+    ],
+)
 def test_an_unknown_command_is_one_line_of_usage(arguments: list[str]) -> None:
     done = run_app(*arguments)
     assert done.returncode == 2

