@@ -96,6 +96,7 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
     app.route("/health", "GET", get_health)
     app.route("/health/live", "GET", get_live)
     app.route("/health/ready", "GET", get_ready)
+    app.route("/health/metrics", "GET", get_metrics)
     app.route("/users", "GET", list_users)
     app.route("/users", "POST", create_user)
     app.route("/users/<user_id>", "GET", get_user)
@@ -125,6 +126,17 @@ def get_ready() -> dict[str, str]:
             raise SchemaNotMigrated
         case _:
             raise DatabaseUnavailable
+
+
+def get_metrics() -> str:
+    health = request.app.health
+    response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+    text: str = health.board.exposition(
+        version=VERSION,
+        database_up=health.database(_asked())["status"] != "down",
+        pool_size=health.pool_size,
+    )
+    return text
 
 
 def _asked() -> float:
@@ -272,6 +284,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             problem = error if isinstance(error, Problem) else Problem()
             if problem is not error:
                 log.exception("%s request_id=%s", environ["REQUEST_METHOD"], request_id)
+            self.health.board.problem(problem.name)
             status, fields, body = problem_reply(problem, request_id)
             start(status, fields)
             return [] if environ["REQUEST_METHOD"] == "HEAD" else body

@@ -1,51 +1,243 @@
-"""A few numbers that the workers of one service share, so that /health is true of all of them, and
-clients are shared out among them."""
+"""Numbers that all workers of one service share, so that `/health` and `/health/metrics` are true
+of all of them, and clients are shared out among them.
+
+They are integers in a page of memory that forked workers share. A scrape adds up what is there: no
+worker is asked, so none can be late, and a worker that has died has left its counts behind.
+prometheus_client can serve several processes too, but keeps a file for each process that there ever
+was (its issue 568), with the gauges of the dead ones. The text format itself is a few lines.
+"""
 
 from __future__ import annotations
 
 import mmap
+import threading
 import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+import problems
 
 UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
-IN_FLIGHT, IN_USE, IDLE, OUTCOME, OUTCOME_AT, CLIENTS, AWAKE, STREAMS, LIMIT = range(9)
-CELLS = 16
+
+# The cells of a worker's row. First its gauges: what is now, and nothing once it has died.
+IN_FLIGHT, STREAMS, LIMIT, CLIENTS, IN_USE, IDLE, AWAKE = range(7)
+HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE = range(7, 11)
+GAUGES = 11
+# How the last forwarded request went, and when: that stays true when the worker has died.
+OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
+# Then its counters, which only grow, through its death as well.
+LINES_DROPPED, REPLACED = range(OUTCOME_AT + 1, OUTCOME_AT + 3)
+
+OWNERS = ("users", "health", "proxy")
+# Those of RFC 9110 section 9 and RFC 5789. Any other is a caller's own word, and no label.
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "other")
+CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+# The upper bounds of the histogram's buckets, in seconds. The time-outs of the upstream's answers
+# are among them.
+BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+TYPES = tuple(
+    sorted(
+        kind.name
+        for kind in vars(problems).values()
+        if isinstance(kind, type) and issubclass(kind, problems.Problem)
+    )
+)
+PROBLEMS = REPLACED + 1
+REQUESTS = PROBLEMS + len(TYPES)
+HEADS = REQUESTS + len(OWNERS) * len(METHODS) * len(CLASSES)
+# Of each owner: its buckets, that beyond the last bound, and the sum in microseconds.
+HEAD_CELLS = len(BOUNDS) + 2
+# Rows begin at a multiple of 64 bytes, so that two workers do not write to one line of a cache.
+CELLS = -(-(HEADS + len(OWNERS) * HEAD_CELLS) // 8) * 8
+
+# Metrics that are one cell's total: name, cell, what it says.
+TOTALS = (
+    ("requests_in_flight", IN_FLIGHT, "Requests, streams and tunnels with the upstream."),
+    ("requests_in_flight_limit", LIMIT, "How many of them there may be at once."),
+    ("streams", STREAMS, "Event streams and tunnels among the requests in flight."),
+    ("client_connections", CLIENTS, "Connections of clients."),
+    ("database_pool_in_use", IN_USE, "Database connections in use."),
+    ("database_pool_idle", IDLE, "Database connections that are open and idle."),
+    ("log_lines_dropped_total", LINES_DROPPED, "Lines of the logs that nobody took."),
+    ("workers_replaced_total", REPLACED, "Workers that died and were replaced."),
+)
+
+_owner = {name: number for number, name in enumerate(OWNERS)}
+_method = {name: number for number, name in enumerate(METHODS)}
+_type = {name: number for number, name in enumerate(TYPES)}
 
 
 class Board:
-    """A row of integers for each worker, in memory that forked workers share. A worker writes its
-    own row only, a cell at a time; anyone reads them all."""
+    """A row of integers for each worker, in memory that forked workers share, and one for the
+    supervisor. A process writes its own row only, a cell at a time; anyone reads them all.
+
+    Any thread of a worker may count: what one adds is not lost to another.
+    """
 
     def __init__(self, workers: int) -> None:
-        self._cells = memoryview(mmap.mmap(-1, workers * CELLS * 8)).cast("q")
+        self._cells = memoryview(mmap.mmap(-1, (workers + 1) * CELLS * 8)).cast("q")
         self._workers = workers
-        self._row = 0
+        self._row = workers * CELLS
+        self._lock = threading.Lock()
+        self.started = time.time()  # seconds since 1970
 
     def join(self, worker: int) -> None:
-        """Become worker number `worker`; its row starts from nothing."""
+        """Become worker number `worker`. Its counters go on where the one before it left them."""
+        self._lock = threading.Lock()  # Another's, at the moment of the fork, would stay locked.
         self._row = worker * CELLS
-        for cell in range(CELLS):
-            self._cells[self._row + cell] = 0
+        self.left(worker)
+
+    def left(self, worker: int) -> None:
+        """Worker number `worker` has died: what it had under way is no more."""
+        row = worker * CELLS
+        for cell in range(GAUGES):
+            self._cells[row + cell] = 0
+
+    # Writing.
 
     def set(self, cell: int, value: int) -> None:
         """Write a number of this worker's."""
         self._cells[self._row + cell] = value
 
-    def total(self, cell: int) -> int:
-        """The sum of a number over all workers."""
-        return sum(self._cells[cell::CELLS])
+    def add(self, cell: int, number: int = 1) -> None:
+        """Count `number` more."""
+        with self._lock:
+            self._cells[self._row + cell] += number
 
-    def others(self, cell: int) -> tuple[int, ...]:
-        """A number of each worker but this one."""
-        mine = self._row // CELLS
-        return tuple(n for worker, n in enumerate(self._cells[cell::CELLS]) if worker != mine)
+    def request(self, owner: str, method: str, status: int, seconds: float) -> None:
+        """Count a request, when the head of its answer is there: before a byte of that is sent, so
+        that who has the answer finds it counted.
+
+        `owner` is one of OWNERS, `seconds` how long the head took since the request was complete.
+        """
+        number = _owner[owner]
+        kind = number * len(METHODS) + _method.get(method, len(METHODS) - 1)
+        count = self._row + REQUESTS + kind * len(CLASSES) + min(max(status // 100, 1), 5) - 1
+        heads = self._row + HEADS + number * HEAD_CELLS
+        with self._lock:
+            self._cells[count] += 1
+            self._cells[heads + bisect_left(BOUNDS, seconds)] += 1
+            self._cells[heads + HEAD_CELLS - 1] += round(seconds * 1e6)
+
+    def problem(self, name: str) -> None:
+        """Count an answer that told of a problem of this type."""
+        self.add(PROBLEMS + _type[name])
 
     def forwarded(self, up: bool) -> None:
         """Note how a forwarded request went."""
         self._cells[self._row + OUTCOME] = UP if up else DOWN
         self._cells[self._row + OUTCOME_AT] = time.monotonic_ns()
 
+    def turned(self, longest: float) -> None:
+        """Note that this worker's loop turns, and the longest turn in seconds since the last note.
+
+        What is shown is the longest of this minute and the last: the next scrape finds it.
+        """
+        now = time.monotonic_ns()
+        minute, microseconds = now // 60_000_000_000 + 1, round(longest * 1e6)
+        row, cells = self._row, self._cells
+        cells[row + HEARTBEAT] = now
+        if cells[row + TURN_MINUTE] != minute:
+            follows = cells[row + TURN_MINUTE] == minute - 1
+            cells[row + TURN_BEFORE] = cells[row + TURN_LONGEST] if follows else 0
+            cells[row + TURN_MINUTE], cells[row + TURN_LONGEST] = minute, 0
+        cells[row + TURN_LONGEST] = max(cells[row + TURN_LONGEST], microseconds)
+
+    # Reading.
+
+    def total(self, cell: int) -> int:
+        """The sum of a number over all workers."""
+        return sum(self._cells[cell::CELLS])
+
+    def each(self, cell: int) -> tuple[int, ...]:
+        """A number of each worker."""
+        return tuple(self._cells[cell : self._workers * CELLS : CELLS])
+
+    def others(self, cell: int) -> tuple[int, ...]:
+        """A number of each worker but this one."""
+        mine = self._row // CELLS
+        return tuple(n for worker, n in enumerate(self.each(cell)) if worker != mine)
+
     def upstream(self) -> str:
         """How the last forwarded request of any worker went: up, down or unknown."""
-        rows = range(0, self._workers * CELLS, CELLS)
-        latest = max(rows, key=lambda row: self._cells[row + OUTCOME_AT])
-        return ("unknown", "up", "down")[self._cells[latest + OUTCOME]]
+        outcomes = zip(self.each(OUTCOME_AT), self.each(OUTCOME), strict=True)
+        return ("unknown", "up", "down")[max(outcomes)[1]]
+
+    def exposition(self, *, version: str, database_up: bool, pool_size: int) -> str:
+        """All of it in Prometheus's text format, version 0.0.4.
+
+        `database_up` says whether the database has just answered; `pool_size` is how many
+        connections all workers may have.
+        """
+        return "".join(self._families(version, database_up, pool_size))
+
+    def _families(self, version: str, database_up: bool, pool_size: int) -> Iterator[str]:
+        yield from _family(
+            "gatehouse_requests_total",
+            "counter",
+            "Requests answered, by who owns the path, method and class of status.",
+            self._requests(),
+        )
+        yield from _family(
+            "gatehouse_answer_head_seconds",
+            "histogram",
+            "Time from a whole request to the head of its answer, by who owns the path.",
+            self._heads(),
+        )
+        yield from _family(
+            "gatehouse_problems_total",
+            "counter",
+            "Answers of Gatehouse's own that told of a problem, by its type.",
+            [(f'{{type="{name}"}}', self.total(PROBLEMS + n)) for name, n in _type.items()],
+        )
+        for name, cell, text in TOTALS:
+            kind = "counter" if name.endswith("_total") else "gauge"
+            yield from _family(f"gatehouse_{name}", kind, text, [("", self.total(cell))])
+        longest = max(*self.each(TURN_LONGEST), *self.each(TURN_BEFORE)) / 1e6
+        serving = sum(1 for beat in self.each(HEARTBEAT) if beat)
+        for name, number, text in (
+            ("database_pool_size", pool_size, "Database connections that all workers may have."),
+            ("database_up", int(database_up), "Whether the database answered during this scrape."),
+            ("loop_longest_turn_seconds", longest, "The longest turn of a loop of late."),
+            ("workers", serving, "Workers that serve."),
+            ("start_time_seconds", self.started, "When the service started, since 1970."),
+        ):
+            yield from _family(f"gatehouse_{name}", "gauge", text, [("", number)])
+        if (upstream := self.upstream()) != "unknown":
+            text = "Whether the last forwarded request was answered."
+            up = int(upstream == "up")
+            yield from _family("gatehouse_upstream_up", "gauge", text, [("", up)])
+        text = "The version that runs."
+        labels = f'{{version="{version}"}}'
+        yield from _family("gatehouse_build_info", "gauge", text, [(labels, 1)])
+
+    def _requests(self) -> Iterator[tuple[str, float]]:
+        cell = REQUESTS
+        for owner in OWNERS:
+            for method in METHODS:
+                counts = [self.total(cell + number) for number in range(len(CLASSES))]
+                cell += len(CLASSES)
+                # All classes of one that has been seen: the first 5xx is then a step from 0, which
+                # Prometheus's increase() sees, and not a line that begins at 1, which it does not.
+                if any(counts):
+                    for status, count in zip(CLASSES, counts, strict=True):
+                        labels = f'owner="{owner}",method="{method}",status="{status}"'
+                        yield f"{{{labels}}}", count
+
+    def _heads(self) -> Iterator[tuple[str, float]]:
+        for number, owner in enumerate(OWNERS):
+            cell = HEADS + number * HEAD_CELLS
+            count = 0
+            for bound, place in zip(
+                (*BOUNDS, "+Inf"), range(cell, cell + HEAD_CELLS), strict=False
+            ):
+                count += self.total(place)
+                yield f'_bucket{{owner="{owner}",le="{bound}"}}', count
+            yield f'_sum{{owner="{owner}"}}', self.total(cell + HEAD_CELLS - 1) / 1e6
+            yield f'_count{{owner="{owner}"}}', count
+
+
+def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> Iterator[str]:
+    yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
+    for suffix, value in samples:
+        yield f"{name}{suffix} {value}\n"

@@ -73,8 +73,11 @@ class Desk(Protocol):
     def respond(self, client: Client, head: Head) -> None:
         """Give the request to whoever answers it. Raises the Problem to refuse it with."""
 
-    def answered(self, client: Client, head: Head, seconds: float) -> None:
-        """A request is behind the client: `seconds` passed before its answer began."""
+    def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
+        """The head of an answer is about to be sent, `seconds` after its request was here."""
+
+    def answered(self, client: Client, head: Head) -> None:
+        """A request is behind the client."""
 
     def refused(self, problem: Problem) -> None:
         """A request was answered with a problem."""
@@ -115,7 +118,6 @@ class Client(Stream):
         "_paused_at",
         "_received",
         "_scanned",
-        "_started",
         "_timer",
         "_took",
         "_unread",
@@ -124,7 +126,7 @@ class Client(Stream):
         "deadline",
         "head",
         "idle_since",
-        "owner",
+        "lane",
         "peer",
         "phase",
         "responder",
@@ -140,7 +142,7 @@ class Client(Stream):
         self.phase = Phase.READING
         self.head: Head | None = None  # the request that is being answered
         self.responder: Responder | None = None
-        self.owner = ""
+        self.lane = ""  # who answers the present request
         self.served = 0
         self.arrived = 0.0
         self._ahead = b""  # what has come and is not read yet
@@ -169,7 +171,6 @@ class Client(Stream):
         self._chunked = False
         self._body_left: int | None = None
         self._complete = False
-        self._started = 0.0
 
     # What comes in.
 
@@ -287,7 +288,7 @@ class Client(Stream):
         head = self.head
         assert head is not None
         self.status = status
-        self._started = self.loop.now
+        self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
         if close or self.ended_reading or self._desk.closing or not head.persistent:
             self._close = True
         lines = [f"HTTP/1.1 {status}", *[f"{name}: {value}" for name, value in fields]]
@@ -310,8 +311,10 @@ class Client(Stream):
 
     def switch(self, status: str, fields: list[Field]) -> None:
         """Answer that the protocol is switched: what is written from here on is not framed."""
+        head = self.head
+        assert head is not None
         self.status = status
-        self._started = self.loop.now
+        self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
         self._close = True
         self._send(lines_of(status, fields))
 
@@ -464,7 +467,7 @@ class Client(Stream):
         if head is None:
             return
         self.served += 1
-        self._desk.answered(self, head, max(0.0, self._started - self.arrived))
+        self._desk.answered(self, head)
         if responder is not None:
             responder.settled()
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from metrics import AWAKE, CLIENTS, LIMIT, Board
+from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
 from problems import BodyTooLarge, Problem
 from server.client import Client
 from server.exchange import Exchange, Patience, State
@@ -46,6 +46,16 @@ WAKING_SECONDS = 1.0
 LOG_SECONDS = 1.0
 # Where no descriptor is free, the clients that wait are looked at again after so many seconds.
 CROWDED_SECONDS = 0.025
+
+
+# What a lane's requests are counted as.
+OWNERS = {"proxy": "proxy", "users": "users", "bulk": "users", "health": "health", "live": "health"}
+
+
+def owner_of(path: str) -> str:
+    """What a request that was refused before it had a lane is counted as."""
+    first = path[1:].partition("/")[0]
+    return first if first in ("users", "health") else "proxy"
 
 
 class Application(Protocol):
@@ -104,7 +114,7 @@ def most_streams() -> int:
 
 def connection_room() -> int:
     """How many connections a worker may have, of clients and to the upstream."""
-    return max(64, raise_descriptor_limit() - SPARE_DESCRIPTORS)
+    return max(128, raise_descriptor_limit() - SPARE_DESCRIPTORS)
 
 
 class Server:
@@ -263,8 +273,9 @@ class Server:
 
     def respond(self, client: Client, head: Head) -> None:
         """Give a request to whoever answers it. Raises the Problem to refuse it with."""
+        client.lane = ""
         lane, largest = self.application.admit(head)
-        client.owner = lane
+        client.lane = lane
         if largest and head.length is not None and head.length > largest:
             raise BodyTooLarge(f"The body is larger than {largest} bytes.")
         if lane == "proxy":
@@ -292,7 +303,12 @@ class Server:
         client.responder = job
         job.start()
 
-    def answered(self, client: Client, head: Head, seconds: float) -> None:
+    def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
+        """Count a request whose answer is about to be sent: whoever has that finds it counted."""
+        owner = OWNERS.get(client.lane) or owner_of(head.path)
+        self.application.board.request(owner, head.method, status, seconds)
+
+    def answered(self, client: Client, head: Head) -> None:
         """A request is behind its client: write its line of the access log."""
         if self._log is not None:
             caller = self.application.caller(head, client.peer[0])
@@ -300,7 +316,8 @@ class Server:
             self._lines.append(access_line(head, client.status, client.sent, milliseconds, caller))
 
     def refused(self, problem: Problem) -> None:
-        """A request was answered with a problem."""
+        """A request is about to be answered with a problem."""
+        self.application.board.problem(problem.name)
 
     def left(self, client: Client) -> None:
         """A client's connection is closed."""
@@ -312,6 +329,8 @@ class Server:
     def _see_to_all(self) -> None:
         self._tick.set(self.loop.now + 1.0)
         self._see_to_logs()
+        self.application.board.turned(self.loop.longest_turn)
+        self.loop.longest_turn = 0.0
 
     def _write_log(self) -> None:
         lines, self._lines = self._lines, []
@@ -323,6 +342,7 @@ class Server:
         for name, output in self._outputs.items():
             output.finish(seconds)
             if dropped := output.dropped():
+                self.application.board.add(LINES_DROPPED, dropped)
                 log.warning("%d lines of the %s were dropped, for nobody took them", dropped, name)
 
     # Stopping.

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from metrics import REPLACED, Board
 from server.listener import let_nobody_in
 from server.loop import READ
 from server.server import Server
@@ -57,7 +58,7 @@ def serve(
     if workers == 1:
         work(0, None)
         return 0
-    return Supervisor(work, workers, listener, shutdown_timeout).run()
+    return Supervisor(work, workers, listener, shutdown_timeout, application.board).run()
 
 
 def pin(number: int) -> None:
@@ -106,7 +107,9 @@ class Supervisor:
         count: int,
         listener: socket.socket,
         shutdown_timeout: float,
+        board: Board,
     ) -> None:
+        self.board = board
         self.work = work
         self.count = count
         self.listener = listener
@@ -175,6 +178,8 @@ class Supervisor:
     def replace(self) -> None:
         for worker, since, code in self.ended():
             log.error("worker %d ended (%s)", worker, f"signal {-code}" if code < 0 else code)
+            self.board.left(worker)
+            self.board.add(REPLACED)
             now = time.monotonic()
             early = now - since < START_SECONDS and -code not in (signal.SIGKILL, signal.SIGTERM)
             self.failures = self.failures + 1 if early else 0

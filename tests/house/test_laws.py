@@ -32,7 +32,7 @@ DATABASE = {"models", "peewee", "playhouse", "psycopg2", "peewee_migrate"}
 GROUND = {"problems", "metrics"}
 MAY_IMPORT: dict[str, set[str]] = {
     "problems": set(),
-    "metrics": set(),
+    "metrics": {"problems"},
     "settings": set(),
     "wire": {"problems"},
     "postgres": GROUND | {"peewee", "playhouse", "peewee_migrate", "psycopg2"},

@@ -112,6 +112,18 @@ def test_lines_beyond_a_mebibyte_are_dropped_and_counted(
     assert dropped > 100 and told == targets[: len(targets) - dropped]
 
 
+def dropped_lines(port: int) -> int:
+    text = call(port, "GET", "/health/metrics").body.decode()
+    return int(re.findall(r"(?m)^gatehouse_log_lines_dropped_total (\d+)$", text)[0])
+
+
+def test_dropped_lines_are_in_the_metrics(run: Run, upstream: ScriptedUpstream) -> None:
+    upstream.script(ok)
+    _, port = run(UPSTREAM_URL=upstream.url)
+    ask(port, [f"/{number}/{'x' * 2900}" for number in range(600)], 200)
+    wait_for(lambda: dropped_lines(port) > 100, what="the metric to count them")
+
+
 @pytest.mark.parametrize("character", ["x", '"', "\\", "\xe9"])
 @pytest.mark.parametrize("length", [2000, 40_000])
 def test_a_line_is_one_write_however_long_its_target(
