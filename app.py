@@ -26,7 +26,7 @@ import bottle
 from bottle import request, response
 
 import commands
-from metrics import Board
+from metrics import STOPPING, Board
 from models import database
 from postgres import schema
 from problems import (
@@ -43,6 +43,7 @@ from problems import (
 from server import workers
 from server.exchange import Patience
 from server.server import Options, Server
+from server.systemd import Notifier
 from services import inputs, users
 from services.health import Health
 from services.proxy import Proxy
@@ -119,6 +120,8 @@ def get_live() -> dict[str, str]:
 
 
 def get_ready() -> dict[str, str]:
+    if request.app.health.board.total(STOPPING):
+        raise DatabaseUnavailable("The service is stopping.")
     match request.app.health.database(_asked())["status"]:
         case "up":
             return {"status": "ok"}
@@ -396,7 +399,7 @@ class Gatehouse:
         return owner[1], inputs.MAX_BYTES
 
 
-def serve(settings: Settings, listener: socket.socket) -> int:
+def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int:
     """Serve on a bound socket until told to stop; returns the exit code."""
     gatehouse = Gatehouse(settings)
     options = Options(
@@ -419,21 +422,21 @@ def serve(settings: Settings, listener: socket.socket) -> int:
         connect_timeout=settings.upstream_connect_timeout,
         upstream_keepalive=settings.upstream_keepalive_timeout,
         keepalive=settings.keepalive_timeout,
-        drain_delay=settings.drain_delay,
         shutdown_timeout=settings.shutdown_timeout,
         access_log=settings.access_log,
     )
-
-    def work(number: int) -> Server:
-        gatehouse.board.join(number)
-        return Server(gatehouse, listener, options)
-
-    try:
-        return workers.serve(
-            work, listener, workers=settings.workers, shutdown_timeout=settings.shutdown_timeout
-        )
-    finally:
-        database.close_all()
+    service = workers.Service(
+        make=lambda _: Server(gatehouse, listener, options),
+        close=database.close_all,
+        listener=listener,
+        board=gatehouse.board,
+        notifier=Notifier(os.environ),
+        workers=settings.workers,
+        handed_over=handed_over,
+        drain_delay=settings.drain_delay,
+        shutdown_timeout=settings.shutdown_timeout,
+    )
+    return workers.serve(service)
 
 
 def main(arguments: list[str]) -> int:

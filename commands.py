@@ -10,6 +10,7 @@ import http.client
 import logging
 import os
 import re
+import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator
@@ -24,9 +25,9 @@ from psycopg2.extensions import parse_dsn
 
 from postgres import pool, schema
 from problems import Problem
-from server.listener import bind
+from server.listener import bind, most_streams
 from server.logs import Output
-from server.server import most_streams
+from server.systemd import handed_over
 from server.upstream import Connector
 from settings import (
     VARIABLES,
@@ -35,6 +36,7 @@ from settings import (
     available_cpus,
     env_file,
     environment,
+    is_loopback,
     near_misses,
     postgres_uri,
     value_of,
@@ -45,6 +47,9 @@ MIGRATIONS = ROOT / "migrations"
 CA_BUNDLE = "REQUESTS_CA_BUNDLE"
 
 log = logging.getLogger("gatehouse")
+
+# Serves on a socket, which was handed over or not, and returns the exit code.
+Serve = Callable[[Settings, socket.socket, bool], int]
 
 USAGE = "app.py [check | health [live | ready] | --dev | --version | --help]"
 HELP = """\
@@ -100,7 +105,7 @@ def parser(version: str) -> Parser:
     return top
 
 
-def main(arguments: list[str], version: str, serve: Callable[[Settings, Any], int]) -> int:
+def main(arguments: list[str], version: str, serve: Serve) -> int:
     """Do what the arguments say; returns the exit code. `serve` serves on a bound socket."""
     # One that was closed would be the next socket's number, and that would get the log.
     for descriptor in range(3):
@@ -310,19 +315,39 @@ def health(which: str | None) -> int:
     return 0 if answer.status == 200 else 1
 
 
-def run(settings: Settings, version: str, serve: Callable[[Settings, Any], int]) -> int:
+def run(settings: Settings, version: str, serve: Serve) -> int:
     """Serve until told to stop; returns the exit code."""
     try:
-        listener = bind(settings.host, settings.port)
+        given = handed_over(os.environ)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if given is not None and open_to_all(settings, given.getsockname()[0]):
+        print(
+            "USERS_TOKEN is required where the socket that was handed over is not loopback's"
+            " (or USERS_AUTH=none, to let everyone read and change users)",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        listener = given or bind(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or str(error)
         where = _address(settings.host, settings.port)
         print(f"cannot listen on {where}: {reason}", file=sys.stderr)
         return 1
+    host, port = listener.getsockname()[:2]
     log.info(
-        "gatehouse %s listens on http://%s with %s",
+        "gatehouse %s listens on http://%s%s with %s",
         version,
-        _address(settings.host, listener.getsockname()[1]),
+        _address(settings.host if given is None else host, port),
+        "" if given is None else ", handed over,",
         counted(settings.workers, "worker"),
     )
-    return serve(settings, listener)
+    return serve(settings, listener, given is not None)
+
+
+def open_to_all(settings: Settings, host: str) -> bool:
+    """Whether /users would be open to others than this machine on a socket of `host`'s."""
+    guarded = settings.users_token or settings.users_auth == "none"
+    return not guarded and not is_loopback(host)

@@ -20,9 +20,9 @@ import problems
 UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
 
 # The cells of a worker's row. First its gauges: what is now, and nothing once it has died.
-IN_FLIGHT, STREAMS, LIMIT, CLIENTS, IN_USE, IDLE, AWAKE = range(7)
-HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE = range(7, 11)
-GAUGES = 11
+IN_FLIGHT, STREAMS, LIMIT, CLIENTS, IN_USE, IDLE, AWAKE, STOPPING = range(8)
+HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE = range(8, 12)
+GAUGES = 12
 # How the last forwarded request went, and when: that stays true when the worker has died.
 OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
 # Then its counters, which only grow, through its death as well.

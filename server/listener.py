@@ -9,7 +9,8 @@ import struct
 import sys
 
 SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
-# Descriptors that are not client connections: upstream and database connections, spooled bodies.
+# Descriptors that are neither client connections nor connections to the upstream: those of the
+# database, the logs, and of what libraries open for a moment.
 SPARE_DESCRIPTORS = 256
 
 
@@ -40,9 +41,8 @@ def let_nobody_in(listener: socket.socket) -> None:
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
-def connection_limit() -> int:
-    """How many clients a worker lets in at once: as many as it may have descriptors for, each with
-    one to the upstream."""
+def raise_descriptor_limit() -> int:
+    """Allow this process as many descriptors as it may have; returns how many these are."""
     try:
         import resource
 
@@ -50,7 +50,17 @@ def connection_limit() -> int:
         if hard == resource.RLIM_INFINITY or hard > 65536:
             hard = 65536
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-        soft = max(soft, hard)
+        return max(soft, hard)
     except (ImportError, ValueError, OSError):
-        soft = 1024
-    return max(64, (soft - SPARE_DESCRIPTORS) // 2)
+        return 1024
+
+
+def most_streams() -> int:
+    """How many requests, streams and tunnels the descriptors of a worker allow at once: each has a
+    client's and one to the upstream."""
+    return connection_room() // 2
+
+
+def connection_room() -> int:
+    """How many connections a worker may have, of clients and to the upstream."""
+    return max(128, raise_descriptor_limit() - SPARE_DESCRIPTORS)

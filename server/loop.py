@@ -288,17 +288,3 @@ class Portable:
                 (READ if mask & selectors.EVENT_READ else 0)
                 | (WRITE if mask & selectors.EVENT_WRITE else 0),
             )
-
-
-def raise_descriptor_limit() -> int:
-    """Allow this process as many descriptors as it may have; returns how many these are."""
-    try:
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard == resource.RLIM_INFINITY or hard > 65536:
-            hard = 65536
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-        return max(soft, hard)
-    except (ImportError, ValueError, OSError):
-        return 1024

@@ -16,9 +16,9 @@ from problems import BodyTooLarge, Problem
 from server.client import Client
 from server.exchange import Exchange, Patience, State
 from server.jobs import Job, Lane
-from server.listener import let_nobody_in
+from server.listener import connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
-from server.loop import NEVER, READ, Loop, Timer, raise_descriptor_limit
+from server.loop import NEVER, READ, Loop, Timer
 from server.upstream import Connector, Upstream
 from wire.answer import Answer
 from wire.fields import Field
@@ -27,9 +27,6 @@ from wire.request import Head
 log = logging.getLogger("gatehouse")
 
 BACKLOG = 1024
-# Descriptors that are neither client connections nor connections to the upstream: those of the
-# database, the logs, and of what libraries open for a moment.
-SPARE_DESCRIPTORS = 256
 # Threads that make connections to the upstream, and that answer long imports and exports.
 CONNECTING_THREADS, BULK_THREADS = 64, 8
 # While it drains, an idle connection is kept for so many seconds: its client may just be asking.
@@ -101,20 +98,8 @@ class Options:
     connect_timeout: float = 5.0
     upstream_keepalive: float = 50.0
     keepalive: float = 120.0
-    drain_delay: float = 0.0
     shutdown_timeout: float = 30.0
     access_log: bool = True
-
-
-def most_streams() -> int:
-    """How many requests, streams and tunnels the descriptors of a worker allow at once: each has a
-    client's and one to the upstream."""
-    return connection_room() // 2
-
-
-def connection_room() -> int:
-    """How many connections a worker may have, of clients and to the upstream."""
-    return max(128, raise_descriptor_limit() - SPARE_DESCRIPTORS)
 
 
 class Server:

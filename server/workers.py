@@ -1,122 +1,170 @@
 """Workers: processes that share the listening socket.
 
-A worker is one event loop and the threads of its jobs. With more than one a supervisor holds the
-listening socket, replaces those that die and passes signals on.
+A worker is one event loop and its threads. With more than one a supervisor holds the listening
+socket, replaces those that die and passes signals on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from metrics import REPLACED, Board
+from metrics import REPLACED, STOPPING, Board
 from server.listener import let_nobody_in
-from server.loop import READ
-from server.server import Server
+from server.systemd import Notifier, ready, turning
 
 log = logging.getLogger("gatehouse")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A terminal that was closed is as good a reason to stop as any.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # A worker that ends by itself sooner than this many seconds could not start…
 START_SECONDS = 1.0
 # …and after so many of them in a row the service gives up.
 START_ATTEMPTS = 5
+# How often it is looked whether all workers serve, until they do, in seconds.
+READY_SECONDS = 0.02
+# A worker ends by itself when its time is over. So many seconds later the supervisor ends it.
+LATE_SECONDS = 1.0
 
 
-def serve(
-    make: Callable[[int], Server],
-    listener: socket.socket,
-    *,
-    workers: int,
-    shutdown_timeout: float,
-) -> int:
-    """Serve on `listener`, which is bound, until SIGTERM or SIGINT and return an exit code.
+class Server(Protocol):
+    """What serves in a worker."""
 
-    `make` makes the server of a worker, given its number, in that worker's process;
-    `shutdown_timeout` is how many seconds requests under way have to end.
+    alone: bool  # whether nobody else listens on the same socket: no worker, no next instance
+
+    def run(self) -> None:
+        """Serve until `stop` is called and what was under way is answered. Notes on the board that
+        its loop turns, first when it lets clients in, then every second."""
+
+    def stop(self) -> None:
+        """Begin to drain; callable from a signal handler and from any thread."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is served, and how it stops. Times are in seconds.
+
+    `make` makes the server of a worker, given its number, in that worker's process; `close` is
+    called when that has ended. `handed_over` says that the next instance listens on the same
+    socket, so that it is left as it is.
     """
 
-    # So that services of one worker each do not all choose the same core.
-    first_core = os.getpid()
-
-    def work(number: int, lifeline: int | None) -> None:
-        pin(first_core + number)
-        server = make(number)
-        if lifeline is not None:
-            Lifeline(lifeline, server)
-            server.alone = False
-        on_signals(server.stop, alone=server.alone)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        server.run()
-
-    if workers == 1:
-        work(0, None)
-        return 0
-    return Supervisor(work, workers, listener, shutdown_timeout, application.board).run()
+    make: Callable[[int], Server]
+    close: Callable[[], None]
+    listener: socket.socket
+    board: Board
+    notifier: Notifier
+    workers: int = 1
+    handed_over: bool = False
+    drain_delay: float = 0.0
+    shutdown_timeout: float = 30.0
 
 
-def pin(number: int) -> None:
-    """Keep this process on one core, each worker on another. Handing the interpreter's lock from a
-    thread on one core to a thread on another costs as much as all the rest of a request."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[number % len(cores)]})
+def serve(service: Service) -> int:
+    """Serve until SIGTERM, SIGINT or SIGHUP, and return an exit code."""
+    if service.workers > 1:
+        return Supervisor(service).run()
+    server = begin(service, 0)
+    on_signals(service, server, supervised=False)
+    if service.notifier:
+        threading.Thread(target=keep_told, args=(service,), name="notifier", daemon=True).start()
+    server.run()
+    service.close()
+    return 0
 
 
-def on_signals(stop: Callable[[], None], *, alone: bool) -> None:
-    """Call `stop` at the first SIGTERM or SIGINT; end at once at the second. Where a worker is not
-    `alone` its supervisor decides that: what is sent to the whole group comes from there once more,
-    and an interrupt comes as SIGTERM."""
+def begin(service: Service, number: int) -> Server:
+    """The server of worker `number`, in whose process this is."""
+    pin(number, service.workers)
+    service.board.join(number)
+    server = service.make(number)
+    server.alone = service.workers == 1 and not service.handed_over
+    return server
+
+
+def pin(number: int, workers: int) -> None:
+    """Keep this process on a core of its own, where each core gets as many workers as any other.
+
+    Handing the interpreter's lock from a thread on one core to a thread on another costs as much as
+    all the rest of a request for a user: 1.2 to 2 times the processor's time. With fewer workers
+    than cores, this process cannot know which cores other services have chosen: three containers
+    whose first process each was pinned by its number, 1, were all on one core, and the others idle.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1 and workers % len(cores) == 0:
+        # A sandbox may refuse it, and everything works without.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def on_signals(service: Service, server: Server, *, supervised: bool) -> None:
+    """Stop at the first signal, after the drain's delay, and end at once at the second.
+
+    Where a worker is supervised its supervisor decides that: what is sent to the whole process
+    group comes from there once more, and whatever it was comes as SIGTERM.
+    """
     seen: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if seen and alone:
+        if supervised:
+            service.board.set(STOPPING, 1)
+            server.stop()
+            return
+        if seen:
             os._exit(1)
         seen.append(number)
-        stop()
+        service.board.set(STOPPING, 1)
+        service.notifier.tell("STOPPING=1")
+        if service.drain_delay:
+            signal.signal(signal.SIGALRM, lambda number, frame: server.stop())
+            signal.setitimer(signal.ITIMER_REAL, service.drain_delay)
+        else:
+            server.stop()
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle if alone else signal.SIG_IGN)
+    for number in STOPS:
+        others = supervised and number != signal.SIGTERM
+        signal.signal(number, signal.SIG_IGN if others else handle)
 
 
-class Lifeline:
-    """The end of a pipe whose other end the supervisor holds: it ends when the supervisor does."""
+def keep_told(service: Service) -> None:
+    """Tell, on a thread of the only worker, when it serves, and that it still does."""
+    pause = threading.Event()
+    while not ready(service.board, 1):
+        pause.wait(READY_SECONDS)
+    service.notifier.tell("READY=1")
+    while service.notifier.interval:
+        service.notifier.watch(lambda: turning(service.board, [0]))
+        pause.wait(service.notifier.interval / 2)
 
-    def __init__(self, descriptor: int, server: Server) -> None:
-        self._descriptor = descriptor
-        self._server = server
-        server.loop.watch(descriptor, self, 0, READ)
 
-    def on_event(self, events: int) -> None:
-        self._server.loop.watch(self._descriptor, self, READ, 0)
-        self._server.stop()
+def stop_without(lifeline: int, server: Server) -> None:
+    """Stop the worker when its supervisor ends: the other end of this pipe is closed then, however
+    that came. On a thread of its own, which waits for nothing else."""
+    os.read(lifeline, 1)
+    server.stop()
 
 
 class Supervisor:
-    """Keeps `count` forked workers running until it is told to stop."""
+    """Keeps forked workers running until it is told to stop."""
 
-    def __init__(
-        self,
-        work: Callable[[int, int | None], None],
-        count: int,
-        listener: socket.socket,
-        shutdown_timeout: float,
-        board: Board,
-    ) -> None:
-        self.board = board
-        self.work = work
-        self.count = count
-        self.listener = listener
-        self.shutdown_timeout = shutdown_timeout
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.notifier = service.notifier
         self.running: dict[int, tuple[int, float]] = {}  # process id: worker number, since when
         self.due: list[tuple[float, int]] = []  # when to start which worker
         self.failures = 0
+        self.told_ready = False
         self.lifeline = os.pipe()
         self.signals = os.pipe()
 
@@ -124,13 +172,13 @@ class Supervisor:
         """Supervise; returns the exit code."""
         os.set_blocking(self.signals[1], False)
         signal.set_wakeup_fd(self.signals[1], warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in (*STOPS, signal.SIGCHLD):
             signal.signal(number, lambda number, frame: None)
-        for worker in range(self.count):
+        for worker in range(self.service.workers):
             self.start(worker)
         while True:
             received = self.wait(self.due[0][0] if self.due else None)
-            if signal.SIGTERM in received or signal.SIGINT in received:
+            if told_to_stop(received):
                 return self.stop()
             self.replace()
             if self.failures >= START_ATTEMPTS:
@@ -142,25 +190,48 @@ class Supervisor:
 
     def start(self, worker: int) -> None:
         # A signal that reaches the worker before it listens for it must wait, not be lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         process = os.fork()
         if process == 0:
             code = 1
             try:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.close(self.lifeline[1])
-                self.work(worker, self.lifeline[0])
+                self.work(worker)
                 code = 0
             except BaseException:
                 log.exception("a worker failed")
             finally:
                 os._exit(code)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         self.running[process] = worker, time.monotonic()
 
+    def work(self, worker: int) -> None:
+        """Be worker number `worker`, in its own process."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.close(self.lifeline[1])
+        server = begin(self.service, worker)
+        on_signals(self.service, server, supervised=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        watch = threading.Thread(
+            target=stop_without, args=(self.lifeline[0], server), name="lifeline", daemon=True
+        )
+        watch.start()
+        server.run()
+        self.service.close()
+
     def wait(self, until: float | None) -> bytes:
-        timeout = None if until is None else max(0.0, until - time.monotonic())
+        """The signals that have come by then; in between whoever asked is told how it is."""
+        times = [] if until is None else [until]
+        if not self.told_ready and self.notifier:
+            if ready(self.service.board, self.service.workers):
+                self.told_ready = True
+                self.notifier.tell("READY=1")
+            times.append(time.monotonic() + READY_SECONDS)
+        if self.notifier.interval and self.told_ready:
+            numbers = [number for number, _ in self.running.values()]
+            self.notifier.watch(lambda: turning(self.service.board, numbers))
+            times.append(time.monotonic() + self.notifier.interval / 2)
+        timeout = max(0.0, min(times) - time.monotonic()) if times else None
         if select.select([self.signals[0]], [], [], timeout)[0]:
             return os.read(self.signals[0], 4096)
         return b""
@@ -178,8 +249,8 @@ class Supervisor:
     def replace(self) -> None:
         for worker, since, code in self.ended():
             log.error("worker %d ended (%s)", worker, f"signal {-code}" if code < 0 else code)
-            self.board.left(worker)
-            self.board.add(REPLACED)
+            self.service.board.left(worker)
+            self.service.board.add(REPLACED)
             now = time.monotonic()
             early = now - since < START_SECONDS and -code not in (signal.SIGKILL, signal.SIGTERM)
             self.failures = self.failures + 1 if early else 0
@@ -187,22 +258,38 @@ class Supervisor:
             self.due.sort()
 
     def stop(self) -> int:
-        """Drain the workers; a second signal, or time running out, kills them."""
-        let_nobody_in(self.listener)
-        self.listener.close()
+        """Drain the workers, after the drain's delay; a second signal, or time running out, kills
+        them."""
+        self.service.board.set(STOPPING, 1)
+        self.notifier.tell("STOPPING=1")
+        if not self.await_end(time.monotonic() + self.service.drain_delay):
+            return 1
+        if not self.service.handed_over:
+            let_nobody_in(self.service.listener)
+        self.service.listener.close()
         for process in self.running:
             os.kill(process, signal.SIGTERM)
-        deadline = time.monotonic() + self.shutdown_timeout + 1.0
-        while self.running and time.monotonic() < deadline:
-            received = self.wait(deadline)
-            if signal.SIGTERM in received or signal.SIGINT in received:
-                self.kill()
-                return 1
-            for _ in self.ended():
-                pass
+        late = self.service.shutdown_timeout + LATE_SECONDS
+        if not self.await_end(time.monotonic() + late):
+            return 1
         self.kill()
         return 0
+
+    def await_end(self, until: float) -> bool:
+        """Wait for the end of all workers, or for that time; False where a second signal came."""
+        while self.running and time.monotonic() < until:
+            if told_to_stop(self.wait(until)):
+                self.kill()
+                return False
+            for worker, *_ in self.ended():
+                self.service.board.left(worker)
+        return True
 
     def kill(self) -> None:
         for process in self.running:
             os.kill(process, signal.SIGKILL)
+
+
+def told_to_stop(received: bytes) -> bool:
+    """Whether one of these signals says to stop."""
+    return any(number in received for number in STOPS)

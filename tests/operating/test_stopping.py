@@ -32,7 +32,7 @@ from tests.harness import (
 
 Start = Callable[..., Service]
 
-both_signals = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+both_signals = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 one_or_two_workers = pytest.mark.parametrize("workers", [1, 2])
 
 

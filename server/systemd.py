@@ -1,0 +1,92 @@
+"""What systemd, or who speaks as it does, hands over to a service and wants to be told.
+
+See sd_listen_fds(3) and sd_notify(3). The variables are taken out of the environment that they are
+read from, so that no child process takes them for its own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, MutableMapping
+
+from metrics import HEARTBEAT, Board
+
+FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+# A loop notes that it turns once a second; one that has not for so many seconds does not turn.
+SILENT_SECONDS = 3.0
+
+
+def handed_over(environ: MutableMapping[str, str]) -> socket.socket | None:
+    """The listening socket that this process was given; None where it was given none.
+
+    Raises ValueError that says what is wrong with it.
+    """
+    count, process = environ.pop("LISTEN_FDS", ""), environ.pop("LISTEN_PID", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if process != str(os.getpid()) or count in ("", "0"):
+        return None
+    if count != "1":
+        raise ValueError(f"{count} sockets were handed over, and Gatehouse listens on one")
+    os.set_inheritable(FIRST_DESCRIPTOR, False)
+    try:
+        sock = socket.socket(fileno=FIRST_DESCRIPTOR)
+        stream = sock.type == socket.SOCK_STREAM
+        listening = stream and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ValueError(f"descriptor 3 was handed over, and is no socket: {error}") from None
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or not listening:
+        raise ValueError("the socket that was handed over must listen on TCP (and Accept=no)")
+    return sock
+
+
+class Notifier:
+    """Tells whoever started the service how it is, where that asked to be told.
+
+    `interval` is how often it wants to hear that all is well, in seconds; 0.0 where it does not.
+    """
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        address = environ.pop("NOTIFY_SOCKET", "")
+        microseconds = environ.pop("WATCHDOG_USEC", "")
+        process = environ.pop("WATCHDOG_PID", str(os.getpid()))
+        # A leading @ stands for the NUL of an abstract socket.
+        self._address = address.replace("@", "\0", 1) if address.startswith("@") else address
+        watched = address and microseconds.isdecimal() and process == str(os.getpid())
+        # Half of the time after which it would be given up, as sd_watchdog_enabled(3) advises.
+        self.interval = int(microseconds) / 2e6 if watched else 0.0
+        self._next = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._address)
+
+    def tell(self, state: str) -> None:
+        """Send one message, such as READY=1. Nobody is told where nobody listens."""
+        if self._address:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                try:
+                    sock.connect(self._address)
+                    sock.send(state.encode())
+                except OSError:
+                    return
+
+    def watch(self, turning: Callable[[], bool]) -> None:
+        """Say that all is well, if it is time to and all loops turn."""
+        now = time.monotonic()
+        if self.interval and now >= self._next and turning():
+            self._next = now + self.interval
+            self.tell("WATCHDOG=1")
+
+
+def ready(board: Board, workers: int) -> bool:
+    """Whether every worker serves."""
+    return sum(1 for beat in board.each(HEARTBEAT) if beat) >= workers
+
+
+def turning(board: Board, numbers: list[int]) -> bool:
+    """Whether the loops of these workers turn. One that has not begun is not counted: a worker that
+    cannot start is replaced, and in the end given up, by the supervisor."""
+    oldest = time.monotonic_ns() - SILENT_SECONDS * 1e9
+    beats = board.each(HEARTBEAT)
+    return all(not beats[number] or beats[number] > oldest for number in numbers)
