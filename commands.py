@@ -9,21 +9,18 @@ import argparse
 import http.client
 import logging
 import os
-import re
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from dotenv.parser import parse_stream
-from psycopg2.errors import InsufficientPrivilege
-from psycopg2.extensions import parse_dsn
 
-from postgres import pool, schema
+from postgres import connect, schema
 from problems import Problem
 from server.listener import bind, most_streams
 from server.logs import Output
@@ -70,14 +67,6 @@ Exit codes: 0 all well; 1 could not start, or not healthy; 2 the configuration, 
 Of check also: 3 migrations pending; 4 the schema is not what the migrations make;
 5 database unreachable; 6 upstream unreachable. The settings are in docs/configuration.md.
 """
-# What libpq says of each host that it has tried.
-TRIED = re.compile(
-    r'connection to server (?:at|on socket) "(?P<host>[^"]*)"(?: \([^)]*\))?'
-    r"(?:, port (?P<port>\d+))? failed: (?:FATAL:  )?(?P<why>.*)"
-)
-UNKNOWN_HOST = re.compile(
-    r'could not translate host name "(?P<host>[^"]*)" to address: (?P<why>.*)'
-)
 # How much longer than its database probe may take /health is waited for, in seconds.
 HEALTH_MARGIN = 3.0
 
@@ -151,7 +140,7 @@ def load_settings() -> Settings:
         problems = error.problems
     problems += near_misses(env_file(ROOT / ".env", parse_stream))
     if not any(problem.startswith("POSTGRES_URI ") for problem in problems):
-        wrong = pool.check_uri(postgres_uri(value_of("POSTGRES_URI", environ)))
+        wrong = connect.check_uri(postgres_uri(value_of("POSTGRES_URI", environ)))
         if wrong:
             problems.append(f"POSTGRES_URI {wrong}")
     bundle = os.environ.get(CA_BUNDLE)
@@ -172,24 +161,17 @@ def check(settings: Settings, *, verbose: bool = False) -> int:
 
     Returns the exit code of the first that is not as it should be.
     """
-    codes = [0]
-    uri, timeout = settings.postgres_uri, round(settings.db_connect_timeout)
     print("configuration: ok")
     if verbose:
         print(*means(settings), sep="\n")
-    try:
-        pending = schema.pending(uri, MIGRATIONS, timeout)
-    except InsufficientPrivilege as error:
-        codes.append(4)
-        print(f"database: ok\nschema: cannot be read: {schema.reason(error)}")
-    except Exception as error:
-        codes.append(5)
-        print(f"database: unreachable: {'; '.join(tried(error, uri))}\nschema: unknown")
-    else:
-        print("database: ok")
-        code, line = (3, f"migrations pending: {', '.join(pending)}") if pending else _shape(uri)
-        codes.append(code)
-        print(f"schema: {line}")
+    code, database, shape = schema.verdict(
+        settings.postgres_uri,
+        MIGRATIONS,
+        connect_timeout=settings.db_connect_timeout,
+        statement_timeout=settings.db_statement_timeout,
+    )
+    print(f"database: {database}\nschema: {shape}")
+    codes = [code]
     connector = Connector(settings.upstream_url, os.environ.get(CA_BUNDLE))
     try:
         connector.connect(settings.upstream_connect_timeout).close()
@@ -198,17 +180,6 @@ def check(settings: Settings, *, verbose: bool = False) -> int:
         codes.append(6)
         print(f"upstream: unreachable: {upstream_address(settings)}: {cause(problem)}")
     return next((code for code in codes if code), 0)
-
-
-def _shape(uri: str) -> tuple[int, str]:
-    """The exit code and the words for whether the live schema is what the migrations make."""
-    try:
-        differences = schema.differences(uri, MIGRATIONS)
-    except Exception as error:  # a standby, or no privilege to make temporary tables
-        return 4, f"cannot be compared: {schema.reason(error)}"
-    if differences:
-        return 4, f"not what the migrations make: {'; '.join(differences)}"
-    return 0, "ok"
 
 
 def means(settings: Settings) -> list[str]:
@@ -232,35 +203,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def tried(error: Exception, uri: str) -> Iterator[str]:
-    """Each address of the database that was tried, and why it could not be used."""
-    given = parse_dsn(uri)
-    hosts = given.get("host", "").split(",")
-    ports = (given.get("port") or os.environ.get("PGPORT", "5432")).split(",")
-    found = False
-    for line in str(error).splitlines():
-        if match := TRIED.search(line):
-            found = True
-            yield f"{_address(match['host'], match['port'])}: {_unquoted(match['why'])}"
-        elif match := UNKNOWN_HOST.search(line):
-            found = True
-            # One port stands for all hosts; otherwise each has its own.
-            port = ports[hosts.index(match["host"]) if len(ports) > 1 else 0]
-            yield f"{_address(match['host'], port or 5432)}: {match['why']}"
-    if not found:
-        yield schema.reason(error)
-
-
 def _address(host: str, port: str | int | None) -> str:
     # A password with an @ that is not written as %40 puts its end into the host.
     host = host.rpartition("@")[2]
     host = f"[{host}]" if ":" in host else host
     return host if port is None else f"{host}:{port}"
-
-
-def _unquoted(why: str) -> str:
-    # The name of a role or a database, which is nobody's business who reads a log.
-    return re.sub(r' "[^"]*"', "", why).strip()
 
 
 def upstream_address(settings: Settings) -> str:

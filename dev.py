@@ -29,6 +29,7 @@ import psycopg2
 from dotenv.parser import parse_stream
 
 import demo
+from postgres.connect import Connector, Target
 from settings import Settings, SettingsError, environment
 
 ROOT = Path(__file__).resolve().parent
@@ -280,7 +281,7 @@ def free_port(settings: Settings) -> int:
 
 def connects(uri: str) -> bool:
     try:
-        psycopg2.connect(uri, connect_timeout=1).close()
+        Connector(Target.of(uri), 1, {}).open().close()
     except psycopg2.OperationalError:
         return False
     return True

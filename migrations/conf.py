@@ -15,17 +15,17 @@ import click
 import peewee as pw
 import psycopg2
 from dotenv.parser import parse_stream
-from psycopg2.extensions import parse_dsn
 
 # pw_migrate executes this text without a __file__, and with its own directory on sys.path.
 CONTEXT = click.get_current_context()
 ROOT = Path(CONTEXT.params["directory"]).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from postgres.schema import ENCODING, applied, names, reason  # noqa: E402
+from postgres.connect import Connector, Direct, Target, reason  # noqa: E402
+from postgres.schema import ENCODING, applied, names  # noqa: E402
 from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
-CONNECT_TIMEOUT = 5  # seconds for each host of the URI, unless the URI says otherwise
+CONNECT_TIMEOUT = 10  # seconds
 MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
 # Seconds that a statement of a migration waits for a lock. While it waits behind a transaction
 # that someone left open, all new readers and writers of that table wait behind it.
@@ -33,8 +33,8 @@ LOCK_TIMEOUT = 2
 LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this database
 
 
-def uri_and_keywords() -> tuple[str, dict[str, str]]:
-    """POSTGRES_URI, and as libpq's keywords; exits with one line where it is unusable."""
+def target() -> Target:
+    """The database that POSTGRES_URI names; exits with one line where it is unusable."""
     try:
         given = environment(ROOT / ".env", parse_stream, os.environ)
     except SettingsError as error:
@@ -43,23 +43,17 @@ def uri_and_keywords() -> tuple[str, dict[str, str]]:
         uri = value_of("POSTGRES_URI", given)
         if not uri:
             raise ValueError("is required")
-        uri = postgres_uri(uri)
-        return uri, parse_dsn(uri)
+        return Target.of(postgres_uri(uri))
     except ValueError as error:
         raise SystemExit(f"POSTGRES_URI {error}") from None
-    except psycopg2.ProgrammingError:  # its message quotes parts of the URI
-        raise SystemExit("POSTGRES_URI is not a URI that libpq understands") from None
 
 
 def connected() -> pw.PostgresqlDatabase:
     """The database, connected and locked; exits with one line where that cannot be."""
-    uri, keywords = uri_and_keywords()
-    timeout = keywords.get("connect_timeout", str(CONNECT_TIMEOUT))
-    database = pw.PostgresqlDatabase(uri, connect_timeout=timeout)
+    where = target()
+    database: pw.PostgresqlDatabase = Direct(Connector(where, CONNECT_TIMEOUT, {}))
     try:
         database.connect()
-        # What pw_migrate prints must be no URI, which may have a password in it.
-        database.database = database.connection().info.dbname
         encoding = database.connection().info.parameter_status("server_encoding")
         if encoding != ENCODING:
             raise SystemExit(f"the database's encoding is {encoding}, and must be {ENCODING}")
@@ -81,7 +75,7 @@ def connected() -> pw.PostgresqlDatabase:
             if gone:
                 raise SystemExit(f"the files of {', '.join(sorted(gone))} are not here")
     except (pw.PeeweeException, psycopg2.Error) as error:
-        raise SystemExit(f"the database cannot be used: {reason(error)}") from None
+        raise SystemExit(f"the database cannot be used: {reason(error, where)}") from None
     return database
 
 

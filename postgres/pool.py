@@ -15,21 +15,20 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 import select
 import threading
 import time
 from collections import deque
 from typing import Any
-from urllib.parse import unquote
 
 import peewee
 import psycopg2
 import psycopg2.extensions
 from playhouse.pool import PooledPostgresqlDatabase
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE, parse_dsn
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from metrics import IDLE, IN_USE, Board
+from postgres.connect import Connector, Target
 from postgres.deadlines import Deadlines, borrowed
 from problems import DatabaseUnavailable, Problem
 
@@ -46,33 +45,6 @@ PROBE_SECONDS = 0.1
 HEARSAY_SECONDS = 0.25
 # The same cause is logged once in this many seconds.
 LOG_SECONDS = 10.0
-
-
-NOWHERE = "/nowhere/at/all"
-
-
-def check_uri(uri: str) -> str | None:
-    """What is wrong with a libpq URI, in words that quote no value of it; None for nothing."""
-    try:
-        given = parse_dsn(uri)
-    except psycopg2.ProgrammingError as error:
-        if "invalid URI query parameter" in str(error):
-            return "has an option that libpq does not know"  # or a ? in its password
-        return "is not a URI that libpq can read"
-    for port in (given.get("port") or "").split(","):
-        if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
-            return "has a port that is not a number from 1 to 65535"
-    if not re.fullmatch(r"-?[0-9]*", given.get("connect_timeout") or ""):
-        return "has a connect_timeout that is not a number of seconds"
-    try:
-        # libpq looks at the values of its options when it connects, just before it opens a socket:
-        # here one in a folder that no system has.
-        psycopg2.connect(uri, host=NOWHERE, hostaddr="", port="").close()
-    except psycopg2.OperationalError as error:
-        name = re.match(r'invalid "?(\w+)"? value', str(error))
-        if name:
-            return f"has a value of {name[1]} that libpq does not know"
-    return None
 
 
 class Connection(psycopg2.extensions.connection):
@@ -134,7 +106,6 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._retry_at = 0.0
         self._logged: dict[str, float] = {}
         self._board: Board | None = None
-        self._without_options = False
         self._prepares = True
 
     def configure(
@@ -153,9 +124,9 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         use, `connect_timeout` for a new one, whatever the number of hosts in the URI, and
         `statement_timeout` for an answer.
         """
-        parameters = parse_dsn(uri)
-        self.init(parameters.get("dbname") or parameters.get("user") or "postgres")
-        self.uri = uri
+        target = Target.of(uri)
+        self.init(target.database)
+        self.target = target
         self.size = size
         self.wait = wait
         self.connect_timeout = connect_timeout
@@ -165,20 +136,12 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         # of the attempt to make one.
         self._patience = max(wait, connect_timeout + HEARSAY_SECONDS)
         self._board = board
-        hosts = len((parameters.get("host") or parameters.get("hostaddr") or "").split(","))
-        # libpq's is in whole seconds and for each host in turn.
-        self._libpq: dict[str, Any] = {
-            "connect_timeout": max(1, math.ceil(connect_timeout / hosts)),
-            "client_encoding": "UTF8",
-            "fallback_application_name": "gatehouse",
-            "options": f"-c statement_timeout={round(statement_timeout * 1000)} "
-            + (parameters.get("options") or ""),
-        }
-        # A password with an @ or a / that should have been encoded ends up in what libpq takes
-        # for the host or the database, and in its messages.
-        userinfo = uri.partition("//")[2].rpartition("@")[0].partition(":")[2]
-        parts = {parameters.get("password") or "", *re.split(r"[@/:?]", userinfo)}
-        self._secrets = [part for part in {*parts, *map(unquote, parts)} if len(part) > 2]
+        self._connector = Connector(
+            target,
+            connect_timeout,
+            {"statement_timeout": str(round(statement_timeout * 1000))},
+            Connection,
+        )
 
     # Checking out.
 
@@ -281,13 +244,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     def _connect_one(self) -> None:
         began, generation = time.monotonic(), self._generation
         try:
-            try:
-                connection = self._open()
-            except psycopg2.OperationalError:
-                # The first of a row, and at once, may be a backend that was ended as it started.
-                if self._down or time.monotonic() - began > RETRY_SECONDS:
-                    raise
-                connection = self._open()
+            connection = self._connector.open()
         except Exception as error:
             self._failed(error, time.monotonic() - began)
             return
@@ -301,22 +258,6 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._start_connecting()
         if not kept:
             connection.close()
-
-    def _open(self) -> Any:
-        options = dict(self._libpq)
-        if self._without_options:
-            del options["options"]
-        try:
-            connection = psycopg2.connect(self.uri, connection_factory=Connection, **options)
-        except psycopg2.OperationalError as error:
-            # PgBouncer does not know `options`. Deadlines on this side hold all the same.
-            if self._without_options or "unsupported startup parameter" not in str(error):
-                raise
-            self._without_options = True
-            self._prepares = False
-            return self._open()
-        connection.autocommit = True
-        return connection
 
     def _failed(self, error: Exception, seconds: float) -> None:
         self.say(str(error) or type(error).__name__)
@@ -395,9 +336,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def say(self, cause: str) -> None:
         """Log why something failed, without a secret, and the same not again and again."""
-        for secret in self._secrets:
-            cause = cause.replace(secret, "…")
-        cause = " ".join(cause.split())
+        cause = " ".join(self.target.redacted(cause).split())
         now = time.monotonic()
         if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:
             if len(self._logged) > 100:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import peewee
-import psycopg2
+from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
+
+from postgres.connect import Connector, Direct, Target, reason
 
 # One row for each part of a table: kind, name, definition. Both sides of a comparison come from
 # one server, so that they are spelled alike. NOT NULL is told with its column, as PostgreSQL 18
@@ -62,45 +64,54 @@ def applied(connection: Connection) -> list[str]:
         return [name for (name,) in cursor]
 
 
-def pending(connection_uri: str, directory: Path | str, connect_timeout: int = 5) -> list[str]:
+def pending(uri: str, directory: Path | str, connect_timeout: float = 5) -> list[str]:
     """The names of the migrations in `directory` that the database does not have, in order.
 
-    `connect_timeout` is in seconds, for each host of the URI. Raises psycopg2.Error.
+    `connect_timeout` is in seconds. Raises psycopg2.Error.
     """
-    connection = psycopg2.connect(connection_uri, connect_timeout=connect_timeout)
+    connection = Connector(Target.of(uri), connect_timeout, {}).open()
     try:
-        done = applied(connection)
+        return _pending(connection, directory)
     finally:
         connection.close()
+
+
+def _pending(connection: Connection, directory: Path | str) -> list[str]:
+    done = applied(connection)
     return [name for name in names(directory) if name not in done]
 
 
-def differences(connection_uri: str, directory: Path | str, connect_timeout: int = 5) -> list[str]:
+def differences(uri: str, directory: Path | str, connect_timeout: float = 5) -> list[str]:
     """A line for each way in which the live tables are not what all migrations make.
 
     Tables that no migration makes are left alone; a column, constraint or index that no migration
     makes is a difference. What the migrations make is found by running them on temporary tables,
     in a transaction that is rolled back: it changes nothing, and asks for no privilege but
-    TEMPORARY. `connect_timeout` is in seconds, for each host of the URI. Raises psycopg2.Error or
-    peewee.DatabaseError, also where a table stays locked for LOCK_TIMEOUT.
+    TEMPORARY. `connect_timeout` is in seconds. Raises psycopg2.Error or peewee.DatabaseError, also
+    where a table stays locked for LOCK_TIMEOUT.
     """
-    database = peewee.PostgresqlDatabase(connection_uri, connect_timeout=connect_timeout)
+    database = Direct(Connector(Target.of(uri), connect_timeout, {}))
+    with database.connection_context():
+        return _differences(database, directory)
+
+
+def _differences(database: peewee.PostgresqlDatabase, directory: Path | str) -> list[str]:
     with (
-        database.connection_context(),
         database.connection().cursor() as cursor,
         database.transaction() as transaction,
     ):
         encoding = database.connection().info.parameter_status("server_encoding")
         if encoding != ENCODING:
             return [f"the encoding is {encoding}, not {ENCODING}"]
+        cursor.execute("SET LOCAL statement_timeout = 0")  # that is for requests
         # Since PostgreSQL 18 pg_get_expr waits for the lock of a reader.
         cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
         with database.savepoint() as temporary:
             expected = _expected(database, cursor, directory)
             temporary.rollback()
         live = {table: _parts(cursor, table) for table in expected}
+        lines = [line for table in expected for line in _elsewhere(cursor, table)]
         transaction.rollback(begin=False)
-    lines = []
     for table, parts in expected.items():
         if not live[table]:
             lines.append(f"table {table} is missing")
@@ -112,12 +123,46 @@ def differences(connection_uri: str, directory: Path | str, connect_timeout: int
     return lines
 
 
-def reason(error: Exception) -> str:
-    """Why a database could not be used, in a few words: no host, name or credential in them."""
-    # libpq says `connection to server at "10.0.0.1", port 5432 failed: FATAL:  role "ann" ...`,
-    # with a hint on the next line.
-    first = (str(error).strip().splitlines() or ["connection lost"])[0]
-    return re.sub(r' "[^"]*"', "", first.rpartition(": ")[2]).strip()
+def verdict(
+    uri: str, directory: Path | str, *, connect_timeout: float, statement_timeout: float
+) -> tuple[int, str, str]:
+    """How the database and its schema are, found over a connection that is made as the service
+    makes its own: the exit code of `check`, and words for each. Times are in seconds."""
+    target = Target.of(uri)
+    settings = {"statement_timeout": str(round(statement_timeout * 1000))}
+    database: peewee.PostgresqlDatabase = Direct(Connector(target, connect_timeout, settings))
+    try:
+        database.connect()
+        missing = _pending(database.connection(), directory)
+    except InsufficientPrivilege as error:
+        return 4, "ok", f"cannot be read: {reason(error, target)}"
+    except Exception as error:
+        return 5, f"unreachable: {reason(error, target)}", "unknown"
+    if missing:
+        return 3, "ok", f"migrations pending: {', '.join(missing)}"
+    try:
+        lines = _differences(database, directory)
+    except Exception as error:  # a standby, or no privilege to make temporary tables
+        return 4, "ok", f"cannot be compared: {reason(error, target)}"
+    finally:
+        database.close()
+    if lines:
+        return 4, "ok", f"not what the migrations make: {'; '.join(lines)}"
+    return 0, "ok", "ok"
+
+
+def _elsewhere(cursor: Cursor, table: str) -> list[str]:
+    """A line where the table that is worked in is not in the schema that was migrated."""
+    cursor.execute(
+        "SELECT relname, relnamespace::regnamespace::text FROM pg_class"
+        " WHERE oid IN (to_regclass(quote_ident(%s)), to_regclass('migratehistory'))",
+        (table,),
+    )
+    found = dict(cursor.fetchall())
+    history, worked = found.get("migratehistory"), found.get(table)
+    if worked and history and worked != history:
+        return [f"table {table} is in schema {worked}, and schema {history} was migrated"]
+    return []
 
 
 def _expected(

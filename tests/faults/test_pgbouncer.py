@@ -18,7 +18,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.harness import Service, wait_for
+from tests.harness import Service, run_app, wait_for
 from tests.harness.audit import Audit, is_unknown
 from tests.harness.servers import Server, quiet_port
 
@@ -165,6 +165,26 @@ def test_statements_that_were_prepared_in_another_session_are_run_all_the_same(
             service.stop()
     finally:
         bouncer.close()
+
+
+def test_a_search_path_that_pgbouncer_drops_is_not_lost_without_a_word(
+    server: Server, store: str, start: Start
+) -> None:
+    server.sql("CREATE SCHEMA IF NOT EXISTS app", database=store)
+    before = server.sql("SELECT count(*) FROM users", database=store)
+    bouncer = PgBouncer(server, "ignore_startup_parameters = options")
+    try:
+        given = {"POSTGRES_URI": bouncer.uri(store), "PGOPTIONS": "-c search_path=app"}
+        done = run_app("check", **given)
+        assert done.returncode == 5
+        assert "drops the start-up options that are set (search_path)" in done.stdout
+        service = start(**given)
+        body = {"email": f"{uuid.uuid4().hex}@example.com", "name": "Ann"}
+        assert service.call("POST", "/users", body).status == 503
+        assert "search_path" in service.log
+    finally:
+        bouncer.close()
+    assert server.sql("SELECT count(*) FROM users", database=store) == before
 
 
 def test_the_service_leaves_nothing_in_sessions_that_others_get(

@@ -16,13 +16,13 @@ import psycopg2
 from tests.harness.service import checkout
 
 
-def pw_migrate(*args: str, uri: str) -> subprocess.CompletedProcess[str]:
-    """Run pw_migrate as a user would, from the project's root."""
+def pw_migrate(*args: str, uri: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run pw_migrate as a user would, from the project's root; `environ` is set in addition."""
     command = [str(Path(sys.executable).with_name("pw_migrate")), *args]
     return subprocess.run(
         command,
         cwd=checkout(),
-        env={**os.environ, "POSTGRES_URI": uri},
+        env={**os.environ, "POSTGRES_URI": uri, **environ},
         capture_output=True,
         text=True,
         timeout=60,

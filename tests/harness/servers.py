@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -432,6 +433,71 @@ class Relay:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Pooler:
+    """A pooler in front of a server that knows no start-up options, and says so in its own way: as
+    PostgreSQL's protocol has it (ErrorResponse), with any SQLSTATE and any words. Without a
+    SQLSTATE it takes them. With `tls` it is a server's end of that."""
+
+    def __init__(
+        self, target: int, sqlstate: str = "", words: str = "", tls: ssl.SSLContext | None = None
+    ) -> None:
+        fields = f"SFATAL\0VFATAL\0C{sqlstate}\0M{words}\0\0".encode()
+        self._refusal = b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
+        self._refuses = bool(sqlstate)
+        self._tls = tls
+        self.target = target
+        self.refused = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.enter_context(client)
+            startup = self._message(client)
+            while startup[4:8] in (b"\x04\xd2\x16\x2f", b"\x04\xd2\x16\x30"):  # TLS? GSSAPI?
+                secured = self._tls is not None and startup[4:8] == b"\x04\xd2\x16\x2f"
+                client.sendall(b"S" if secured else b"N")
+                if self._tls is not None and secured:
+                    client = stack.enter_context(self._tls.wrap_socket(client, server_side=True))
+                startup = self._message(client)
+            if self._refuses and b"\0options\0" in startup:
+                self.refused += 1
+                client.sendall(self._refusal)
+                return
+            with socket.create_connection(("127.0.0.1", self.target)) as server:
+                server.sendall(startup)
+                back = threading.Thread(target=self._pump, args=(server, client), daemon=True)
+                back.start()
+                self._pump(client, server)
+                back.join()
+
+    def _message(self, client: socket.socket) -> bytes:
+        # TLS knows no MSG_WAITALL; what is this short comes in one piece.
+        message = client.recv(65536)
+        assert len(message) == int.from_bytes(message[:4], "big"), message
+        return message
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def __enter__(self) -> Pooler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
 
 @contextlib.contextmanager

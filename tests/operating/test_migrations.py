@@ -156,7 +156,7 @@ def test_an_unreachable_database_is_one_clear_line(command: list[str]) -> None:
     run = pw_migrate(*command, uri=uri)
     assert run.returncode == 1
     assert run.stdout == ""
-    assert run.stderr == "the database cannot be used: Connection refused\n"
+    assert run.stderr == "the database cannot be used: 127.0.0.1:1: Connection refused\n"
 
 
 @pytest.mark.parametrize("uri", ["", "mysql://u:hushhush@h/d", "postgresql://u:hush%zzhush@h/d"])

@@ -1,0 +1,364 @@
+"""The one way in which Gatehouse connects: the service, `check`, `pw_migrate` and `make run`.
+
+libpq reads more than the URI: its environment (PGOPTIONS, PGSSLROOTCERT, …) and a service file. A
+part of Gatehouse that replaced one of those for itself worked in another schema than the one that
+had been migrated, and wrote to another tenant's table. So all of it goes through `Connector`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shlex
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import peewee
+import psycopg2
+from psycopg2.extensions import parse_dsn
+
+MAX_HOSTS = 16
+# The start-up options are tried again when this many seconds have passed since they were refused.
+REFUSED_SECONDS = 60.0
+# Network devices forget a connection that is idle for minutes (AWS's after 350 seconds), without a
+# word to either side; libpq leaves the first probe to the system, which sends it after two hours.
+KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 10, "keepalives_count": 3}
+# Values of options that may be quoted, as they are no secret.
+KNOWN_WORDS = {"allow", "prefer", "require", "verify-ca", "verify-full", "direct", "disable"}
+HOST = re.compile(r"[A-Za-z0-9._:%-]+|/\S*")
+# How libpq names the server that it could not reach, before it says why.
+AT_SERVER = re.compile(
+    r'connection to server at "(?P<host>[^"]*)"(?: \([^)]*\))?, port (?P<port>[0-9]+) failed: '
+    r'|connection to server on socket "(?P<socket>[^"]*)" failed: '
+    r'|could not translate host name "(?P<name>[^"]*)" to address: '
+)
+
+# Which of the start-up options the session does not have. A setting has its value as it was
+# written, or in another unit, and comes from the client then.
+DROPPED = """
+    SELECT coalesce(string_agg(given.name, ', '), '')
+    FROM unnest(%s::text[], %s::text[]) AS given (name, value)
+    LEFT JOIN pg_settings ON lower(pg_settings.name) = lower(given.name)
+    WHERE current_setting(given.name, true) IS DISTINCT FROM given.value
+        AND pg_settings.source IS DISTINCT FROM 'client'
+"""
+
+
+class UnusableURI(ValueError):
+    """What is wrong with a URI, or with what libpq reads beside it; quotes no value of it."""
+
+
+class OptionsRefused(psycopg2.OperationalError):
+    """The server, or a pooler in front of it, does not take the operator's own start-up options:
+    without them another schema may be worked in, so there is no connection."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A database as a URI and all that libpq reads beside it say: its environment and a service
+    file, each of which gives way to what the one before it says, as in psql."""
+
+    uri: str
+    parameters: Mapping[str, str]
+    hosts: tuple[str, ...]
+    ports: tuple[str, ...]
+    secrets: tuple[str, ...]
+
+    @property
+    def database(self) -> str:
+        return self.parameters.get("dbname") or self.parameters.get("user") or "postgres"
+
+    @property
+    def options(self) -> str:
+        """The operator's own start-up options, wherever they come from."""
+        return self.parameters.get("options", "")
+
+    @classmethod
+    def of(cls, uri: str) -> Target:
+        """What a URI says, without connecting to it. Raises UnusableURI."""
+        try:
+            given = parse_dsn(uri)
+        except psycopg2.ProgrammingError as error:
+            if "invalid URI query parameter" in str(error):
+                # Or a ? in its password.
+                raise UnusableURI("has an option that libpq does not know") from None
+            raise UnusableURI("is not a URI that libpq can read") from None
+        ports = given.get("port") or os.environ.get("PGPORT", "")
+        for port in ports.split(","):
+            if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
+                raise UnusableURI("has a port that is not a number from 1 to 65535")
+        if not re.fullmatch(r"-?[0-9]*", given.get("connect_timeout") or ""):
+            raise UnusableURI("has a connect_timeout that is not a number of seconds")
+        parameters, password = _resolved(uri)
+        _trust(parameters)
+        hosts = parameters.get("host") or given.get("hostaddr") or ""
+        # A password with an @ or a / that should have been encoded ends up in what libpq takes
+        # for the host or the database, and in its messages.
+        userinfo = uri.partition("//")[2].rpartition("@")[0].partition(":")[2]
+        parts = {password, given.get("password") or "", *re.split(r"[@/:?]", userinfo)}
+        secrets = tuple(part for part in {*parts, *map(unquote, parts)} if len(part) > 2)
+        return cls(uri, parameters, tuple(hosts.split(",")), tuple(ports.split(",")), secrets)
+
+    @property
+    def places(self) -> str:
+        """The hosts, each with its port."""
+        ports = (*self.ports, *self.ports[-1:] * len(self.hosts))
+        return ", ".join(map(_place, self.hosts, ports))
+
+    def redacted(self, text: str) -> str:
+        for secret in self.secrets:
+            text = text.replace(secret, "…")
+        return text
+
+
+def check_uri(uri: str) -> str | None:
+    """What is wrong with a libpq URI, in words that quote no value of it; None for nothing."""
+    try:
+        Target.of(uri)
+    except UnusableURI as error:
+        return str(error)
+    return None
+
+
+def _resolved(uri: str) -> tuple[dict[str, str], str]:
+    """The parameters that libpq would connect with, without the password, and the password.
+
+    libpq tells them of a connection only, so one to a socket of our own is begun, and nobody ever
+    answers it. Its hosts are kept: there have to be as many addresses as there are of them.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+        for count in range(1, MAX_HOSTS + 1):
+            addresses = ",".join(["127.0.0.1"] * count)
+            try:
+                begun = psycopg2.connect(uri, async_=True, hostaddr=addresses, port=port)
+            except psycopg2.OperationalError as error:
+                if "hostaddr values" not in str(error):
+                    raise UnusableURI(_complaint(str(error))) from None
+            else:
+                with contextlib.closing(begun):
+                    return dict(begun.info.dsn_parameters), begun.info.password or ""
+    raise UnusableURI(f"has more than {MAX_HOSTS} hosts")
+
+
+def _complaint(message: str) -> str:
+    name = re.match(r'invalid "?(\w+)"? value', message)
+    if name:
+        return f"has a value of {name[1]} that libpq does not know"
+
+    def quoted(match: re.Match[str]) -> str:
+        return match[0] if match[1] in KNOWN_WORDS else "…"
+
+    return "cannot be used: " + re.sub(r'"([^"]*)"', quoted, message.strip().splitlines()[0])
+
+
+def _trust(parameters: dict[str, str]) -> None:
+    """See to the certificates that a server is verified with. Raises UnusableURI where there are
+    none: every connection would fail, and only then say so.
+
+    The libpq of psycopg2's wheel looks for the system's certificates where they were on the machine
+    that built it. Python's own OpenSSL knows where they are on this one.
+    """
+    file = parameters.get("sslrootcert", "")
+    if file == "system":
+        if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+            return
+        found = ssl.get_default_verify_paths()
+        if found.cafile:
+            os.environ["SSL_CERT_FILE"] = found.cafile
+        elif found.capath and any(Path(found.capath).iterdir()):
+            os.environ["SSL_CERT_DIR"] = found.capath
+        else:
+            raise UnusableURI(
+                "has sslrootcert=system, and this system's certificates were not found: set"
+                " SSL_CERT_FILE to a file of them"
+            )
+        return
+    hosts = parameters.get("host", "").split(",")
+    # There is no TLS on Unix sockets.
+    verified = parameters.get("sslmode") in ("verify-ca", "verify-full") and not all(
+        host[:1] in ("", "/", "@") for host in hosts
+    )
+    for name, needed, otherwise in (
+        ("sslrootcert", verified, ", or sslrootcert=system"),
+        ("sslcert", parameters.get("sslcert"), ""),
+        ("sslkey", parameters.get("sslkey"), ""),
+    ):
+        path = parameters.get(name) or str(Path("~/.postgresql/root.crt").expanduser())
+        # With a colon a key is in a device, not in a file.
+        if needed and ":" not in path and not _readable(path):
+            raise UnusableURI(
+                f"asks for a file of certificates or keys that cannot be read: set {name} in it, or"
+                f" PG{name.upper()}, to one{otherwise}"
+            )
+
+
+def _readable(path: str) -> bool:
+    try:
+        with Path(path).open("rb"):
+            return True
+    except OSError:
+        return False
+
+
+def settings_in(options: str) -> dict[str, str]:
+    """The settings in start-up options, `-c name=value` and `--name=value`, by name."""
+    words = shlex.shlex(options, posix=True)
+    words.whitespace_split, words.commenters, words.quotes = True, "", ""
+    found: dict[str, str] = {}
+    expected = False
+    for word in words:
+        if expected or word.startswith(("-c", "--")):
+            setting = word if expected else word[2:]
+            expected = not setting
+            name, separator, value = setting.partition("=")
+            if separator:
+                found[name.replace("-", "_")] = value
+    return found
+
+
+class Connector:
+    """Opens connections to a target, all in the same way.
+
+    `connect_timeout` is in seconds, for all hosts of the target together. `settings` are sent as
+    start-up options, before the operator's own, which have the last word. `factory` is the class of
+    the connections.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        connect_timeout: float,
+        settings: Mapping[str, str],
+        factory: Callable[..., Any] | None = None,
+    ) -> None:
+        self.target = target
+        self._patience = connect_timeout / 2
+        self._checked = settings_in(target.options)
+        ours = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        self._options = f"{ours} {target.options}".strip()
+        self._refused_at = -math.inf
+        self._keywords: dict[str, Any] = {
+            # libpq's is in whole seconds and for each host in turn.
+            "connect_timeout": max(1, math.ceil(connect_timeout / len(target.hosts))),
+            "client_encoding": "UTF8",
+            "fallback_application_name": "gatehouse",
+            **{name: n for name, n in KEEPALIVES.items() if name not in target.parameters},
+            "connection_factory": factory,
+        }
+
+    def open(self) -> Any:
+        """A connection in autocommit mode. Raises psycopg2.OperationalError.
+
+        A pooler may refuse start-up options, each in words and with a SQLSTATE of its own, of which
+        psycopg2 tells none. That it was them shows where there is a connection without them, and
+        still none with them.
+        """
+        began = time.monotonic()
+        if began - self._refused_at < REFUSED_SECONDS:
+            return self._connect(self.target.options)
+        try:
+            return self._connect(self._options)
+        except psycopg2.OperationalError as error:
+            # A server that does not answer is not asked a second time.
+            if isinstance(error, OptionsRefused) or time.monotonic() - began > self._patience:
+                raise
+            reason = error
+        connection = self._without_ours(reason)
+        try:
+            preferred = self._connect(self._options)
+        except psycopg2.OperationalError:
+            self._refused_at = time.monotonic()
+            return connection
+        connection.close()
+        return preferred
+
+    def _without_ours(self, reason: psycopg2.OperationalError) -> Any:
+        try:
+            return self._connect(self.target.options)
+        except psycopg2.OperationalError:
+            if not self.target.options:
+                raise reason from None
+        try:
+            self._connect("").close()
+        except psycopg2.OperationalError:
+            raise reason from None
+        raise self._refusal("refuses")
+
+    def _connect(self, options: str) -> Any:
+        connection = psycopg2.connect(self.target.uri, **self._keywords, options=options)
+        try:
+            connection.autocommit = True
+            if options and self._checked:
+                with connection.cursor() as cursor:
+                    names, values = list(self._checked), list(self._checked.values())
+                    cursor.execute(DROPPED, (names, values))
+                    [dropped] = cursor.fetchone()
+                if dropped:
+                    raise self._refusal("drops", dropped)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _refusal(self, does: str, names: str = "") -> OptionsRefused:
+        names = names or ", ".join(self._checked) or "some"
+        return OptionsRefused(
+            f"the server, or a pooler in front of it, {does} the start-up options that are set"
+            f" ({names}): set them with ALTER ROLE … SET, and leave them out of the URI, PGOPTIONS"
+            " and the service file"
+        )
+
+
+class Direct(peewee.PostgresqlDatabase):
+    """A peewee database without a pool, for commands, that connects as the service does."""
+
+    def __init__(self, connector: Connector) -> None:
+        # Its name is printed by pw_migrate, and must be no URI, which may have a password in it.
+        super().__init__(connector.target.database)
+        self._connector = connector
+
+    def _connect(self) -> Any:
+        return self._connector.open()
+
+
+def reason(error: Exception, target: Target | None = None) -> str:
+    """Why a database could not be used, in a few words: no role and no credential in them. Where
+    it could not be reached, they begin with its host and port."""
+    # libpq says `connection to server at "10.0.0.1", port 5432 failed: FATAL:  role "ann" ...`,
+    # a line for each host, with hints between them.
+    error = getattr(error, "orig", error)  # in peewee's wrapping
+    if isinstance(error, OptionsRefused):
+        return f"{target.places}: {error}" if target else str(error)
+    lines = str(error).strip().splitlines() or ["connection lost"]
+    unreachable = [(match, line) for line in lines if (match := AT_SERVER.match(line))]
+    if not unreachable:
+        return _cause(lines[0])
+    found = []
+    for match, line in unreachable:
+        host, port = match["host"] or match["name"] or match["socket"], match["port"]
+        if match["name"] and target is not None and host in target.hosts:
+            at = target.hosts.index(host)
+            port = target.ports[min(at, len(target.ports) - 1)]
+        place = host if match["socket"] else _place(host, port or "")
+        found.append(f"{place}: {_cause(line)}")
+    text = "; ".join(dict.fromkeys(found))
+    return target.redacted(text) if target else text
+
+
+def _cause(line: str) -> str:
+    return re.sub(r' "[^"]*"', "", line.rpartition(": ")[2]).strip()
+
+
+def _place(host: str, port: str) -> str:
+    if not HOST.fullmatch(host):  # most likely a password with an @ in it
+        host = "a host that is no host name" if host else "localhost"
+    return f"{f'[{host}]' if ':' in host else host}:{port or '5432'}"
