@@ -32,3 +32,4 @@ class User(Model):
 
 
 User.add_index(User.index(fn.lower(User.email), unique=True, name="users_email_lower"))
+database.taken = frozenset(index._name for index in User._meta.indexes if index._unique)

@@ -88,6 +88,19 @@ class EmailTaken(Problem):
     detail = "Another user has this email address."
 
 
+class UserInUse(Problem):
+    status, name, title = 409, "user-in-use", "User in use"
+    detail = "Another table of the database refers to this user."
+
+
+class RefusedByDatabase(Problem):
+    status, name, title = 409, "refused-by-database", "Refused by the database"
+    detail = (
+        "A rule of the database's own does not allow this. It was not carried out; the log of"
+        " Gatehouse names the rule."
+    )
+
+
 class PreconditionFailed(Problem):
     status, name, title = 412, "precondition-failed", "Precondition failed"
     detail = "The user is not in the state that the request's preconditions ask for."

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import psycopg2
-from psycopg2.errors import DuplicatePreparedStatement, InvalidSqlStatementName
+from psycopg2.errors import (
+    DuplicatePreparedStatement,
+    FeatureNotSupported,
+    InvalidSqlStatementName,
+)
 
 from postgres.pool import Connection, Pool
-from problems import DatabaseUnavailable, EmailTaken, Problem, SchemaNotMigrated
+from problems import (
+    DatabaseUnavailable,
+    EmailTaken,
+    Problem,
+    RefusedByDatabase,
+    SchemaNotMigrated,
+    UserInUse,
+)
 
 Row = tuple[Any, ...]
 
@@ -23,29 +35,83 @@ GRACE_SECONDS = 0.5
 # How far the clocks of two servers may be apart, and a statement's time on its way.
 SKEW_SECONDS = 1.0
 
-# SQLSTATE, or its first two characters, to what a caller is told. What is not here is a defect.
+# The first pause before a statement that the server undid because of another's is run again, in
+# seconds; each is up to twice as long as the one before it, and none longer than the last.
+FIRST_PAUSE, LAST_PAUSE = 0.005, 0.2
+
+# What is not the database's doing or the caller's, and should never happen: 500, and a stack trace
+# in the log.
+DEFECT = Problem
+
+# SQLSTATE, or its class (the first two characters), to what a caller is told: all classes of
+# PostgreSQL's appendix A, and those states that are told otherwise than the rest of their class.
+# Classes that only an operator's own trigger, rule or constraint can come from are refusals.
 PROBLEMS: dict[str, type[Problem]] = {
+    "00": DEFECT,  # success, warnings and "no data": never an error
+    "01": DEFECT,
+    "02": DEFECT,
+    "03": DEFECT,  # SQL statement not yet complete
     "08": DatabaseUnavailable,  # connection exceptions
+    "09": RefusedByDatabase,  # triggered action exception
+    "0A": DatabaseUnavailable,  # feature not supported: by a pooler or another kind of table
+    "0B": DEFECT,  # invalid transaction initiation
+    "0F": DEFECT,  # locator exception
+    "0L": DatabaseUnavailable,  # invalid grantor
+    "0P": DatabaseUnavailable,  # invalid role specification
+    "0Z": RefusedByDatabase,  # diagnostics exception, of PL/pgSQL
+    "10": RefusedByDatabase,  # XQuery error
+    "20": RefusedByDatabase,  # case not found, of PL/pgSQL
+    "21": RefusedByDatabase,  # cardinality violation
+    "22": RefusedByDatabase,  # data exception: a column or an expression that was changed
     "22021": DatabaseUnavailable,  # its encoding is not UTF8, and has not this character
     "22P05": DatabaseUnavailable,  # the same
-    "23505": EmailTaken,  # unique_violation: the only unique index beside the key
-    "25006": DatabaseUnavailable,  # read_only_sql_transaction: a standby
+    "23": RefusedByDatabase,  # integrity constraint violation
+    "24": DEFECT,  # invalid cursor state
+    "25": DatabaseUnavailable,  # invalid transaction state: read-only, idle for too long, a pooler
+    "25P02": DEFECT,  # in a failed transaction
+    "26": DatabaseUnavailable,  # invalid SQL statement name, where a pooler changed the session
+    "27": RefusedByDatabase,  # triggered data change violation
     "28": DatabaseUnavailable,  # wrong password or role
-    "3D000": DatabaseUnavailable,  # no such database
-    "3F000": SchemaNotMigrated,  # no such schema
-    "40": DatabaseUnavailable,  # deadlock, serialization failure
+    "2B": DEFECT,  # dependent privilege descriptors still exist
+    "2D": RefusedByDatabase,  # invalid transaction termination, by a trigger
+    "2F": RefusedByDatabase,  # SQL routine exception
+    "34": DEFECT,  # invalid cursor name
+    "38": RefusedByDatabase,  # external routine exception
+    "39": RefusedByDatabase,  # external routine invocation exception
+    "3B": DEFECT,  # savepoint exception
+    "3D": DatabaseUnavailable,  # no such database
+    "3F": SchemaNotMigrated,  # no such schema
+    "40": DatabaseUnavailable,  # transaction rollback, once it has been tried again for long enough
+    "40002": RefusedByDatabase,  # transaction integrity constraint violation
+    # The statements are fixed and tested: where one does not fit, the schema is another.
+    "42": SchemaNotMigrated,
     "42501": DatabaseUnavailable,  # missing permission
-    "42703": SchemaNotMigrated,  # no such column
-    "42P01": SchemaNotMigrated,  # no such table
+    "42601": DEFECT,  # syntax error
+    "42622": DEFECT,  # name too long
+    "42P14": DatabaseUnavailable,  # invalid prepared statement definition, to a pooler
+    "44": RefusedByDatabase,  # WITH CHECK OPTION violation
     "53": DatabaseUnavailable,  # too many connections, disk full, out of memory
     "54": DatabaseUnavailable,  # a limit of the server's
-    "55": DatabaseUnavailable,  # lock not available
+    "55": DatabaseUnavailable,  # lock not available, object not in the state for it
     "57": DatabaseUnavailable,  # statement timeout, shutdown, starting up
     "58": DatabaseUnavailable,  # system error
+    "72": DatabaseUnavailable,  # snapshot too old
+    "F0": DatabaseUnavailable,  # configuration file error
+    "HV": DatabaseUnavailable,  # foreign data wrapper error
+    "P0": RefusedByDatabase,  # PL/pgSQL: RAISE, ASSERT, no or too many rows
     "XX": DatabaseUnavailable,  # internal error
 }
+# Errors that a function in the server raises for an operator's rule, whatever their SQLSTATE: a
+# trigger's RAISE, and row-level security, which has that of a missing permission.
+RULES = frozenset({"exec_stmt_raise", "exec_stmt_assert", "ExecWithCheckOptions"})
+# Another row refers to the one that is deleted: NO ACTION, and RESTRICT since PostgreSQL 18.
+REFERRED_TO = frozenset({"23503", "23001"})
 
-
+# What says that the statement was undone because of another's, and may succeed when it is run
+# again: a serialization failure, and a deadlock.
+CONFLICTS = frozenset({"40001", "40P01"})
+# What says that nobody knows what became of the statement, though the connection is there.
+UNKNOWN = frozenset({"08007", "40003"})
 # What says that the statement was not carried out, and may be elsewhere or later. A backend that is
 # ended after it committed says nothing any more.
 NOT_DONE = frozenset(
@@ -73,6 +139,28 @@ class NotDone(Exception):
     connection."""
 
 
+class Conflict(Exception):
+    """The server undid the statement because of another's; it may be run again."""
+
+
+class Patience:
+    """For how long statements that meet a conflict are run again: `seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+        self._pause = FIRST_PAUSE
+
+    def wait(self) -> bool:
+        """Wait a little longer than before, and by chance, so that those who met do not meet again;
+        False where there is no more time."""
+        pause = random.uniform(self._pause / 2, self._pause)
+        self._pause = min(2 * self._pause, LAST_PAUSE)
+        if time.monotonic() + pause > self._until:
+            return False
+        time.sleep(pause)
+        return True
+
+
 class Statement:
     """One statement, which a connection's server parses and plans once, when it is first run.
 
@@ -81,6 +169,7 @@ class Statement:
 
     def __init__(self, sql: str, types: Mapping[str, str]) -> None:
         self.plain = sql
+        self.deletes = sql.startswith("DELETE")
         body = sql % {name: f"${number}" for number, name in enumerate(types, 1)}
         # The same name is the same statement, whoever shares the session (PgBouncer's clients do).
         digest = hashlib.sha256(body.encode()).hexdigest()[:16]
@@ -93,7 +182,12 @@ class Statement:
 
 
 class Database(Pool):
-    """A pool of connections, and statements run on them."""
+    """A pool of connections, and statements run on them.
+
+    `taken` are the names of the unique indexes that keep two users from having one address.
+    """
+
+    taken: frozenset[str] = frozenset()
 
     def run(
         self, statement: Statement, params: Mapping[str, Any], until: float = math.inf
@@ -101,7 +195,7 @@ class Database(Pool):
         """Send one statement and return its rows: one round trip.
 
         `until`, on the monotonic clock, bounds the whole, where it is before the usual time-outs.
-        Raises Lost or NotDone, or the Problem that the caller is to be told.
+        Raises Lost, NotDone or Conflict, or the Problem that the caller is to be told.
         """
         connection = self._acquire(until)
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
@@ -110,7 +204,7 @@ class Database(Pool):
             rows = self._send(connection, statement, params)
         except psycopg2.Error as error:
             cut = self._deadlines.end(connection)
-            raise self._translate(connection, error, cut) from None
+            raise self._translate(connection, statement, error, cut) from None
         except BaseException:
             self._deadlines.end(connection)
             self._release(connection, broken=True)
@@ -122,23 +216,28 @@ class Database(Pool):
     def _send(
         self, connection: Connection, statement: Statement, params: Mapping[str, Any]
     ) -> list[Row]:
-        cursor = connection.reused
+        cursor, prepares = connection.reused, self._prepares
         while True:
             sql = statement.plain
-            if self._prepares:
+            if prepares:
                 known = statement.name in connection.prepared
                 sql = statement.execute if known else statement.prepare
             try:
                 cursor.execute(sql, params)
                 connection.prepared.add(statement.name)
                 rows: list[Row] = cursor.fetchall()
+                self._prepares = self._prepares and prepares
                 return rows
             except DuplicatePreparedStatement:
+                if sql is not statement.prepare:
+                    raise
                 connection.prepared.add(statement.name)  # by a run that failed after it
-            except InvalidSqlStatementName:
-                # PgBouncer gives each transaction another of its servers, and this one has not
-                # prepared it. Nothing has been done in either case.
-                self._prepares = False
+            except (InvalidSqlStatementName, FeatureNotSupported):
+                # A pooler gives each transaction another of its servers, and this one has not
+                # prepared it; or it knows no prepared statements. Nothing has been done.
+                if not prepares:
+                    raise
+                prepares = False
 
     def read(
         self, statement: Statement, params: Mapping[str, Any], within: float | None = None
@@ -146,14 +245,21 @@ class Database(Pool):
         """Run a statement that changes nothing; if its connection is lost, again on another.
         `within` bounds the whole in seconds."""
         until = math.inf if within is None else time.monotonic() + within
-        for _ in range(ATTEMPTS):
+        attempts, patience = 0, Patience(self.statement_timeout)
+        while attempts < ATTEMPTS:
             try:
                 return self.run(statement, params, until)
             except NotDone:
-                continue
+                attempts += 1
+            except Conflict:
+                if not patience.wait():
+                    break
             except Lost as lost:
                 if lost.cut:  # no answer for so long: another try would take as long again
                     break
+                attempts += 1
+            except RefusedByDatabase:
+                break  # nothing was to be changed: a rule that fails by itself, which the log names
         raise DatabaseUnavailable
 
     def write(self, statement: Statement, params: Mapping[str, Any]) -> tuple[list[Row], bool]:
@@ -167,39 +273,82 @@ class Database(Pool):
         come late, over what has happened since.
         """
         began, untouched = time.monotonic(), None
-        for _ in range(ATTEMPTS):
+        attempts, patience = 0, Patience(self.statement_timeout)
+        while attempts < ATTEMPTS:
             try:
                 rows = self.run(statement, {**params, "untouched": untouched})
                 return rows, untouched is not None
             except NotDone:
-                continue
+                attempts += 1
+            except Conflict:
+                if not patience.wait():
+                    break
             except Lost as lost:
                 if lost.cut:
                     raise
+                attempts += 1
                 untouched = time.monotonic() - began + SKEW_SECONDS
+            except (EmailTaken, RefusedByDatabase):
+                if untouched is None:
+                    raise
+                return [], True  # perhaps it is the first run's work that is in the way
             except (DatabaseUnavailable, SchemaNotMigrated):
                 if untouched is not None:
                     break
                 raise
         raise DatabaseUnavailable() if untouched is None else unknown()
 
-    def _translate(self, connection: Any, error: psycopg2.Error, cut: bool) -> Exception:
-        state = error.pgcode
+    def _translate(
+        self, connection: Any, statement: Statement, error: psycopg2.Error, cut: bool
+    ) -> Exception:
+        state = error.pgcode or ""
         lost = connection.closed or (
-            state is None and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
+            not state and isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
         )
-        if lost or state in NOT_DONE:
+        rule = error.diag.source_function in RULES
+        if lost or (not rule and state in NOT_DONE | UNKNOWN):
             self._release(connection, broken=True)
             self._distrust()
             self._note(error)
             return NotDone() if state in NOT_DONE else Lost(cut)
         self._release(connection)
-        problem = PROBLEMS.get(state or "") or PROBLEMS.get((state or "")[:2])
-        if problem is None:  # a defect; psycopg2's own message quotes values
+        if state in CONFLICTS:
+            self._note(error)
+            return Conflict()
+        problem = RefusedByDatabase if rule else self._problem(statement, error)
+        if problem is DEFECT:  # psycopg2's own message quotes values
             return RuntimeError(f"SQLSTATE {state}")
-        if problem is not EmailTaken:
+        if issubclass(problem, UserInUse | RefusedByDatabase):
+            self._note_rule(error)
+        elif problem is not EmailTaken:
             self._note(error)
         return problem()
+
+    def _problem(self, statement: Statement, error: psycopg2.Error) -> type[Problem]:
+        state = error.pgcode or ""
+        if state == "23505" and error.diag.constraint_name in self.taken:
+            return EmailTaken
+        if state in REFERRED_TO and statement.deletes:
+            return UserInUse
+        # A class that PostgreSQL does not have is a trigger's own.
+        problem = PROBLEMS.get(state) or PROBLEMS.get(state[:2]) or RefusedByDatabase
+        if error.diag.internal_query and problem in (SchemaNotMigrated, DEFECT):
+            return RefusedByDatabase  # it is a statement inside a trigger that does not fit
+        return problem
+
+    def _note_rule(self, error: psycopg2.Error) -> None:
+        # Where the message may quote a user's values it is left out; the names are the operator's.
+        diag = error.diag
+        parts = [f"refused by the database: {error.pgcode}"]
+        if diag.constraint_name:
+            parts.append(f"constraint {diag.constraint_name}")
+        if diag.table_name:
+            parts.append(f"of table {diag.table_name}")
+        if diag.source_function in RULES:
+            parts.append(diag.message_primary or "")
+        elif diag.context:
+            parts.append(diag.context.splitlines()[-1])
+        self.say(", ".join(parts))
 
     def _note(self, error: psycopg2.Error) -> None:
         # Not the whole message: it quotes the statement, values and all.

@@ -141,7 +141,12 @@ _NEW_NAME = fn.coalesce(given("name"), User.name)
 _ROW = {User.id: given("id"), User.email: given("email"), User.name: given("name")}
 
 GET = statement(User.select(JSON).where(THIS))
-CREATE = statement(User.insert(_ROW).on_conflict_ignore().returning(JSON))
+# The one conflict that is ignored is with another user's address: any other, with an index or an
+# exclusion constraint of the operator's own, is the database's refusal.
+_ADDRESS = next(index for index in User._meta.indexes if index._unique)._expressions
+CREATE = statement(
+    User.insert(_ROW).on_conflict(action="IGNORE", conflict_target=_ADDRESS).returning(JSON)
+)
 PUT = statement(
     User.insert(_ROW)
     .on_conflict(

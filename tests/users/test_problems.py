@@ -35,6 +35,8 @@ CONTRACT = {
     "not-found": 404,
     "method-not-allowed": 405,
     "email-taken": 409,
+    "user-in-use": 409,
+    "refused-by-database": 409,
     "precondition-failed": 412,
     "body-too-large": 413,
     "unsupported-media-type": 415,
@@ -155,8 +157,19 @@ def a_page_of_none(parts: Parts) -> Reply:
     return parts.service.call("GET", "/users?limit=0")
 
 
-@provokes("internal-error")
-def a_database_that_fails_in_a_way_nobody_thought_of(parts: Parts) -> Reply:
+@provokes("user-in-use")
+def a_user_with_an_order(parts: Parts) -> Reply:
+    uri = parts.databases.create()
+    service = parts.start(POSTGRES_URI=uri)
+    user = create_user(service).json()["id"]
+    with parts.databases.admin(uri) as cursor:
+        cursor.execute("CREATE TABLE quux (user_id uuid REFERENCES users)")
+        cursor.execute("INSERT INTO quux VALUES (%s)", (user,))
+    return service.call("DELETE", f"/users/{user}")
+
+
+@provokes("refused-by-database")
+def a_trigger_that_says_no(parts: Parts) -> Reply:
     uri = parts.databases.create()
     with parts.databases.admin(uri) as cursor:
         cursor.execute(
@@ -165,7 +178,21 @@ def a_database_that_fails_in_a_way_nobody_thought_of(parts: Parts) -> Reply:
             "CREATE TRIGGER fail BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION fail()"
         )
     service = parts.start(POSTGRES_URI=uri)
-    reply = service.call("POST", "/users", {"email": new_email(), "name": "Ann"})
+    return service.call("POST", "/users", {"email": new_email(), "name": "Ann"})
+
+
+@provokes("internal-error")
+def a_database_that_fails_in_a_way_nobody_thought_of(parts: Parts) -> Reply:
+    uri = parts.databases.create()
+    with parts.databases.admin(uri) as cursor:
+        cursor.execute(
+            "CREATE FUNCTION to_json(text) RETURNS text IMMUTABLE LANGUAGE sql AS"
+            " $$ SELECT 'quux s3cret' $$"
+        )
+    service = parts.start(POSTGRES_URI=uri)
+    create_user(service)
+    create_user(service)
+    reply = service.call("GET", "/users?limit=1")
     # The operator is told what the caller is not.
     assert reply.json()["request_id"] in service.log
     return reply
