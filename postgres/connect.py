@@ -263,16 +263,18 @@ class Connector:
         still none with them.
         """
         began = time.monotonic()
-        if began - self._refused_at < REFUSED_SECONDS:
-            return self._connect(self.target.options)
+        refused = began - self._refused_at < REFUSED_SECONDS
         try:
-            return self._connect(self._options)
+            return self._connect(self.target.options if refused else self._options)
         except psycopg2.OperationalError as error:
-            # A server that does not answer is not asked a second time.
+            # A server that does not answer is not asked a second time. Any other is: where it ends
+            # connections, it may end one that only just begins.
             if isinstance(error, OptionsRefused) or time.monotonic() - began > self._patience:
                 raise
             reason = error
         connection = self._without_ours(reason)
+        if refused:
+            return connection
         try:
             preferred = self._connect(self._options)
         except psycopg2.OperationalError:

@@ -34,8 +34,12 @@ from problems import DatabaseUnavailable, Problem
 
 log = logging.getLogger("gatehouse.database")
 
-# An idle connection that has not been used for this many seconds is asked for a round trip first.
+# An idle connection that has not been used for this many seconds is asked for a round trip first,
+# and given up for a new one where that takes longer than the second. A NAT that has forgotten
+# the connection drops all that is sent, without a word: callers waited for the whole time that
+# connecting may take, and were then told that the database is away.
 VERIFY_SECONDS = 1.0
+ANSWER_SECONDS = 0.5
 # After a failed connect, callers are told at once for this many seconds; then one of them tries.
 # Who is urgent has one tried at once: /health tells what is, not what was.
 RETRY_SECONDS = 0.25
@@ -69,6 +73,7 @@ class Waiter:
 
     def __init__(self, urgent: bool) -> None:
         self.urgent = urgent
+        self.follows = False  # while the database is away: waits for what one who tries finds
         self._ready = threading.Lock()
         self._ready.acquire()
         self.outcome: Any = None
@@ -99,6 +104,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
         self._count = 0  # connections open, or being made
         self._connecting = 0
+        self._verifying = 0  # of those that are open, idle ones that are asked whether they work
         self._generation = 0
         self._queue: deque[Waiter] = deque()
         self._down = False  # whether the last attempt to connect failed
@@ -132,8 +138,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self.connect_timeout = connect_timeout
         self.statement_timeout = statement_timeout
         self._forget()
-        # How long a caller waits who may get a new connection: so long that it hears what became
-        # of the attempt to make one.
+        # How long a caller waits while a connection is being made: so long that it hears what
+        # became of that.
         self._patience = max(wait, connect_timeout + HEARSAY_SECONDS)
         self._board = board
         self._connector = Connector(
@@ -161,33 +167,29 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                     waiter = None
                     self._post()
                 else:
-                    waiter, limit = self._enqueue(began, urgent=until < math.inf)
+                    waiter = self._enqueue(began, urgent=until < math.inf)
             if waiter is None:
                 if self._usable(connection, since, until):
                     return connection
                 if time.monotonic() - began > self.connect_timeout:
                     raise self._unavailable("no answer from the server")
                 continue
-            return self._await(waiter, began, limit, until)
+            return self._await(waiter, began, until)
 
-    def _enqueue(self, now: float, urgent: bool) -> tuple[Waiter, float]:
-        # How long a caller may wait depends on what it waits for.
-        limit = self.wait
+    def _enqueue(self, now: float, urgent: bool) -> Waiter:
+        waiter = Waiter(urgent)
         none = self._mute or self._count == self._connecting  # is open, or of any use
         if self._down and none and not urgent:
             if self._connecting:
-                limit = PROBE_SECONDS
+                waiter.follows = True
             elif now < self._retry_at:
                 raise DatabaseUnavailable
-        waiter = Waiter(urgent)
         if urgent:
             self._queue.appendleft(waiter)
         else:
             self._queue.append(waiter)
         self._start_connecting()
-        if self._connecting and limit != PROBE_SECONDS:
-            limit = self._patience
-        return waiter, limit
+        return waiter
 
     def _start_connecting(self) -> None:
         # As many as callers wait; while the server refuses, one, and not at once again.
@@ -204,10 +206,13 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._count += 1
             self._connecting += 1
 
-    def _await(self, waiter: Waiter, began: float, limit: float, until: float) -> Any:
+    def _await(self, waiter: Waiter, began: float, until: float) -> Any:
+        limit = PROBE_SECONDS if waiter.follows else self.wait
         served = waiter.wait(min(began + limit, until) - time.monotonic())
-        if not served and limit == PROBE_SECONDS and not self._down:
-            # The one who tried has got through, and there is a connection for all in time.
+        # Who follows one who tried may wait on where that one has got through.
+        more = not self._down if waiter.follows else bool(self._connecting or self._verifying)
+        if not served and more:
+            # There will be a connection that is not in use by others, or the reason why not.
             served = waiter.wait(min(began + self._patience, until) - time.monotonic())
         if not served:
             with self._mutex:
@@ -228,16 +233,27 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         now = time.monotonic()
         if now - since < VERIFY_SECONDS:
             return True
-        self._deadlines.begin(connection, min(self.connect_timeout, until - now))
+        if self._answers(connection, min(ANSWER_SECONDS, until - now)):
+            return True
+        self._release(connection, broken=True)
+        self._distrust()
+        return False
+
+    def _answers(self, connection: Any, seconds: float) -> bool:
+        with self._mutex:
+            self._verifying += 1
+        self._deadlines.begin(connection, seconds)
         try:
             connection.reused.execute("SELECT 1")
         except psycopg2.Error:
             self._deadlines.end(connection)
-            self._release(connection, broken=True)
-            self._distrust()
             return False
-        self._deadlines.end(connection, answered=True)
-        return True
+        else:
+            self._deadlines.end(connection, answered=True)
+            return True
+        finally:
+            with self._mutex:
+                self._verifying -= 1
 
     # Connecting.
 

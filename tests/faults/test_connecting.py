@@ -5,6 +5,7 @@ Each of these is how somebody runs PostgreSQL: schemas by `search_path`, service
 
 from __future__ import annotations
 
+import socket
 import ssl
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from urllib.parse import quote
 import pytest
 import trustme
 
-from postgres.connect import settings_in
+from postgres.connect import Connector, Target, settings_in
+from postgres.deadlines import borrowed
 from tests.harness import Service, pw_migrate, run_app, wait_for
 from tests.harness.servers import Pooler, Server
 
@@ -263,6 +265,16 @@ def test_what_libpq_can_never_connect_with_is_told_at_the_start(query: str, told
     done = pw_migrate("list", uri=f"postgresql://ann@db.invalid/none?{query}", HOME="/")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("POSTGRES_URI ") and told in done.stderr
+
+
+def test_idle_connections_are_kept_alive(server: Server) -> None:
+    """TCP asks after a minute, before the networks forget; the system alone would after two hours."""
+    for query, seconds in (("", 60), ("?keepalives_idle=7", 7)):
+        connection = Connector(Target.of(server.uri() + query), 5, {}).open()
+        with borrowed(connection) as sock:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == seconds
+        connection.close()
 
 
 def test_settings_are_read_out_of_options_as_postgresql_does() -> None:

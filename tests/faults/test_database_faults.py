@@ -20,6 +20,7 @@ import psutil
 import psycopg2
 import pytest
 
+from postgres.pool import VERIFY_SECONDS
 from tests.harness import (
     DEAD_DATABASE,
     Reply,
@@ -326,6 +327,50 @@ def test_a_server_that_answers_others_is_not_taken_for_silent(
         relay.heal()
         assert starved.result().status == 200
     assert "stopped answering" not in service.log
+
+
+@pytest.mark.parametrize("callers", [1, 12])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_connections_that_a_nat_has_forgotten_are_given_up_in_time(
+    server: Server, store: str, relay: Relay, gatehouse: Start, method: str, callers: int
+) -> None:
+    """What was idle is dropped without a word, new connections are not: once that was 503."""
+    defaults = {"DB_CONNECT_TIMEOUT": 2, "DB_STATEMENT_TIMEOUT": 5, "DB_POOL_TIMEOUT": 2}
+    service = gatehouse(app_uri(server, store, relay.port), DB_POOL_SIZE=4, **defaults)
+
+    def idle() -> int:
+        return int(service.call("GET", "/health").json()["database"]["pool"]["idle"])
+
+    wait_for(lambda: warm(service, 12) or idle() == 4, 10, "a full pool")
+    relay.stall()
+    # As long as makes a connection one that was idle; the relay has no clock to wait for.
+    assert not threading.Event().wait(VERIFY_SECONDS)
+    for seconds, reply in at_once(
+        callers, lambda: service.call(method, "/users", new_user() if method == "POST" else None)
+    ):
+        assert reply.status == (201 if method == "POST" else 200), reply
+        assert seconds < 2 + 0.5
+    made = server.sql("SELECT count(*) FROM users", database=store)
+    assert made == [(callers if method == "POST" else 0,)]
+    relay.heal()
+    assert server.sql("SELECT count(*) FROM users", database=store) == made
+
+
+def test_a_pool_timeout_means_what_it_says(server: Server, store: str, gatehouse: Start) -> None:
+    """0.1 was also the mark of those who wait for what another finds, and waited 2.25 seconds."""
+    service = gatehouse(
+        app_uri(server, store), DB_POOL_SIZE=1, **{**PATIENT, "DB_POOL_TIMEOUT": 0.1}
+    )
+    target = f"/users/{create(service)['id']}"
+    with ThreadPoolExecutor(1) as threads:
+        with server.holding("SELECT FROM users FOR UPDATE", database=store):
+            held = threads.submit(service.call, "PATCH", target, {"name": "changed"})
+            wait_for(lambda: server.waiting(store) == 1, 10, "the connection to be busy")
+            for _ in range(3):
+                seconds, reply = timed(lambda: service.call("GET", target))
+                assert_refused(reply)
+                assert 0.1 <= seconds < 0.1 + 0.5
+        assert held.result().status == 200
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
