@@ -140,7 +140,7 @@ def test_a_pooler_that_refuses_start_up_options_is_used_without(
         # It is remembered: the next connections are made at once.
         refused = pooler.refused
         server.terminate_backends(name)
-        assert service.call("GET", "/users").status == 200
+        assert service.call("GET", "/users").status == 200, service.log
         assert pooler.refused == refused
 
 
