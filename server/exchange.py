@@ -642,6 +642,7 @@ class Exchange:
         """The client has all of its answer, or is gone: nothing is left to be done."""
         self.state = State.ENDED
         self._let_go()
+        self._timer.action = None
         self._head = None
         if self._streams:
             self._streams = False

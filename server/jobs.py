@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import logging
 import threading
+import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from waitress.task import WSGITask
@@ -24,25 +25,41 @@ from wire.request import Head
 
 log = logging.getLogger("gatehouse")
 
+# A thread that has had nothing to do for so many seconds ends.
+IDLE_SECONDS = 10.0
+# A lane whose next job has waited for so many seconds gets one thread more.
+STALLED_SECONDS = 0.05
 # What of a body that is read while it arrives waits for its reader, at most.
 INBOX_BYTES = 262144
 
 
 class Lane:
-    """Threads for one kind of job, started when none is idle, up to `limit`."""
+    """Threads for one kind of job, up to `limit`, started when none is idle and ended when there
+    has been nothing to do for a while.
 
-    def __init__(self, name: str, limit: int) -> None:
+    So many as are `eager` are started at once; more only where a job waits all the same, for jobs
+    that come in a crowd and take no time need no crowd of threads.
+    """
+
+    def __init__(self, name: str, limit: int, eager: int | None = None) -> None:
         self._name = name
         self._limit = limit
+        self._eager = limit if eager is None else eager
         self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._spare = 0  # idle threads less queued jobs
         self._threads = 0
+        self._moved = 0.0  # when a job was last taken, or came while none was waiting
 
     def add(self, job: Callable[[], None]) -> None:
+        """Have a thread do a job; callable from any thread."""
         with self._lock:
+            if self._spare >= 0:
+                self._moved = time.monotonic()
             self._spare -= 1
             start = self._spare < 0 and self._threads < self._limit
+            if start and self._threads >= self._eager:
+                start = time.monotonic() - self._moved > STALLED_SECONDS
             self._count(int(start))
         self._queue.put(job)
         if start:
@@ -59,11 +76,20 @@ class Lane:
 
     def _work(self) -> None:
         while True:
-            job = self._queue.get()
+            try:
+                job = self._queue.get(timeout=IDLE_SECONDS)
+            except Empty:
+                with self._lock:
+                    if self._spare > 0:  # else a job has come that counts on this thread
+                        self._count(-1)
+                        return
+                continue
+            self._moved = time.monotonic()
             try:
                 job()
             except Exception:
                 log.exception("a job failed")
+            del job  # It would keep its client alive until the next one comes.
             with self._lock:
                 self._spare += 1
 

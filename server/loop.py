@@ -45,13 +45,14 @@ class Timer:
     `when` is in seconds on the monotonic clock, NEVER for no deadline; `action` is called then.
     """
 
-    __slots__ = ("_loop", "_queued", "action", "when")
+    __slots__ = ("_loop", "_queued", "action", "dropped", "when")
 
     def __init__(self, loop: Loop, action: Callable[[], None] | None = None) -> None:
         self._loop = loop
         self._queued = NEVER  # where it stands in the loop's heap
         self.when = NEVER
         self.action = action
+        self.dropped = False
 
     def set(self, when: float) -> None:
         """Move the deadline."""
@@ -66,7 +67,7 @@ class Timer:
 
     def drop(self) -> None:
         """The timer is not used any more: it keeps nothing alive, and leaves the heap in time."""
-        self.when, self.action = NEVER, None
+        self.when, self.action, self.dropped = NEVER, None, True
         if self._queued < NEVER:
             self._loop.timer_dropped()
 
@@ -82,11 +83,6 @@ class Timer:
         self.when = NEVER
         if self.action is not None:
             self.action()
-
-    @property
-    def in_use(self) -> bool:
-        """Whether it may still be set or come up."""
-        return self.action is not None
 
 
 class Loop:
@@ -153,7 +149,7 @@ class Loop:
         thousand, and each would stay there until its idle time had passed: sweep now and then."""
         self._dropped += 1
         if self._dropped > 1000 and self._dropped * 2 > len(self._timers):
-            self._timers = [entry for entry in self._timers if entry[2].in_use]
+            self._timers = [entry for entry in self._timers if not entry[2].dropped]
             heapq.heapify(self._timers)
             self._dropped = 0
 

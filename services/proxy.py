@@ -142,7 +142,7 @@ class Proxy:
                 *lines,
                 f"X-Forwarded-For: {forwarded_for}",
                 f"X-Forwarded-Proto: {proto}",
-                f"X-Forwarded-Host: {forwarded_host}",
+                *([f"X-Forwarded-Host: {forwarded_host}"] if forwarded_host else ()),
                 f"Via: {via}",
                 f"X-Request-Id: {head.id}\r\n\r\n",
             )
