@@ -233,6 +233,8 @@ class Exchange:
             self._part_towards_upstream(data)
             return b""
         assert self.body is not None
+        if self._head is not None:
+            self._head.expects = False  # It does not wait to be asked.
         piece, rest = self.body.feed(data)
         if self.body.malformed:
             self._refuse(BadRequest("The chunked body is malformed."))
@@ -531,7 +533,10 @@ class Exchange:
         """The answer is complete. Its connection is kept where it may carry another request."""
         connection, answer = self._connection, self._answer
         assert connection is not None and answer is not None
-        keep = keep and answer.reusable
+        # A client that waits to be asked for its body will not send it after this answer, for which
+        # a kept connection would wait in vain.
+        waits = self._head is not None and self._head.expects
+        keep = keep and answer.reusable and not waits
         if keep and (self.wants_body or connection.queued):
             # An upstream that keeps its connection goes on reading what it has been promised.
             self.state = State.DELIVERING
