@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,13 @@ def wait_for(condition: Callable[[], Any], seconds: float = 10, what: str = "con
 
 
 class Service:
-    """A Gatehouse process, `python app.py`, with settings from keyword arguments."""
+    """A Gatehouse process, `python app.py`, with settings from keyword arguments.
 
-    def __init__(self, **settings: Any) -> None:
+    `within` is a command that runs it, for a process with limits or name servers of its own; it has
+    to become that process.
+    """
+
+    def __init__(self, *, within: Sequence[str] = (), **settings: Any) -> None:
         self.port = int(settings.setdefault("PORT", free_port()))
         environ = {
             key: value
@@ -81,7 +85,7 @@ class Service:
         self.environ = environ
         self._log = tempfile.NamedTemporaryFile(prefix="gatehouse-test-", suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "app.py"],
+            [*within, sys.executable, "app.py"],
             cwd=checkout(),
             env=environ,
             stdout=self._log,
