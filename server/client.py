@@ -567,8 +567,11 @@ class Client(Stream):
 
     @property
     def sending_head_since(self) -> float:
-        """When the client began to send the head that is arriving; NEVER where none is."""
-        return self._began if self.phase is Phase.READING and self._began else NEVER
+        """Since when the head that is arriving, or the first of a new connection, has been waited
+        for; NEVER where none is."""
+        if self.phase is not Phase.READING:
+            return NEVER
+        return self._began or (NEVER if self.served else self.idle_since)
 
 
 def lines_of(status: str, fields: list[Field]) -> bytes:

@@ -26,7 +26,7 @@ from wire.request import Head
 log = logging.getLogger("gatehouse")
 
 # A thread that has had nothing to do for so many seconds ends.
-IDLE_SECONDS = 10.0
+IDLE_SECONDS = 5.0
 # A lane whose next job has waited for so many seconds gets one thread more.
 STALLED_SECONDS = 0.05
 # What of a body that is read while it arrives waits for its reader, at most.

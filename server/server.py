@@ -47,6 +47,8 @@ SWITCH_SECONDS = 0.001
 LOG_SECONDS = 1.0
 # Where no descriptor is free, the clients that wait are looked at again after so many seconds.
 CROWDED_SECONDS = 0.025
+# Nobody has to make room who has been sending a head for less than so many seconds.
+GRACE_SECONDS = 0.1
 
 
 # What a lane's requests are counted as.
@@ -237,10 +239,9 @@ class Server:
             return False
         except OSError as error:
             # No descriptor is free. Whoever waits goes on waiting, and the selector would go on
-            # saying so: make room, and look again in a moment.
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._make_room()
-            self._look_again(CROWDED_SECONDS)
+            # saying so: make room, which there is when this turn is over, or wait a moment.
+            full = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+            self._look_again(0.0 if full and self._drop_one() else CROWDED_SECONDS)
             return False
         sock.setblocking(False)
         # A socket that listens on IPv6 for both shows IPv4 clients with a prefix.
@@ -250,16 +251,22 @@ class Server:
         return True
 
     def _make_room(self) -> bool:
-        """Close a connection that nobody waits for, where there are as many as there may be: the
-        upstream's first, then idle clients', then that of whoever has been sending a head longest.
-        False where there is none."""
-        if len(self._clients) + self.upstream.open < self._room:
-            return True
+        """Close a connection that nobody waits for, where there are as many as there may be; False
+        where there is none."""
+        return len(self._clients) + self.upstream.open < self._room or self._drop_one()
+
+    def _drop_one(self) -> bool:
+        """Close a connection that nobody waits for: the upstream's first, then idle clients', then
+        that of whoever has been sending a head longest. False where there is none."""
         if self.upstream.drop_one():
             return True
-        idle = min((c for c in self._clients if c.idle), key=lambda c: c.idle_since, default=None)
-        slowest = idle or min(self._clients, key=lambda c: c.sending_head_since, default=None)
-        if slowest is None or (idle is None and slowest.sending_head_since == NEVER):
+        idle = [client for client in self._clients if client.idle and client.served]
+        if idle:
+            min(idle, key=lambda client: client.idle_since).hang_up()
+            return True
+        # One that has just been let in may have sent all of its request, which is not read yet.
+        slowest = min(self._clients, key=lambda client: client.sending_head_since, default=None)
+        if slowest is None or slowest.sending_head_since > self.loop.now - GRACE_SECONDS:
             return False
         slowest.hang_up()
         return True
