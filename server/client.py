@@ -120,6 +120,7 @@ class Client(Stream):
         "_scanned",
         "_timer",
         "_took",
+        "_tunnel",
         "_unread",
         "_untaken",
         "arrived",
@@ -155,6 +156,7 @@ class Client(Stream):
         self._nested = False
         self._close = False  # whether the connection ends after the present answer
         self._unread = False  # whether bytes are still coming that nobody will read
+        self._tunnel = False  # whether what passes is no HTTP any more
         self._took = 0.0  # when the client last took something
         self._untaken = 0
         self._forget_answer()
@@ -315,8 +317,14 @@ class Client(Stream):
         assert head is not None
         self.status = status
         self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
-        self._close = True
+        self._close = self._tunnel = True
+        self._began = NEVER  # What comes now is no request, and may take as long as it likes.
         self._send(lines_of(status, fields))
+
+    @property
+    def closing(self) -> bool:
+        """Whether connections end with what is under way, for the service stops."""
+        return self._desk.closing
 
     def write(self, piece: bytes) -> None:
         """Send a piece of the body, and the head before the first."""
@@ -467,9 +475,11 @@ class Client(Stream):
         if head is None:
             return
         self.served += 1
-        self._desk.answered(self, head)
-        if responder is not None:
-            responder.settled()
+        try:
+            self._desk.answered(self, head)
+        finally:
+            if responder is not None:
+                responder.settled()
 
     # The connection's end.
 
@@ -489,10 +499,12 @@ class Client(Stream):
             return
         self.phase = Phase.CLOSED
         self.close(reset=reset)
-        self._settle()
-        self._timer.drop()
-        self.deadline.drop()
-        self._desk.left(self)
+        try:
+            self._settle()
+        finally:
+            self._timer.drop()
+            self.deadline.drop()
+            self._desk.left(self)
 
     def ended(self) -> None:
         """The client has ended its sending half, or has gone: the two look the same."""
@@ -504,10 +516,15 @@ class Client(Stream):
             self.hang_up()
 
     def leaving(self) -> None:
-        self.ended()
+        # Of a tunnel its end is passed on in its turn, behind the bytes that have yet to be read.
+        if not self._tunnel:
+            self.ended()
 
     def failed(self, error: OSError) -> None:
         self.hang_up()
+
+    def abandon(self) -> None:
+        self.hang_up(reset=True)  # What has been sent of an answer must not look whole.
 
     def progressed(self) -> None:
         self._took = self.loop.now

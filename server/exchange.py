@@ -55,6 +55,8 @@ class Asker(Protocol):
     queued: int
     ended_reading: bool
 
+    @property
+    def closing(self) -> bool: ...
     def begin(
         self,
         status: str,
@@ -117,7 +119,8 @@ class State(enum.Enum):
     ANSWERING = "the body of the answer passes"
     DELIVERING = "the answer is complete, the rest of the request is still on its way"
     TUNNELLING = "bytes pass in both directions until either side ends"
-    PARTING = "a tunnel has said goodbye to both sides"
+    PARTING = "a tunnel says goodbye to both sides"
+    FAILED = "no more comes of the answer, and the client is being told"
     ENDED = "all is over"
 
 
@@ -201,7 +204,7 @@ class Exchange:
 
     @property
     def over(self) -> bool:
-        return self.state is State.ENDED
+        return self.state is State.ENDED or self.state is State.FAILED
 
     # The request arrives.
 
@@ -299,7 +302,7 @@ class Exchange:
 
     def connected(self, connection: Connection) -> None:
         """Here is a connection: send what there is of the request."""
-        if self.state is State.ENDED:
+        if self.over:
             connection.release(keep=True)
             return
         head = self._head
@@ -366,8 +369,7 @@ class Exchange:
         """The upstream has taken all that was sent to it."""
         self.upstream_progressed()
         self._end_if_delivered()
-        if self.state is State.PARTING or self.state is State.TUNNELLING:
-            self._end_tunnel_if_over()
+        self._tunnel_drained()
         if self.state is not State.ENDED:
             self.client.resume()
 
@@ -521,8 +523,7 @@ class Exchange:
 
     def client_drained(self) -> None:
         """The client has taken all that was written: more may come."""
-        if self.state is State.PARTING or self.state is State.TUNNELLING:
-            self._end_tunnel_if_over()
+        self._tunnel_drained()
         connection = self._connection
         if connection is not None and connection.paused:
             if self.state is State.ANSWERING:
@@ -569,7 +570,12 @@ class Exchange:
         """The upstream sends no more."""
         connection, answer = self._connection, self._answer
         if self.state is State.TUNNELLING or self.state is State.PARTING:
+            if connection is not None and connection.refused:
+                self._end_tunnel()  # It was reset, which was seen when something was sent to it.
+                return
             self.client.end()
+            self._to_client = None
+            self._parted()
             self._end_tunnel_if_over()
         elif self.state is State.ANSWERING and answer is not None and connection is not None:
             # An end of a request that the upstream would not take is no end of its answer.
@@ -590,8 +596,8 @@ class Exchange:
             self._break("the connection to the upstream was broken in the answer's body")
         elif self.state is State.DELIVERING:
             self._give_up_delivering()
-        elif self.state is not State.ENDED:
-            self.client.hang_up()
+        elif self.state is State.TUNNELLING or self.state is State.PARTING:
+            self._end_tunnel()
 
     def _lost(self) -> None:
         """The connection ended before there was an answer: send the request again, once, where that
@@ -616,11 +622,13 @@ class Exchange:
     def _break(self, why: str) -> None:
         """The answer cannot be completed."""
         self._let_go()
+        self.state = State.FAILED
         self.client.cut(why)
 
     def _refuse(self, problem: Problem) -> None:
-        """Tell the client, and be done."""
+        """Tell the client, and be done: also with a connection that is just being made."""
         self._let_go()
+        self.state = State.FAILED
         self.client.refuse(problem)
 
     def _let_go(self) -> None:
@@ -635,10 +643,11 @@ class Exchange:
     def client_ended(self) -> None:
         """The client sends no more. In a tunnel that is passed on; elsewhere it has gone, or looks
         just like it, as proxies take it."""
-        if self.state is State.TUNNELLING and self._connection is not None:
-            self._connection.end()
-            self._end_tunnel_if_over()
-        elif self.state is State.PARTING:
+        if self.state is State.TUNNELLING or self.state is State.PARTING:
+            if self._connection is not None:
+                self._connection.end()
+            self._to_upstream = None
+            self._parted()
             self._end_tunnel_if_over()
         else:
             self.client.cut()
@@ -655,6 +664,13 @@ class Exchange:
         if self._entered:
             self._entered = False
             self._upstream.leave()
+
+    def abandon(self) -> None:
+        """Something of it has failed as it never should: end it. The loop calls it."""
+        try:
+            self.client.hang_up(reset=True)
+        finally:
+            self.settled()
 
     # Tunnels.
 
@@ -676,6 +692,8 @@ class Exchange:
         if ahead:
             self._through_to_upstream(ahead)
         self.client.resume()
+        if self.client.closing:
+            self.part()
 
     def _count_stream(self) -> None:
         self._streams = True
@@ -702,6 +720,20 @@ class Exchange:
         if self.client.queued > HIGH_WATER and self._connection is not None:
             self._connection.pause()
 
+    def _tunnel_drained(self) -> None:
+        """What was sent to one side of a tunnel has been taken."""
+        if self.state is State.TUNNELLING:
+            self._hear_tunnel()
+            self._end_tunnel_if_over()
+        elif self.state is State.PARTING:
+            self._parted()
+            self._end_tunnel_if_over()
+
+    def _end_tunnel(self) -> None:
+        """The upstream has gone: the client gets what it has sent before, and its end."""
+        self._let_go()
+        self.client.finish()
+
     def _end_tunnel_if_over(self) -> None:
         """End a tunnel that both sides have ended, when what they sent has been taken."""
         connection = self._connection
@@ -713,11 +745,12 @@ class Exchange:
     def part(self) -> None:
         """The service stops: end a tunnel in order, with a Close frame to each side where a frame
         ends. Its application sees an orderly end, and a browser connects again."""
-        if self.state is State.TUNNELLING:
+        if self.state is State.TUNNELLING and self._connection is not None:
             self.state = State.PARTING
             self._deadline = NEVER
             self._part_towards_client(b"")
             self._part_towards_upstream(b"")
+            self._parted()
 
     def _part_towards_client(self, data: bytes) -> None:
         frames = self._to_client
@@ -729,6 +762,8 @@ class Exchange:
                 self.client.write(close_frame(masked=False))
                 self.client.end()
                 self._parted()
+            elif self.client.queued > HIGH_WATER and self._connection is not None:
+                self._connection.pause()
 
     def _part_towards_upstream(self, data: bytes) -> None:
         frames, connection = self._to_upstream, self._connection
@@ -739,10 +774,16 @@ class Exchange:
                 self._to_upstream = None
                 connection.send(close_frame(masked=True))
                 self._parted()
+            elif connection.queued > HIGH_WATER:
+                self.client.pause()
 
     def _parted(self) -> None:
-        """A Close frame has been sent: when both have, the two sides have a moment to end."""
-        if self._to_client is None and self._to_upstream is None:
+        """When both sides have been told, and have taken it, they have a moment to end."""
+        connection = self._connection
+        if self.state is not State.PARTING or connection is None or self._deadline < NEVER:
+            return
+        told = self._to_client is None and self._to_upstream is None
+        if told and not (self.client.queued or connection.queued):
             self._deadline = self.loop.now + GOODBYE_SECONDS
             self._wait()
 

@@ -113,6 +113,7 @@ class Asker(Protocol):
     def ask_for_body(self) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
+    def hang_up(self, *, reset: bool = False) -> None: ...
 
 
 class Left(Exception):
@@ -289,6 +290,10 @@ class Job:
     def _told(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         if not self.over:
             function(*arguments)
+
+    def abandon(self) -> None:
+        """Something of it has failed as it never should: end it. The loop calls it."""
+        self.client.hang_up(reset=True)
 
     def _failed(self) -> None:
         self.over = True

@@ -30,6 +30,9 @@ PIPE_BYTES = 1 << 20
 # bytes before that end having been read (LEAVING); elsewhere that is only seen by reading.
 READ, WRITE, BROKEN = 1, 4, 8 | 16  # EPOLLIN, EPOLLOUT, EPOLLERR | EPOLLHUP
 LEAVING = getattr(select, "EPOLLRDHUP", 0)
+# What is watched for where nothing but BROKEN is of interest: epoll tells of that whatever it is
+# asked for, but it has to be asked for something.
+BROKEN_ONLY = getattr(select, "EPOLLPRI", 0)
 
 
 class Watched(Protocol):
@@ -83,6 +86,9 @@ class Timer:
         self.when = NEVER
         if self.action is not None:
             self.action()
+
+    def abandon(self) -> None:
+        abandon(self.action)
 
 
 class Loop:
@@ -180,7 +186,7 @@ class Loop:
         for descriptor, happened in events:
             watched = self._watched.get(descriptor)
             if watched is not None:  # else an earlier event of this turn has ended it
-                self._attempt(watched.on_event, happened)
+                self.attempt(watched.on_event, happened)
             elif descriptor == self._wake.fileno():
                 self._drain_wake()
         self._take_calls()
@@ -192,18 +198,18 @@ class Loop:
     def _take_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
             queued, _, timer = heapq.heappop(self._timers)
-            self._attempt(timer.due, queued, now)
+            self.attempt(timer.due, queued, now)
 
     def turn_over(self) -> None:
         """Do what was left to the end of the turn."""
         while self._soon:
             soon, self._soon = self._soon, []
             for function in soon:
-                self._attempt(function)
+                self.attempt(function)
         if self._closing:
-            for sock in self._closing:
-                sock.close()
-            self._closing.clear()
+            closing, self._closing = self._closing, []
+            for sock in closing:
+                self.attempt(sock.close)
 
     def _patience(self) -> float:
         # After `_asleep` is set: a call that comes in now either is seen here, or wakes the loop.
@@ -220,7 +226,7 @@ class Loop:
                 function, arguments = self._calls.get_nowait()
             except Empty:
                 return
-            self._attempt(function, *arguments)
+            self.attempt(function, *arguments)
 
     def _drain_wake(self) -> None:
         try:
@@ -229,12 +235,17 @@ class Loop:
         except BlockingIOError:
             pass
 
-    def _attempt(self, function: Callable[..., None], *arguments: Any) -> None:
-        # Whoever may fail has caught it by now, and ended what is its own; the loop goes on.
+    def attempt(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a method. Where it fails as it never should, whatever it belongs to is in a state
+        that nobody knows: that is ended, by its `abandon`, and the loop goes on."""
         try:
             function(*arguments)
         except Exception:
             log.exception("an event could not be handled")
+            try:
+                abandon(function)
+            except Exception:
+                log.exception("what the event belonged to could not be ended")
 
     def shut(self) -> None:
         """Close what is the loop's own."""
@@ -244,6 +255,13 @@ class Loop:
         for end in self._pipe or ():
             os.close(end)
         self._poller.close()
+
+
+def abandon(method: Any) -> None:
+    """End what a method belongs to, if that can be."""
+    end = getattr(getattr(method, "__self__", None), "abandon", None)
+    if end is not None:
+        end()
 
 
 class Epoll:

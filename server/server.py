@@ -174,7 +174,7 @@ class Server:
             if self.stopping and not self._draining:
                 self._drain()
         for client in list(self._clients):
-            client.hang_up(reset=True)  # An answer that is cut here must not look whole.
+            self.loop.attempt(client.abandon)  # An answer that is cut here must not look whole.
         self.upstream.close()
         self.loop.turn_over()
         if self._lines:
@@ -368,7 +368,7 @@ class Server:
         for client in list(self._clients):
             responder = client.responder
             if isinstance(responder, Exchange) and responder.state is State.TUNNELLING:
-                responder.part()
+                self.loop.attempt(responder.part)
         goodbye = Timer(self.loop, self._close_idle)
         goodbye.set(now + min(IDLE_SECONDS, self.options.shutdown_timeout))
 
@@ -376,4 +376,4 @@ class Server:
         """Close the connections whose clients have asked for nothing since."""
         for client in list(self._clients):
             if client.idle:
-                client.hang_up()
+                self.loop.attempt(client.hang_up)

@@ -16,7 +16,7 @@ import termios
 from collections import deque
 from typing import Any
 
-from server.loop import BROKEN, LEAVING, PIPE_BYTES, READ, WRITE, Loop
+from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, Loop
 
 # One read takes so much; and so much from a side that has filled it before.
 READ_BYTES, LARGE_READ_BYTES = 65536, 262144
@@ -40,6 +40,7 @@ class Stream:
     __slots__ = (
         "_deaf",
         "_ending",
+        "_error",
         "_events",
         "_fd",
         "_paused",
@@ -71,6 +72,7 @@ class Stream:
         self._deaf = False  # whether the other side takes nothing any more
         self._ending = False  # whether the sending half ends when all is sent
         self._write_waits_for_read = False
+        self._error = OSError()
         self.ended_reading = False
         self.closed = False
 
@@ -105,11 +107,13 @@ class Stream:
         """Watch for what this side waits for now."""
         if self.closed:
             return
-        events = 0
-        if not self.ended_reading:
-            events = self._idle_events if self._paused else READ | self._idle_events
-        if self._pending and not self._write_waits_for_read:
+        events = self._idle_events
+        if self._pending and self._write_waits_for_read:
+            events |= READ  # Also while nothing is read: what was sent waits for it.
+        elif self._pending:
             events |= WRITE
+        if not self._paused and not self.ended_reading:
+            events |= READ
         if events != self._events:
             self.loop.watch(self._fd, self, self._events, events)
             self._events = events
@@ -137,33 +141,32 @@ class Stream:
             self._read()
 
     def on_event(self, events: int) -> None:
-        if events & WRITE and self._pending:
+        if self._pending and (events & WRITE or self._write_waits_for_read):
+            self._write_waits_for_read = False
             self._write()
-        if self.closed:
-            return
-        if events & (READ | BROKEN) and not self._paused:
-            if self._write_waits_for_read:
-                self._write_waits_for_read = False
-                self._write()
-                if self.closed:
-                    return
-            if not self.ended_reading:
-                self._read()
-            elif events & BROKEN:
-                self._broke(self._socket_error())
+            if self.closed:
+                return
+        if events & (READ | BROKEN) and not self._paused and not self.ended_reading:
+            self._read()
         elif events & BROKEN:
-            self._broke(self._socket_error())
+            self._hung_up()
         elif events & LEAVING and self._paused:
-            self._idle_events = 0  # Once: the selector would say so at every turn.
+            self._idle_events = BROKEN_ONLY  # Once: the selector would say so at every turn.
             self.watch()
             self.leaving()
 
     def leaving(self) -> None:
         """The other side has ended its sending half, behind bytes that are not read yet."""
 
-    def _socket_error(self) -> OSError:
+    def _hung_up(self) -> None:
+        """The connection was reset; or both halves have ended in order, which looks the same until
+        one asks, and leaves bytes that are not read yet where they are."""
         number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return ConnectionResetError(number, "the connection was reset")
+        if number:
+            self._broke(ConnectionResetError(number, "the connection was reset"))
+        else:
+            self._idle_events = 0
+            self.watch()
 
     def _read(self) -> None:
         while True:
@@ -190,6 +193,7 @@ class Stream:
 
     def _end_reading(self) -> None:
         self.ended_reading = True
+        self._idle_events = BROKEN_ONLY
         self.watch()
         self.ended()
 
@@ -256,13 +260,17 @@ class Stream:
 
     def end(self) -> None:
         """End the sending half when all is sent."""
+        if self._ending or self.closed:
+            return
         self._ending = True
-        if not self._pending and not self.closed:
+        if not self._pending:
             self._end_sending()
 
     def _end_sending(self) -> None:
         try:
             # Not SSLSocket.shutdown, which would take the TLS layer away from what still arrives.
+            # Nor is TLS's own end said first: SSLSocket.unwrap goes on to read the other side's,
+            # and breaks the connection where it finds data instead.
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
         except OSError as error:
             self._broke(error)
@@ -279,7 +287,16 @@ class Stream:
         self._pending, self.queued = None, 0
         self.closed = True
         self.loop.close(self.sock)
-        self.loop.soon(lambda: self.failed(error))
+        self._error = error
+        self.loop.soon(self._fail)
+
+    def _fail(self) -> None:
+        self.failed(self._error)
+
+    def abandon(self) -> None:
+        """Something of this connection's has failed as it never should: end all that it is about.
+        The loop calls it."""
+        raise NotImplementedError
 
     def close(self, *, reset: bool = False) -> None:
         """Close the connection; `reset` makes its end visibly not an orderly one, and drops what

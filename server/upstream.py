@@ -67,6 +67,9 @@ class Carried(Protocol):
     def upstream_drained(self) -> None:
         """The upstream has taken all that was sent."""
 
+    def abandon(self) -> None:
+        """Something of it has failed as it never should: end it."""
+
 
 class Connection(Stream):
     """One connection to the upstream: an exchange's, or kept for the next one.
@@ -108,6 +111,12 @@ class Connection(Stream):
             self.upstream.discard(self)
         else:
             self.exchange.upstream_failed()
+
+    def abandon(self) -> None:
+        if self.exchange is None:
+            self.upstream.discard(self)
+        else:
+            self.exchange.abandon()
 
     def unsendable(self, error: OSError) -> None:
         """It may have answered before it stopped reading (RFC 9112 section 9.3)."""
@@ -157,12 +166,12 @@ class Upstream:
         self.connect_timeout = connect_timeout
         self.in_flight = 0
         self.streams = 0
-        self.open = 0
         self.make_room: Callable[[], bool] = lambda: True
         self._lane = lane
         self._connector = connector
         self._keepalive = keepalive
         self._board = board
+        self._connections: set[Connection] = set()
         self._idle: deque[Connection] = deque()  # the one that was used last is the last
         self._expiry = Timer(loop, self._expire)
         self._said = -SAY_SECONDS
@@ -233,8 +242,14 @@ class Upstream:
         self.loop.call(self._connected, sock, exchange)
 
     def _connected(self, sock: Any, exchange: Carried) -> None:
-        self.open += 1
-        exchange.connected(Connection(self.loop, sock, self))
+        connection = Connection(self.loop, sock, self)
+        self._connections.add(connection)
+        self.loop.attempt(exchange.connected, connection)
+
+    @property
+    def open(self) -> int:
+        """How many connections there are, kept ones included."""
+        return len(self._connections)
 
     def keep(self, connection: Connection) -> None:
         """Keep a connection for the next request."""
@@ -244,11 +259,12 @@ class Upstream:
             self._expiry.set(self.loop.now + self._keepalive)
 
     def discard(self, connection: Connection) -> None:
-        """Close a connection, kept or not."""
+        """Close a connection, kept or not. One that broke may be discarded before it is told so,
+        and once more then."""
         if connection.idle_since and connection in self._idle:
             self._idle.remove(connection)
         connection.close()
-        self.open -= 1
+        self._connections.discard(connection)
 
     def drop_one(self) -> bool:
         """Close the connection that has been idle longest; False where none is."""

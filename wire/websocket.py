@@ -24,22 +24,25 @@ class Frames:
         return not self._left and not self._header
 
     def feed(self, data: bytes) -> None:
-        """Take note of bytes that pass."""
-        at = 0
-        while at < len(data):
-            if self._left:
-                step = min(self._left, len(data) - at)
-                self._left -= step
-                at += step
-                continue
-            header = self._header + data[at : at + 14 - len(self._header)]
-            size = _header_size(header)
-            if size is None or len(header) < size:
-                self._header = header
+        """Take note of bytes that pass. A peer may send nothing but the smallest of frames, so this
+        goes through each once, and calls nothing for it."""
+        if self._header:
+            data, self._header = self._header + data, b""
+        at, end = self._left, len(data)
+        while at < end:
+            # A frame's header (section 5.2): two bytes, a longer length, a mask.
+            length = data[at + 1] if at + 1 < end else 0x7F
+            begin = at + (6 if length & 0x80 else 2)
+            length &= 0x7F
+            if length > 125:
+                width = 2 if length == 126 else 8
+                begin += width
+                length = int.from_bytes(data[at + 2 : at + 2 + width], "big")
+            if begin > end:
+                self._header, self._left = data[at:], 0
                 return
-            at += size - len(self._header)
-            self._header = b""
-            self._left = _payload_size(header)
+            at = begin + length
+        self._left = at - end
 
     def until_boundary(self, data: bytes) -> int:
         """How many of these bytes belong to the frame that has begun; all where it goes on. They
@@ -50,23 +53,6 @@ class Frames:
             self.feed(data[at : at + step])
             at += step
         return at
-
-
-def _header_size(header: bytes) -> int | None:
-    """How long a frame's header is (section 5.2); None while too little of it is there."""
-    if len(header) < 2:
-        return None
-    length, masked = header[1] & 0x7F, header[1] & 0x80
-    return 2 + (2 if length == 126 else 8 if length == 127 else 0) + (4 if masked else 0)
-
-
-def _payload_size(header: bytes) -> int:
-    length = header[1] & 0x7F
-    if length == 126:
-        return int.from_bytes(header[2:4], "big")
-    if length == 127:
-        return int.from_bytes(header[2:10], "big")
-    return length
 
 
 def close_frame(*, masked: bool, code: int = GOING_AWAY) -> bytes:
