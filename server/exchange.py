@@ -527,6 +527,7 @@ class Exchange:
         connection = self._connection
         if connection is not None and connection.paused:
             if self.state is State.ANSWERING:
+                self._silent_since = self.loop.now  # The client has been hearing of us until now.
                 self._wait_for_piece()
             connection.resume()
 
