@@ -1,38 +1,44 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DEVELOPED := .venv/.developed
 SOURCES := *.py services postgres server wire migrations
 
 .PHONY: run test bench faults fuzz install check audit
 
-run: install
+run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
 
-test: install
+test: $(DEVELOPED)
 	$(BIN)/python -m pytest
 
-bench: install
+bench: $(DEVELOPED)
 	$(BIN)/python bench/run.py
 
-faults: install
+faults: $(DEVELOPED)
 	$(BIN)/python bench/faults.py
 
-fuzz: install
+fuzz: $(DEVELOPED)
 	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/proxy/test_fuzz.py
 
+# What production needs, and nothing else; the other targets add what they need themselves.
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-dev.txt
+$(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-check: install
+check: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES) bench/*.py
 	$(MAKE) test
 
-audit: install
+audit: $(DEVELOPED)
 	$(BIN)/pip-audit --strict --requirement requirements.txt
