@@ -16,6 +16,7 @@ bench: $(DEVELOPED)
 	$(BIN)/python bench/run.py
 
 faults: $(DEVELOPED)
+	GENERATIONS=50 $(BIN)/python -m pytest tests/operating/test_restarts.py
 	$(BIN)/python bench/faults.py
 
 fuzz: $(DEVELOPED)
