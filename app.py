@@ -16,10 +16,10 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import bottle
@@ -44,9 +44,10 @@ from server import workers
 from server.exchange import Patience
 from server.server import Options, Server
 from server.systemd import Notifier
-from services import inputs, users
+from services import inputs, transfer, users
 from services.health import Health
 from services.proxy import Proxy
+from services.values import new_id, valid_id
 from settings import Settings
 from wire.fields import ANY, Field
 from wire.request import Head
@@ -61,6 +62,8 @@ HEALTH_THREADS = 64
 # Threads that answer imports and exports, each of which may last long.
 BULK_THREADS = 8
 JSON = "application/json"
+# Media types of many users at once, for which the server has threads of their own.
+BULK = (transfer.CSV, transfer.NDJSON)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
@@ -151,25 +154,36 @@ def _asked() -> float:
 # /users
 
 
-def list_users() -> str:
-    limit, after, email = _page_query(request.query_string)
-    found, last = users.page(limit, after, email)
-    if last is None:
-        return _json(f'{{"users": [{", ".join(found)}], "next": null}}')
-    query = {"limit": limit, "after": last} | ({} if email is None else {"email": email})
-    target = f"/users?{urlencode(query)}"
-    response.set_header("Link", f'<{target}>; rel="next"')
-    return _json(f'{{"users": [{", ".join(found)}], "next": {json.dumps(target)}}}')
+def list_users() -> str | Iterator[bytes]:
+    response.set_header("Vary", "Accept")
+    kind = inputs.preferred(request.environ.get("HTTP_ACCEPT"), JSON, *BULK)
+    asked = _page_query(request.query_string, kind)
+    if kind in BULK:
+        response.content_type = kind + ("; charset=utf-8" if kind == transfer.CSV else "")
+        return transfer.exported(kind, asked.after, asked.search)
+    page = users.page(asked.limit, asked.after, asked.search, count=asked.total)
+    members = [f'"users": [{", ".join(page.users)}]', '"next": null']
+    if page.last is not None:
+        target = f"/users?{urlencode(asked.given | {'limit': asked.limit, 'after': page.last})}"
+        response.set_header("Link", f'<{target}>; rel="next"')
+        members[1] = f'"next": {json.dumps(target)}'
+    if page.total is not None:
+        members.append(f'"total": {page.total}')
+    return _json("{" + ", ".join(members) + "}")
 
 
-def create_user() -> str:
-    user_id, user = users.create(inputs.members(request.environ, JSON))
+def create_user() -> str | Iterator[bytes]:
+    kind = inputs.media_type(request.environ.get("CONTENT_TYPE"))
+    if kind in BULK:
+        response.content_type = transfer.NDJSON
+        return transfer.imported(kind, request.environ)
+    user_id, user = users.create(inputs.members(request.environ, JSON, *BULK))
     return _created(user_id, user)
 
 
 def get_user(user_id: str) -> str:
     user = users.get(_existing(user_id))
-    tags = inputs.tags(request.environ, "If-None-Match", weak=True)
+    tags = inputs.tags(request.environ, "If-None-Match")
     if tags is not None and (tags == ANY or user.version in tags):
         response.status = 304
     return _user(user)
@@ -209,48 +223,78 @@ def _created(user_id: str, user: users.Found) -> str:
 
 def _existing(user_id: str) -> str:
     try:
-        return users.parse_id(user_id)
+        return valid_id(user_id)
     except ValueError:
         raise NoSuchUser from None
 
 
 def _condition() -> users.Condition:
     return users.Condition(
-        inputs.tags(request.environ, "If-Match", weak=False),
-        inputs.tags(request.environ, "If-None-Match", weak=True),
+        inputs.tags(request.environ, "If-Match"),
+        inputs.tags(request.environ, "If-None-Match"),
     )
 
 
-def _page_query(query: str) -> tuple[int, str | None, str | None]:
-    """The limit, after and email of a page. Raises InvalidQuery that names every bad parameter."""
-    limit, after, email = users.DEFAULT_PAGE, None, None
-    errors, seen = [], set()
+class PageQuery(NamedTuple):
+    """Which page of users is asked for; `given` is what its next page repeats."""
+
+    limit: int
+    after: str | None
+    search: users.Search
+    total: bool
+    given: dict[str, str]
+
+
+def _page_query(query: str, kind: str) -> PageQuery:
+    """What is asked for, in the media type `kind`. Raises InvalidQuery that names every bad
+    parameter, up to 20."""
+    given: dict[str, str] = {}
+    errors: list[tuple[str, str]] = []
     # Octets that should have been percent-encoded mean what they would mean then.
     query = query.encode("latin-1").decode("utf-8", errors="replace")
     for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
+        check = PARAMETERS.get(name)
         try:
-            if name in seen:
+            if name in given:
                 raise ValueError("is given more than once")
-            seen.add(name)
-            match name:
-                case "limit":
-                    if (
-                        not re.fullmatch(r"[0-9]{1,3}", value)
-                        or not 1 <= int(value) <= users.MAX_PAGE
-                    ):
-                        raise ValueError(f"must be a whole number from 1 to {users.MAX_PAGE}")
-                    limit = int(value)
-                case "after":
-                    after = users.parse_id(value)
-                case "email":
-                    email = value.replace("\0", "\ufffd")  # which finds nobody either
-                case _:
-                    raise ValueError("is not a parameter of this call")
+            given[name] = value
+            if check is None or (kind in BULK and name in OF_A_PAGE):
+                raise ValueError("is not a parameter of this call")
+            check(value)
         except ValueError as error:
             errors.append((name[:100], str(error)))
     if errors:
-        raise InvalidQuery(errors=errors)
-    return limit, after, email
+        raise InvalidQuery(errors=errors[: users.MAX_ERRORS])
+    after = given.pop("after", None)
+    return PageQuery(
+        limit=int(given.pop("limit", users.DEFAULT_PAGE)),
+        after=after and valid_id(after),
+        search=users.Search(given.get("email"), given.get("q")),
+        total=given.get("count") == "true",
+        given=given,
+    )
+
+
+def _limit(value: str) -> None:
+    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= users.MAX_PAGE:
+        raise ValueError(f"must be a whole number from 1 to {users.MAX_PAGE}")
+
+
+def _switch(value: str) -> None:
+    if value not in ("true", "false"):
+        raise ValueError("must be true or false")
+
+
+# Of one page, and of no export.
+OF_A_PAGE = {"limit", "count"}
+# What GET /users may be given, and what refuses a wrong value.
+PARAMETERS: dict[str, Callable[[str], object]] = {
+    "limit": _limit,
+    "after": valid_id,
+    "email": str,
+    "q": str,
+    "count": _switch,
+}
 
 
 class Application(bottle.Bottle):  # type: ignore[misc]
@@ -300,7 +344,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         if owner[1] == "users":
             self.authorize(environ.get("HTTP_AUTHORIZATION"))
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
-            if waited > self.patience:
+            headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
+            if waited > self.patience and not _is_bulk(environ["REQUEST_METHOD"], *headers):
                 raise DatabaseUnavailable("Too many requests wait for the database.")
         # Bottle drops octets of a path that are not UTF-8 (bottle.py:981: `/us%FFers` would be
         # `/users`), its expressions ignore a line feed at the end (:441), and it takes any case
@@ -341,6 +386,13 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         raise RuntimeError(f"{error.status_line}: {error.body}") from error.exception
 
 
+def _is_bulk(method: str, content_type: str | None, accept: str | None) -> bool:
+    """Whether a request for /users is an import or an export."""
+    if method == "POST":
+        return inputs.media_type(content_type) in BULK
+    return method == "GET" and inputs.preferred(accept, JSON, *BULK) in BULK
+
+
 def own_fields(request_id: str) -> list[Field]:
     """The header lines of every answer that Gatehouse itself makes."""
     return [*OWN_FIELDS, ("X-Request-Id", request_id)]
@@ -348,7 +400,7 @@ def own_fields(request_id: str) -> list[Field]:
 
 def sane_request_id(given: str) -> str:
     """The X-Request-Id that a caller sent, or a new one where that is none to put into a log."""
-    return given if REQUEST_ID.fullmatch(given) else users.new_id()
+    return given if REQUEST_ID.fullmatch(given) else new_id()
 
 
 def problem_reply(problem: Problem, request_id: str) -> Reply:
@@ -394,6 +446,10 @@ class Gatehouse:
         if owner[1] == "users":
             given = head.values.get("authorization")
             self.owned.authorize(None if given is None else ", ".join(given))
+            if head.path.removesuffix("/") == "/users":
+                kind, accept = (head.values.get(name) for name in ("content-type", "accept"))
+                if _is_bulk(head.method, ", ".join(kind or ()), ", ".join(accept or ())):
+                    return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):
             return "live", inputs.MAX_BYTES  # it waits for nothing, nor behind what does
         return owner[1], inputs.MAX_BYTES

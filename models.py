@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from peewee import SQL, Check, Model, TextField, UUIDField, fn
-from playhouse.postgres_ext import DateTimeTZField
+from peewee import SQL, Check, Model, TextField, UUIDField
+from playhouse.postgres_ext import BinaryJSONField, DateTimeTZField
 
+from postgres.casing import lowered
 from postgres.statements import Database
 
 database = Database()
 
 NOW = SQL("DEFAULT now()")
+# What an address is known by: without regard to case, and the same whatever the database's locale.
+MAILBOX = lowered("email")
 
 
 class User(Model):
@@ -20,6 +23,7 @@ class User(Model):
     name = TextField()
     created_at = DateTimeTZField(constraints=[NOW])
     updated_at = DateTimeTZField(constraints=[NOW])
+    metadata = BinaryJSONField(constraints=[SQL("DEFAULT '{}'")], index=False)
 
     class Meta:
         database = database
@@ -28,8 +32,9 @@ class User(Model):
             Check("char_length(email) BETWEEN 3 AND 254", name="users_email_length"),
             Check("char_length(name) BETWEEN 1 AND 200", name="users_name_length"),
             Check(r"name !~ '[\u0001-\u001F\u007F-\u009F]'", name="users_name_no_control"),
+            Check("jsonb_typeof(metadata) = 'object'", name="users_metadata_object"),
         ]
 
 
-User.add_index(User.index(fn.lower(User.email), unique=True, name="users_email_lower"))
+User.add_index(User.index(SQL(f"({MAILBOX})"), unique=True, name="users_mailbox"))
 database.taken = frozenset(index._name for index in User._meta.indexes if index._unique)

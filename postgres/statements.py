@@ -164,12 +164,14 @@ class Patience:
 class Statement:
     """One statement, which a connection's server parses and plans once, when it is first run.
 
-    `sql` has its values by name, as psycopg2 does; `types` says of which SQL type each is.
+    `sql` has its values by name, as psycopg2 does; `types` says of which SQL type each is. One
+    that is not `prepared` is planned anew every time, for the values that it has then.
     """
 
-    def __init__(self, sql: str, types: Mapping[str, str]) -> None:
+    def __init__(self, sql: str, types: Mapping[str, str], *, prepared: bool = True) -> None:
         self.plain = sql
         self.deletes = sql.startswith("DELETE")
+        self.prepared = prepared
         body = sql % {name: f"${number}" for number, name in enumerate(types, 1)}
         # The same name is the same statement, whoever shares the session (PgBouncer's clients do).
         digest = hashlib.sha256(body.encode()).hexdigest()[:16]
@@ -219,7 +221,7 @@ class Database(Pool):
         cursor, prepares = connection.reused, self._prepares
         while True:
             sql = statement.plain
-            if prepares:
+            if prepares and statement.prepared:
                 known = statement.name in connection.prepared
                 sql = statement.execute if known else statement.prepare
             try:

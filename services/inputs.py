@@ -1,9 +1,11 @@
-"""Entity tags and JSON, out of a request: its WSGI environ (PEP 3333)."""
+"""Entity tags, media types and JSON, out of a request: its WSGI environ (PEP 3333)."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,20 +16,24 @@ from problems import (
     MalformedJson,
     UnsupportedMediaType,
 )
+from services.values import Object
 from wire.fields import ANY
 
 ALLOWED_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
-ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
-
+ENTITY_TAG = re.compile(r'(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+SPACE = re.compile(r"[ \t\n\r]*")
+QUALITY = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
 
 # The largest body of one user, in bytes.
 MAX_BYTES = 65536
 
 
-def tags(environ: Mapping[str, Any], name: str, *, weak: bool) -> tuple[str, ...] | None:
-    """The entity tags in a header (RFC 9110 section 13.1), None where it is absent; weak ones are
-    left out unless `weak`, for they match nothing in a strong comparison. ANY is `*`. Raises
-    BadRequest."""
+def tags(environ: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
+    """The entity tags in a header (RFC 9110 section 13.1), None where it is absent. ANY is `*`.
+
+    A weak tag is as good as a strong one: all that Gatehouse makes are strong, and a proxy in
+    front that compresses answers makes them weak (nginx does). Raises BadRequest.
+    """
     text = environ.get(f"HTTP_{name.upper().replace('-', '_')}")
     if text is None:
         return None
@@ -41,27 +47,104 @@ def tags(environ: Mapping[str, Any], name: str, *, weak: bool) -> tuple[str, ...
         match = ENTITY_TAG.fullmatch(member)
         if match is None:
             raise BadRequest(f"{name} must be * or entity tags in quotes.")
-        if weak or not match[1]:
-            tags.append(match[2])
+        tags.append(match[1])
     if not text.strip():
         raise BadRequest(f"{name} must be * or entity tags in quotes.")
     return tuple(tags)
 
 
-def members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
-    """The members of the JSON object in the body. Raises UnsupportedMediaType, BodyTooLarge,
-    MalformedJson, or InvalidUser where it is another kind of JSON."""
-    media_type, *parameters = (environ.get("CONTENT_TYPE") or "").lower().split(";")
+def media_type(value: str | None) -> str:
+    """The media type in a Content-Type that says UTF-8 or nothing; empty for any other."""
+    kind, *parameters = (value or "").lower().split(";")
     others = {parameter.strip() for parameter in parameters} - ALLOWED_PARAMETERS
-    if media_type.strip() not in media_types or others:
+    return "" if others else kind.strip()
+
+
+def preferred(accept: str | None, *offers: str) -> str:
+    """Which of the media types that are offered an Accept header prefers (RFC 9110 section 12.5.1);
+    the first among equals, and also where it accepts none."""
+    given: dict[str, float] = {}
+    for item in (accept or "*/*").lower().split(","):
+        kind, *parameters = (part.strip() for part in item.split(";"))
+        qualities = [match[1] for one in parameters if (match := QUALITY.fullmatch(one))]
+        given[kind] = float(qualities[0]) if qualities else 1.0
+    best, most = offers[0], 0.0
+    for offer in offers:
+        ranges = (offer, offer.partition("/")[0] + "/*", "*/*")
+        quality = next((given[one] for one in ranges if one in given), 0.0)
+        if quality > most:
+            best, most = offer, quality
+    return best
+
+
+def members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
+    """The members of the JSON object in the body, whose media type has to be one of these. Raises
+    UnsupportedMediaType, BodyTooLarge, MalformedJson, or InvalidUser where it is no object."""
+    if media_type(environ.get("CONTENT_TYPE")) not in media_types:
         raise UnsupportedMediaType(f"The body must be {' or '.join(media_types)}, in UTF-8.")
+    return parsed(_body(environ))
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    """The members of a JSON object; what is an object in turn is an Object, that knows its text.
+    Raises MalformedJson, or InvalidUser where it is another kind of JSON."""
     try:
-        body = DECODER.decode(_body(environ).decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise MalformedJson from None
-    if not isinstance(body, dict):
-        raise InvalidUser(errors=[("body", "must be a JSON object")])
-    return body
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedJson(f"The body is not in UTF-8 (byte {error.start}).") from None
+    if text.startswith("\ufeff"):
+        raise MalformedJson("The body begins with a byte order mark; JSON has none.")
+    if not text.strip(" \t\n\r"):
+        raise MalformedJson("The body is empty, and should be a JSON object.")
+    try:
+        if not text.lstrip(" \t\n\r").startswith("{"):
+            DECODER.decode(text)
+            raise InvalidUser(errors=[("body", "must be a JSON object")])
+        return _members(text)
+    except RecursionError:
+        raise MalformedJson("The JSON in the body is nested too deeply.") from None
+    except json.JSONDecodeError as error:
+        what = error.msg[:1].lower() + error.msg[1:]
+        raise MalformedJson(
+            f"The body is not one JSON document: {what}, at line {error.lineno},"
+            f" character {error.colno}."
+        ) from None
+    except ValueError as error:
+        raise MalformedJson(f"The body is not one JSON document: {error}.") from None
+
+
+def _members(text: str) -> dict[str, Any]:
+    # The decoder tells where a value ends only for one value at a time.
+    members: dict[str, Any] = {}
+    at = _after(text, SPACE.match(text).end(), "{")  # type: ignore[union-attr]
+    if text.startswith("}", at):
+        at = _after(text, at, "}")
+    else:
+        more = True
+        while more:
+            if not text.startswith('"', at):
+                raise json.JSONDecodeError("a name in double quotes is missing", text, at)
+            name, at = DECODER.raw_decode(text, at)
+            start = _after(text, _after(text, at, ""), ":")
+            value, end = DECODER.raw_decode(text, start)
+            if name in members:
+                raise _twice(name)
+            members[name] = value
+            if isinstance(value, Object):
+                value.text = text[start:end]
+            at = _after(text, end, "")
+            more = text.startswith(",", at)
+            at = _after(text, at, "," if more else "}")
+    if at != len(text):
+        raise json.JSONDecodeError("something follows its end", text, at)
+    return members
+
+
+def _after(text: str, at: int, mark: str) -> int:
+    """Where a text goes on after a mark and the white space behind it."""
+    if not text.startswith(mark, at):
+        raise json.JSONDecodeError(f"a {mark} is missing", text, at)
+    return SPACE.match(text, at + len(mark)).end()  # type: ignore[union-attr]
 
 
 def _body(environ: Mapping[str, Any]) -> bytes:
@@ -82,10 +165,14 @@ def _body(environ: Mapping[str, Any]) -> bytes:
     return body
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
+def _twice(name: str) -> ValueError:
+    return ValueError(f"the member {json.dumps(name[:100])} stands twice")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Object:
+    members = Object(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a member twice")
+        raise _twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return members
 
 
@@ -93,8 +180,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _number(text: str) -> float:
+    """A number, infinite where it is too large or too small for one of 64 bits."""
+    number = float(text)
+    return number if number or not re.search("[1-9]", text.lower().partition("e")[0]) else math.inf
+
+
 DECODER = json.JSONDecoder(
     object_pairs_hook=_unique,
     parse_constant=_no_constant,
-    parse_int=float,  # no number is ever right, so none needs to be exact
+    # Of a number only its size counts: what is kept is the text.
+    parse_int=_number,
+    parse_float=_number,
 )

@@ -1,23 +1,22 @@
 """The rules of users, and their statements.
 
-Every statement is composed once, from the model, and PostgreSQL makes the JSON: what comes back is
-what is sent, whichever the number of rows.
+FIELDS is the one table of what a user has. Every statement is composed once, from it and the model,
+and PostgreSQL makes the JSON: what comes back is what is sent, whichever the number of rows.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from peewee import EXCLUDED, SQL, Case, Query, Select, fn
+from peewee import EXCLUDED, SQL, Case, NodeList, Query, Select, fn
 
-from models import User, database
+from models import MAILBOX, User, database
+from postgres.casing import lowered
 from postgres.statements import Lost, Statement, unknown
 from problems import (
     DatabaseUnavailable,
@@ -26,34 +25,87 @@ from problems import (
     NoSuchUser,
     PreconditionFailed,
 )
+from services.values import (
+    CONTROL,
+    SURROGATE,
+    new_id,
+    valid_email,
+    valid_id,
+    valid_metadata,
+    valid_name,
+)
 from wire.fields import ANY
 
-CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-
-MAX_EMAIL = 254
-# What nearly every address looks like. The library accepts all of these, as a test holds, but
-# takes a third of what a create costs to do so. No part of one so short can be too long.
-PLAIN_EMAIL = re.compile(
-    r"[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)+[A-Za-z]{2,}"
-)
-MAX_PLAIN = 64
-MAX_NAME = 200
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
+MAX_ERRORS = 20
+UNKNOWN = "is not a member of a user that can be set"
+TOO_SLOW = (
+    "The search took longer than DB_STATEMENT_TIMEOUT. Where the database has the extension pg_trgm"
+    " and its index users_search, a search for three letters or more is fast; a total is not."
+)
+
+# What a merge patch makes of a JSON object (RFC 7396), in SQL, as one statement has to do it. The
+# members of the patch are gone through, outer ones first: null removes what is there, a plain value
+# takes its place, and an object makes sure that there is an object.
+MERGED = """(
+    WITH RECURSIVE member(path, value) AS (
+        SELECT ARRAY[]::text[], {patch}
+        UNION ALL
+        SELECT path || inner_.key, inner_.value FROM member, LATERAL jsonb_each(
+            CASE jsonb_typeof(value) WHEN 'object' THEN value ELSE '{{}}' END) AS inner_
+    ), steps(list) AS (
+        SELECT coalesce(jsonb_agg(jsonb_build_array(path, value) ORDER BY cardinality(path)), '[]')
+        FROM member WHERE path <> '{{}}'
+    ), merged(number, document) AS (
+        SELECT 0, CASE WHEN {patch} IS NULL THEN '{{}}' ELSE {column} END
+        UNION ALL
+        SELECT number + 1, CASE
+            WHEN value = 'null' THEN document #- path
+            WHEN jsonb_typeof(value) <> 'object' THEN jsonb_set(document, path, value)
+            WHEN jsonb_typeof(document #> path) = 'object' THEN document
+            ELSE jsonb_set(document, path, '{{}}') END
+        FROM merged, steps, LATERAL (
+            SELECT list -> number -> 1 AS value,
+                ARRAY(SELECT jsonb_array_elements_text(list -> number -> 0)) AS path) AS step
+        WHERE number < jsonb_array_length(list)
+    ) SELECT document FROM merged ORDER BY number DESC LIMIT 1)"""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A member of a user, and the column of the same name.
+
+    `check` takes what was sent and returns what is kept, or raises ValueError (services/values.py).
+    Where it is not `required` it may be absent, and is `default` then: None is NULL in the table
+    and null in JSON, and may be sent. `kind` is its SQL type, `patched` the SQL for what PATCH
+    makes of it where that is not simply the new value; NULL is then what it is by default.
+    """
+
+    name: str
+    check: Callable[[Any], Any]
+    required: bool = False
+    default: Any = None
+    kind: str = "text"
+    patched: str = ""
+
+
+FIELDS = (
+    Field("email", valid_email, required=True),
+    Field("name", valid_name, required=True),
+    Field("metadata", valid_metadata, default="{}", kind="jsonb", patched=MERGED),
+)
+NAMES = {field.name: field for field in FIELDS}
+# What a GET gives beside them, and a PUT or PATCH may therefore send back.
+MADE_HERE = ("created_at", "updated_at")
 
 
 class Found(NamedTuple):
-    """A user as JSON."""
+    """A user as JSON, and its version: the same until the user is changed."""
 
     json: str
+    version: str
     created: bool = False
-
-    @property
-    def version(self) -> str:
-        """The same until the user is changed: `updated_at`, the last member of its JSON."""
-        return self.json.rpartition(': "')[2].removesuffix('"}')
 
 
 @dataclass(frozen=True)
@@ -69,61 +121,119 @@ class Condition:
         return self.match is not None or self.none_match is not None
 
 
+@dataclass(frozen=True)
+class Search:
+    """Which users are asked for: those with an address, those whose address or name contains a
+    text; None asks for nothing."""
+
+    email: str | None = None
+    text: str | None = None
+
+    def values(self) -> dict[str, str | None]:
+        """As parameters of a statement."""
+        email, text = self.email, self.text
+        if email is not None:
+            try:
+                # A + in a query means a space, and no address has one.
+                email = valid_email(email.replace(" ", "+"))
+            except ValueError:
+                email = _storable(email)
+        if text is not None:
+            text = _storable(text)
+            for special in "\\%_":
+                text = text.replace(special, f"\\{special}")
+            text = f"%{text}%"
+        return {"email": email, "pattern": text}
+
+
+def _storable(text: str) -> str:
+    """A text with what no user has, and some of which no statement can have, replaced by what no
+    user has either."""
+    return SURROGATE.sub("\x1a", CONTROL.sub("\x1a", text))
+
+
 # What a statement may be given, and its SQL type.
 TYPES = {
     "id": "uuid",
-    "email": "text",
-    "name": "text",
+    **{field.name: field.kind for field in FIELDS},
+    "given": "text[]",
     "match": "text[]",
     "none_match": "text[]",
     "untouched": "double precision",
     "after": "uuid",
     "limit": "integer",
+    "pattern": "text",
 }
 
 
 def given(name: str) -> SQL:
-    return SQL(f"%({name})s")
+    return SQL(f"CAST(%({name})s AS {TYPES[name]})")
 
 
-def statement(query: Query) -> Statement:
+def statement(query: Query, *, prepared: bool = True) -> Statement:
     """A query whose only values are given by name, composed once."""
     sql, params = query.sql()
     assert not params, params
-    return Statement(sql, {name: kind for name, kind in TYPES.items() if f"%({name})s" in sql})
+    types = {name: kind for name, kind in TYPES.items() if f"%({name})s" in sql}
+    return Statement(sql, types, prepared=prepared)
 
 
-def _time(field: Any) -> Any:
+def in_rfc_3339(column: Any) -> Any:
     """A time in RFC 3339, in UTC with microseconds."""
-    utc = fn.timezone(SQL("'UTC'"), field)
+    utc = fn.timezone(SQL("'UTC'"), column)
     return fn.to_char(utc, SQL("""'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""))
 
 
-_version = _time(User.updated_at)
-# The members of a user in their order. It takes PostgreSQL a third less than json_build_object,
-# which looks up at every row how each value is written.
-JSON = fn.CONCAT(  # in lower case it is a method of peewee's
-    SQL("""'{"id": "'"""),
-    User.id,
-    SQL("""'", "email": '"""),
-    fn.to_json(User.email),
-    SQL("""', "name": '"""),
-    fn.to_json(User.name),
-    SQL("""', "created_at": "'"""),
-    _time(User.created_at),
-    SQL("""'", "updated_at": "'"""),
-    _version,
-    SQL("""'"}'"""),
-)
+def _column(field: Field) -> Any:
+    return getattr(User, field.name)
 
+
+def _json() -> Any:
+    """A user as JSON. It takes PostgreSQL a third less than json_build_object, which looks up at
+    every row how each value is written."""
+    parts: list[Any] = [SQL("""'{"id": "'"""), User.id, SQL("""'"'""")]
+    for field in FIELDS:
+        value = fn.to_json(_column(field))
+        if field.default is None and not field.required:  # CONCAT drops NULL
+            value = fn.coalesce(value, SQL("'null'"))
+        parts += [SQL(f"""', "{field.name}": '"""), value]
+    for name in MADE_HERE:
+        parts += [SQL(f"""', "{name}": "'"""), in_rfc_3339(getattr(User, name)), SQL("""'"'""")]
+    return fn.CONCAT(*parts, SQL("'}'"))  # in lower case it is a method of peewee's
+
+
+JSON = _json()
+_version = in_rfc_3339(User.updated_at)
 THIS = User.id == given("id")
 # Microseconds may repeat, and clocks go back: a change always makes a later time.
 LATER = fn.greatest(fn.now(), User.updated_at + SQL("interval '1 microsecond'"))
+# Neither has a control character, so what is found is never partly in one and partly in the other.
+SEARCHED = fn.lower(User.name).concat(SQL("E'\\n'")).concat(fn.lower(User.email))
 
 
-def _changed(email: Any, name: Any) -> Any:
-    differs = (User.email != email) | (User.name != name)
-    return Case(None, [(differs, LATER)], User.updated_at)
+def _patched(field: Field) -> Any:
+    new = f"CAST(%({field.name})s AS {field.kind})"
+    pieces = (field.patched or "{patch}").format(patch=new, column="\0").split("\0")
+    parts: list[Any] = [SQL(pieces[0])]
+    for piece in pieces[1:]:
+        parts += [_column(field), SQL(piece)]
+    asked = SQL(f"'{field.name}' = ANY(%(given)s)")
+    return Case(None, [(asked, NodeList(parts))], _column(field))
+
+
+REPLACED = {field.name: given(field.name) for field in FIELDS}
+PATCHED = {field.name: _patched(field) for field in FIELDS}
+
+
+def _differs(new: Mapping[str, Any]) -> Any:
+    """Whether a user is not what it would be with these values; NULL is a value like others."""
+    row = fn.ROW(*(_column(field) for field in FIELDS))
+    return NodeList((row, SQL("IS DISTINCT FROM"), fn.ROW(*(new[one.name] for one in FIELDS))))
+
+
+def _changed(new: Mapping[str, Any]) -> dict[Any, Any]:
+    columns = {_column(field): new[field.name] for field in FIELDS}
+    return columns | {User.updated_at: Case(None, [(_differs(new), LATER)], User.updated_at)}
 
 
 def _allowed() -> Any:
@@ -136,133 +246,143 @@ def _allowed() -> Any:
     return match & none & untouched
 
 
-_NEW_EMAIL = fn.coalesce(given("email"), User.email)
-_NEW_NAME = fn.coalesce(given("name"), User.name)
-_ROW = {User.id: given("id"), User.email: given("email"), User.name: given("name")}
+def _update(new: Mapping[str, Any]) -> Statement:
+    query = User.update(_changed(new)).where(THIS & _allowed())
+    return statement(query.returning(JSON, _version))
 
-GET = statement(User.select(JSON).where(THIS))
+
+def _same(new: Mapping[str, Any]) -> Statement:
+    """Finds the user where it is what a write of these values would have made of it, and whether
+    that made it, and did not change it."""
+    created = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
+    unchanged = NodeList((SQL("NOT"), _differs(new)))
+    # A lock is a write: with a synchronous standby it is answered when that has all before it too,
+    # where a mere read may see what would be gone after a failover.
+    return statement(User.select(JSON, _version, created).where(THIS & unchanged).for_update())
+
+
+_ROW = {User.id: given("id")} | {_column(field): REPLACED[field.name] for field in FIELDS}
+_EXCLUDED = {field.name: getattr(EXCLUDED, field.name) for field in FIELDS}
+
+GET = statement(User.select(JSON, _version).where(THIS))
 # The one conflict that is ignored is with another user's address: any other, with an index or an
 # exclusion constraint of the operator's own, is the database's refusal.
 _ADDRESS = next(index for index in User._meta.indexes if index._unique)._expressions
 CREATE = statement(
-    User.insert(_ROW).on_conflict(action="IGNORE", conflict_target=_ADDRESS).returning(JSON)
+    User.insert(_ROW)
+    .on_conflict(action="IGNORE", conflict_target=_ADDRESS)
+    .returning(JSON, _version)
 )
 PUT = statement(
     User.insert(_ROW)
-    .on_conflict(
-        conflict_target=[User.id],
-        update={
-            User.email: EXCLUDED.email,
-            User.name: EXCLUDED.name,
-            User.updated_at: _changed(EXCLUDED.email, EXCLUDED.name),
-        },
-        where=_allowed(),
-    )
-    .returning(JSON, SQL("xmax = 0"))
+    .on_conflict(conflict_target=[User.id], update=_changed(_EXCLUDED), where=_allowed())
+    .returning(JSON, _version, SQL("xmax = 0"))
 )
-UPDATE = statement(
-    User.update(
-        {
-            User.email: _NEW_EMAIL,
-            User.name: _NEW_NAME,
-            User.updated_at: _changed(_NEW_EMAIL, _NEW_NAME),
-        }
-    )
-    .where(THIS & _allowed())
-    .returning(JSON)
-)
+REPLACE, PATCH = _update(REPLACED), _update(PATCHED)
+SAME_REPLACED, SAME_PATCHED = _same(REPLACED), _same(PATCHED)
 DELETE = statement(User.delete().where(THIS & _allowed()).returning(User.id))
 
 
+def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
+    """A query of users, limited to those after an id, with an address, and with a text."""
+    if after:
+        query = query.where(User.id > given("after"))
+    if email:
+        query = query.where(SQL(MAILBOX) == SQL(lowered("CAST(%(email)s AS text)")))
+    if text:
+        query = query.where(NodeList((SEARCHED, SQL("LIKE lower(%(pattern)s)"))))
+    return query
+
+
 @functools.cache
-def _page(after: bool, email: bool, default: bool) -> Statement:
+def _page(after: bool, email: bool, text: bool, count: bool, default: bool) -> Statement:
     # The usual limit is part of the statement. For one that is only known when it is run,
     # PostgreSQL does well not to keep the plan, which depends on how many rows are wanted.
     limit = str(DEFAULT_PAGE + 1) if default else "%(limit)s"
-    found = User.select(JSON.alias("line")).order_by(User.id).limit(SQL(limit))
-    if after:
-        found = found.where(User.id > given("after"))
-    if email:
-        found = found.where(fn.lower(User.email) == fn.lower(given("email")))
+    found = matching(User.select(JSON.alias("line")), after=after, email=email, text=text)
+    found = found.order_by(User.id).limit(SQL(limit))
     # One row with a line for each user: as many rows cost both sides more.
-    lines = fn.string_agg(SQL("line"), SQL(r"E'\n'"))
-    return statement(Select([found.alias("found")], [lines]).bind(database))
+    columns: list[Any] = [fn.string_agg(SQL("line"), SQL(r"E'\n'"))]
+    if count:
+        columns.append(
+            matching(User.select(fn.count(SQL("*"))), after=False, email=email, text=text)
+        )
+    # How many users have a text decides which plan is right.
+    return statement(Select([found.alias("found")], columns).bind(database), prepared=not text)
 
 
-def new_id() -> str:
-    """A UUID version 7 (RFC 9562 section 5.7): milliseconds since 1970, then random bits."""
-    milliseconds = f"{time.time_ns() // 1_000_000:012x}"
-    random = os.urandom(10).hex()
-    variant = "89ab"[int(random[18], 16) % 4]
-    return (
-        f"{milliseconds[:8]}-{milliseconds[8:]}-7{random[:3]}-{variant}{random[3:6]}-{random[6:18]}"
-    )
+class Page(NamedTuple):
+    """Users as JSON, the id after which the next page starts, None where this is the last, and how
+    many match in all where that was asked for."""
+
+    users: list[str]
+    last: str | None
+    total: int | None
 
 
-def parse_id(value: str) -> str:
-    """An id as it is stored. Raises ValueError unless it is a UUID in its usual form."""
-    if not CANONICAL_ID.fullmatch(value):
-        raise ValueError("must be a UUID")
-    return value.lower()
-
-
-def valid(
-    members: Mapping[str, Any], *, required: Sequence[str] = ("email", "name")
-) -> dict[str, str | None]:
-    """The email and name in `members`, checked and made ready to store; None for one that is
-    neither there nor required. Raises InvalidUser that names every problem."""
-    user: dict[str, str | None] = {"email": None, "name": None}
-    errors: list[tuple[str, str]] = []
-    for member, value in members.items():
-        if member not in CHECKS:
-            errors.append((member, "is not a member of a user that can be set"))
-            continue
-        try:
-            if not isinstance(value, str):
-                raise ValueError("must be a string")
-            user[member] = CHECKS[member](value)
-        except ValueError as error:
-            errors.append((member, str(error)))
-    errors += [(member, "is required") for member in required if member not in members]
-    if errors:
-        raise InvalidUser(errors=errors)
-    return user
-
-
-def valid_email(value: str) -> str:
-    """An email address as it was written. Raises ValueError that says what is wrong."""
-    if len(value) > MAX_EMAIL:
-        raise ValueError(f"must have at most {MAX_EMAIL} characters")
-    if len(value) <= MAX_PLAIN and PLAIN_EMAIL.fullmatch(value):
-        return value
-    # Importing it takes an eighth of the time that the service needs to start.
-    from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
-
-    # Internal domains such as .local and .test are as good as any; the library's own documentation
-    # says to say so in this way.
-    SPECIAL_USE_DOMAIN_NAMES.clear()
+def page(limit: int, after: str | None, search: Search, *, count: bool = False) -> Page:
+    """At most `limit` users, by id, after the id `after`. Raises DatabaseUnavailable."""
+    email, text = search.email is not None, search.text is not None
+    sql = _page(after is not None, email, text, count, limit == DEFAULT_PAGE)
+    values = {"limit": limit + 1, "after": after} | search.values()
+    began = time.monotonic()
     try:
-        validate_email(value, check_deliverability=False, strict=True)
-    except EmailNotValidError as error:
-        raise ValueError(f"must be an email address: {error}") from None
-    except UnicodeError:
-        raise ValueError("must be an email address") from None
-    return value
+        [(joined, *total)] = database.read(sql, values)
+    except DatabaseUnavailable:
+        if (text or count) and time.monotonic() - began > database.statement_timeout:
+            raise DatabaseUnavailable(TOO_SLOW) from None
+        raise
+    lines = joined.split("\n") if joined else []
+    if len(lines) <= limit:
+        return Page(lines, None, *(total or [None]))
+    last = json.loads(lines[limit - 1])["id"]
+    return Page(lines[:limit], last, *(total or [None]))
 
 
-def valid_name(value: str) -> str:
-    """A name without the white space around it. Raises ValueError that says what is wrong."""
-    name = value.strip()
-    if not 1 <= len(name) <= MAX_NAME:
-        raise ValueError(f"must have 1 to {MAX_NAME} characters besides surrounding white space")
-    if CONTROL.search(name):
-        raise ValueError("must not contain control characters")
-    if SURROGATE.search(name):
-        raise ValueError("must not contain lone surrogates")
-    return name
+def valid(members: Mapping[str, Any], *, user_id: str | None = None) -> dict[str, Any]:
+    """All fields of a user, checked and made ready to store, with what they are by default.
+
+    With `user_id` the members may be what a GET of that user gave. Raises InvalidUser that names
+    every problem.
+    """
+    values, errors = checked(members, user_id)
+    missing = [field.name for field in FIELDS if field.required and field.name not in members]
+    errors += [(name, "is required") for name in missing]
+    _raise(errors)
+    return {one.name: _or_default(one, values.get(one.name)) for one in FIELDS}
 
 
-CHECKS = {"email": valid_email, "name": valid_name}
+def _or_default(field: Field, value: Any) -> Any:
+    return field.default if value is None else value
+
+
+def _raise(errors: list[tuple[str, str]]) -> None:
+    if errors:
+        # What is missing or wrong comes before what is unknown, of which there may be thousands.
+        errors.sort(key=lambda error: error[1] == UNKNOWN)
+        raise InvalidUser(errors=errors[:MAX_ERRORS])
+
+
+def checked(
+    members: Mapping[str, Any], user_id: str | None
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The fields among `members`, made ready to store, and what is wrong with any of them."""
+    values: dict[str, Any] = {}
+    errors: list[tuple[str, str]] = []
+    for name, value in members.items():
+        field = NAMES.get(name)
+        try:
+            if field is not None:
+                nothing = value is None and not field.required
+                values[name] = None if nothing else field.check(value)
+            elif name == "id" and user_id is not None:
+                if valid_id(value) != user_id.lower():
+                    raise ValueError("must be the id in the path, or be left out")
+            elif name not in MADE_HERE or user_id is None:
+                raise ValueError(UNKNOWN)
+        except ValueError as error:
+            errors.append((name, str(error)))
+    return values, errors
 
 
 def get(user_id: str) -> Found:
@@ -275,18 +395,24 @@ def get(user_id: str) -> Found:
 
 def create(members: Mapping[str, Any]) -> tuple[str, Found]:
     """Create a user; returns its id and the user. Raises InvalidUser or EmailTaken."""
-    user = valid(members) | {"id": new_id()}
+    user_id = new_id()
+    return user_id, insert(user_id, valid(members))
+
+
+def insert(user_id: str, values: Mapping[str, Any]) -> Found:
+    """Create a user of what `valid` gave, with an id that nobody else knows. Raises EmailTaken."""
+    user = {**values, "id": user_id}
     try:
         rows, again = database.write(CREATE, user)
     except Lost:
-        return str(user["id"]), _done_before(user)
+        return _done_before(SAME_REPLACED, user)
     if not rows and again:  # perhaps by the first run
-        rows = _confirmed(SAME, user)
+        rows = _confirmed(SAME_REPLACED, user)
         if not rows and _confirmed(GET, user):  # which somebody has changed since
             raise unknown()
     if not rows:
         raise EmailTaken
-    return str(user["id"]), Found(*rows[0])
+    return Found(*rows[0])
 
 
 def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
@@ -296,16 +422,21 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
     """
     errors: list[tuple[str, str]] = []
     try:
-        user_id = parse_id(user_id)
+        user_id = valid_id(user_id)
     except ValueError as error:
         errors.append(("id", str(error)))
     try:
-        values: dict[str, Any] = valid(members) | {"id": user_id} | _asked(condition)
+        values = valid(members, user_id=user_id)
     except InvalidUser as problem:
-        errors += problem.errors
-    if errors:
-        raise InvalidUser(errors=errors)
-    statement = PUT if condition.match is None else UPDATE
+        errors += [error for error in problem.errors if error[0] != "id" or not errors]
+    _raise(errors)
+    return replace(user_id, values, condition)
+
+
+def replace(user_id: str, values: Mapping[str, Any], condition: Condition) -> Found:
+    """The same, of what `valid` gave."""
+    values = {**values, "id": user_id, **_asked(condition)}
+    statement = PUT if condition.match is None else REPLACE
     try:
         try:
             rows, again = database.write(statement, values)
@@ -315,9 +446,9 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
             # 1,000 of twelve at once. By now the winner is there to be met by its id.
             rows, again = database.write(statement, values)
     except Lost:
-        return _done_before(values)
+        return _done_before(SAME_REPLACED, values)
     if again:
-        return _done_before(values)
+        return _done_before(SAME_REPLACED, values)
     if not rows:
         raise PreconditionFailed
     return Found(*rows[0])
@@ -325,13 +456,19 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
 
 def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
     """Change some of a user. Raises InvalidUser, EmailTaken, NoSuchUser or PreconditionFailed."""
-    values = valid(members, required=()) | {"id": user_id} | _asked(condition)
+    changes, errors = checked(members, user_id)
+    _raise(errors)
+    values = {
+        one.name: changes.get(one.name) if one.patched else _or_default(one, changes.get(one.name))
+        for one in FIELDS
+    } | {"id": user_id, "given": list(changes)}
+    values |= _asked(condition)
     try:
-        rows, again = database.write(UPDATE, values)
+        rows, again = database.write(PATCH, values)
     except Lost:
-        return _done_before(values)
+        return _done_before(SAME_PATCHED, values)
     if not rows and again:
-        return _done_before(values)
+        return _done_before(SAME_PATCHED, values)
     if not rows:
         raise _missing(user_id, condition)
     return Found(*rows[0])
@@ -349,21 +486,12 @@ def delete(user_id: str, condition: Condition) -> None:
         raise _missing(user_id, condition)
 
 
-def page(limit: int, after: str | None, email: str | None) -> tuple[list[str], str | None]:
-    """At most `limit` users as JSON, by id, after the id `after`, with the address `email`; and
-    the id after which the next page starts, None where this is the last."""
-    sql = _page(after is not None, email is not None, limit == DEFAULT_PAGE)
-    values = {"limit": limit + 1, "after": after, "email": email}
-    [(text,)] = database.read(sql, values)
-    lines = text.split("\n") if text else []
-    if len(lines) <= limit:
-        return lines, None
-    return lines[:limit], json.loads(lines[limit - 1])["id"]
-
-
 def _asked(condition: Condition) -> dict[str, Any]:
-    """A condition as parameters. Any version at all is what the statements ask for anyway, save
-    that none at all may be asked for: the empty list of versions that would do."""
+    """A condition as parameters, each a list of versions or null.
+
+    `If-Match: *` asks for nothing more, as a statement changes only a user that is there.
+    `If-None-Match: *` becomes the empty list of versions that would do, which none is in.
+    """
     match = None if condition.match in (None, ANY) else list(condition.match or ())
     none_match = None if condition.none_match is None else list(condition.none_match)
     if condition.none_match == ANY:
@@ -377,10 +505,10 @@ def _missing(user_id: str, condition: Condition) -> Exception:
     return NoSuchUser()
 
 
-def _done_before(values: Mapping[str, Any]) -> Found:
+def _done_before(same: Statement, values: Mapping[str, Any]) -> Found:
     """The user, where it is what a run whose answer was lost would have made of it: that run, or
     one just like it, was carried out. Raises DatabaseUnavailable, outcome unknown, otherwise."""
-    rows = _confirmed(SAME, values)
+    rows = _confirmed(same, values)
     if not rows:
         raise unknown()
     return Found(*rows[0])
@@ -393,14 +521,3 @@ def _confirmed(statement: Statement, values: Mapping[str, Any]) -> list[Any]:
         return database.read(statement, values)
     except DatabaseUnavailable:
         raise unknown() from None
-
-
-# The second: made by that run, not changed by it.
-_NEW = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
-# A lock is a write: with a synchronous standby it is answered when that has all before it too,
-# where a mere read may see what would be gone after a failover.
-SAME = statement(
-    User.select(JSON, _NEW)
-    .where(THIS & (User.email == _NEW_EMAIL) & (User.name == _NEW_NAME))
-    .for_update()
-)

@@ -46,11 +46,11 @@ class Databases:
         finally:
             connection.close()
 
-    def create(self, *, migrated: bool = True) -> str:
-        """A new database's URI, migrated unless told otherwise."""
+    def create(self, *, migrated: bool = True, options: str = "") -> str:
+        """A new database's URI, migrated unless told otherwise; `options` of CREATE DATABASE."""
         name = f"test_{uuid.uuid4().hex[:12]}"
         with self.admin() as cursor:
-            cursor.execute(f"CREATE DATABASE {name}")
+            cursor.execute(f"CREATE DATABASE {name} {options}")
         uri = self.uri.replace("/postgres?", f"/{name}?")
         assert uri != self.uri
         if migrated:

@@ -21,10 +21,10 @@ from tests.harness import (
     problem,
 )
 
-# Conditions that no version of a user meets in an If-Match: RFC 9110 section 13.1.1 compares
-# strongly, so that a weak tag never matches, not even one of the right text.
-UNMET = ['"other"', '"a", "b"', "W/{etag}", '"other", W/{etag}', '""', '"*"']
-MET = ["{etag}", "*", '"other", {etag}', '"a,b",{etag} ,"c"', 'W/"other", {etag}']
+# RFC 9110 section 13.1.1 compares strongly in If-Match. But nginx with gzip makes a weak tag of ours,
+# and who gives back what it got has read the version that it names.
+UNMET = ['"other"', '"a", "b"', 'W/"other"', '""', '"*"']
+MET = ["{etag}", "*", '"other", {etag}', '"a,b",{etag} ,"c"', "W/{etag}", '"other", W/{etag}']
 MALFORMED = ["abc", '"abc', '"a" "b"', '*, "a"', 'w/"a"']
 
 
@@ -144,8 +144,14 @@ def test_put_asks_for_every_member(service: Service, missing: set[str]) -> None:
     assert read(service, path)[0] == user
 
 
-@pytest.mark.parametrize("member", ["id", "created_at", "updated_at", "Email"])
-@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+MADE_HERE = ["id", "created_at", "updated_at"]
+
+
+@pytest.mark.parametrize(
+    ("method", "member"),
+    [("POST", member) for member in MADE_HERE]
+    + [(method, "Email") for method in ("POST", "PUT", "PATCH")],
+)
 def test_a_member_that_callers_do_not_set_is_refused_by_name(
     service: Service, method: str, member: str
 ) -> None:
@@ -153,6 +159,25 @@ def test_a_member_that_callers_do_not_set_is_refused_by_name(
     body = {"email": user["email"], "name": user["name"], member: user.get(member, "x")}
     reply = service.call(method, "/users" if method == "POST" else path, body)
     assert invalid_fields(problem(reply, 422, "invalid-user")) == [member]
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_what_a_get_gave_may_be_sent_back_whole(service: Service, method: str) -> None:
+    path, user, etag = new_user(service)
+    unchanged = service.call(method, path, user)
+    assert (unchanged.status, unchanged.json(), unchanged.get("ETag")) == (200, user, etag)
+    others = {"created_at": "whatever", "updated_at": None, "id": user["id"].upper()}
+    reply = service.call(method, path, user | others | {"name": "Bea"})
+    assert_replaced(reply, user, etag, name="Bea")
+
+
+@pytest.mark.parametrize("given", [str(uuid.uuid4()), "x", 1, None, ["{id}"]], ids=repr)
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+def test_an_id_in_a_body_is_the_paths(service: Service, method: str, given: Any) -> None:
+    path, user, etag = new_user(service)
+    reply = service.call(method, path, user | {"id": given, "name": "Bea"})
+    assert invalid_fields(problem(reply, 422, "invalid-user")) == ["id"]
+    assert read(service, path) == (user, etag)
 
 
 @pytest.mark.parametrize("target", ["a new id", "another user"])
@@ -173,8 +198,9 @@ def test_put_of_an_email_that_another_has_is_409(service: Service, target: str) 
 def test_the_case_of_a_users_own_email_may_change(service: Service, method: str) -> None:
     path, user, etag = new_user(service)
     email = user["email"].upper()
+    kept = email.replace("EXAMPLE.COM", "example.com")
     reply = service.call(method, path, {"email": email, "name": user["name"]})
-    assert_replaced(reply, user, etag, email=email)
+    assert_replaced(reply, user, etag, email=kept)
 
 
 def test_put_with_if_none_match_any_only_creates(service: Service) -> None:

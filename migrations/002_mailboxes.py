@@ -1,0 +1,135 @@
+"""One mailbox is one user, on every database.
+
+Addresses are kept as email-validator normalises them (NFC, the domain in Unicode's letters and in
+lower case), and unique without regard to case by a list of letters, not by the database's locale.
+Where two users are one mailbox it says so and changes nothing. Readers are not stopped; writers
+wait until it is done.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import peewee as pw
+from peewee_migrate import Migrator
+
+BATCH = 1000
+MAX_EMAIL = 254
+MAX_NAMED = 20
+
+# Letters of Latin, Greek, Cyrillic, Armenian and Georgian, but ASCII's, that have a lower case of
+# one letter: FIRST-LAST/STEP:DISTANCE in hexadecimal.
+LETTERS = """
+    b5:307 c0-d6:20 d8-de:20 100-12e/2:1 132-136/2:1 139-147/2:1 14a-176/2:1 178:-79 179-17d/2:1
+    17f:-10c 181:d2 182-184/2:1 186:ce 187:1 189-18a:cd 18b:1 18e:4f 18f:ca 190:cb 191:1 193:cd
+    194:cf 196:d3 197:d1 198:1 19c:d3 19d:d5 19f:d6 1a0-1a4/2:1 1a6:da 1a7:1 1a9:da 1ac:1 1ae:da
+    1af:1 1b1-1b2:d9 1b3-1b5/2:1 1b7:db 1b8:1 1bc:1 1c4:2 1c5:1 1c7:2 1c8:1 1ca:2 1cb-1db/2:1
+    1de-1ee/2:1 1f1:2 1f2-1f4/2:1 1f6:-61 1f7:-38 1f8-21e/2:1 220:-82 222-232/2:1 23a:2a2b 23b:1
+    23d:-a3 23e:2a28 241:1 243:-c3 244:45 245:47 246-24e/2:1 345:74 370-372/2:1 376:1 37f:74
+    386:26 388-38a:25 38c:40 38e-38f:3f 391-3a1:20 3a3-3ab:20 3c2:1 3cf:8 3d0:-1e 3d1:-19 3d5:-f
+    3d6:-16 3d8-3ee/2:1 3f0:-36 3f1:-30 3f4:-3c 3f5:-40 3f7:1 3f9:-7 3fa:1 3fd-3ff:-82 400-40f:50
+    410-42f:20 460-480/2:1 48a-4be/2:1 4c0:f 4c1-4cd/2:1 4d0-52e/2:1 531-556:30 10a0-10c5:1c60
+    10c7:1c60 10cd:1c60 1c90-1cba:-bc0 1cbd-1cbf:-bc0 1e00-1e94/2:1 1e9b:-3a 1e9e:-1dbf
+    1ea0-1efe/2:1 1f08-1f0f:-8 1f18-1f1d:-8 1f28-1f2f:-8 1f38-1f3f:-8 1f48-1f4d:-8 1f59-1f5f/2:-8
+    1f68-1f6f:-8 1f88-1f8f:-8 1f98-1f9f:-8 1fa8-1faf:-8 1fb8-1fb9:-8 1fba:-4a 1fbc:-9
+    1fc8-1fca/2:-56 1fcc:-9 1fd8-1fd9:-8 1fda:-64 1fe8-1fe9:-8 1fea:-70 1fec:-7 1ff8:-80 1ffa:-7e
+    1ffc:-9 ff21-ff3a:20
+"""
+
+# What email-validator leaves as it is, and nearly every address looks like.
+PLAIN = "^[A-Za-z0-9]+([._+-][A-Za-z0-9]+)*@([a-z0-9]+(-[a-z0-9]+)*[.])+[a-z]{2,}$"
+
+# Whoever waits for this lock has all readers wait behind it, so it is asked for without waiting.
+LOCK = """
+    DO $$ BEGIN
+        FOR attempt IN 1..100 LOOP
+            BEGIN
+                LOCK TABLE users IN ACCESS EXCLUSIVE MODE NOWAIT;
+                RETURN;
+            EXCEPTION WHEN lock_not_available THEN
+                PERFORM pg_sleep(0.05);
+            END;
+        END LOOP;
+        RAISE lock_not_available USING MESSAGE = 'another transaction does not let go of users';
+    END $$
+"""
+
+
+def lowered(text: str) -> str:
+    upper, lower = [], []
+    for item in re.findall(r"([0-9a-f]+)(?:-([0-9a-f]+))?(?:/([0-9]))?:(-?[0-9a-f]+)", LETTERS):
+        first, last, step, distance = item
+        for code in range(int(first, 16), int(last or first, 16) + 1, int(step or 1)):
+            upper.append(chr(code))
+            lower.append(chr(code + int(distance, 16)))
+    ascii_only = f'lower({text} COLLATE "C")'
+    return (
+        f"CASE WHEN octet_length({text}) = char_length({text}) THEN {ascii_only}"
+        f" ELSE translate({ascii_only}, '{''.join(upper)}', '{''.join(lower)}') END"
+    )
+
+
+def normalised(email: str) -> str:
+    """As email-validator has it; as it is where it is no address, or would be too long."""
+    from email_validator import SPECIAL_USE_DOMAIN_NAMES, validate_email
+
+    SPECIAL_USE_DOMAIN_NAMES.clear()
+    try:
+        found = validate_email(email, check_deliverability=False, strict=True).normalized
+    except ValueError:
+        return email
+    return found if len(found) <= MAX_EMAIL else email
+
+
+def normalise(database: pw.Database) -> None:
+    """Rewrite the addresses that are not as they are kept from now on."""
+    execute: Callable[..., Any] = database.execute_sql
+    execute("CREATE TEMPORARY TABLE mailboxes (id uuid PRIMARY KEY, email text NOT NULL)")
+    last = "00000000-0000-0000-0000-000000000000"
+    while rows := execute(
+        "SELECT id::text, email FROM users WHERE id > %s AND email COLLATE "
+        '"C" !~ %s ORDER BY users.id LIMIT %s',
+        (last, PLAIN, BATCH),
+    ).fetchall():
+        last = rows[-1][0]
+        changed = [(user, normalised(email)) for user, email in rows if normalised(email) != email]
+        if changed:
+            execute(
+                "INSERT INTO mailboxes SELECT * FROM unnest(%s::uuid[], %s::text[])",
+                ([user for user, _ in changed], [email for _, email in changed]),
+            )
+    twice = execute(
+        "SELECT string_agg(id::text, ' and ' ORDER BY id) FROM (SELECT users.id,"
+        " coalesce(mailboxes.email, users.email) AS email FROM users LEFT JOIN mailboxes"
+        f" USING (id)) AS meant GROUP BY {lowered('email')} HAVING count(*) > 1"
+        " ORDER BY 1 LIMIT %s",
+        (MAX_NAMED,),
+    ).fetchall()
+    if twice:
+        raise SystemExit(
+            "nothing was changed: these users have one mailbox each, so delete them but for one,"
+            f" or change their addresses, and migrate again: {'; '.join(ids for (ids,) in twice)}"
+        )
+    execute(
+        "UPDATE users SET email = mailboxes.email,"
+        " updated_at = greatest(now(), updated_at + interval '1 microsecond')"
+        " FROM mailboxes WHERE mailboxes.id = users.id"
+    )
+    execute("DROP TABLE mailboxes")
+
+
+def migrate(migrator: Migrator, database: pw.Database, *, fake: bool = False) -> None:
+    migrator.sql("LOCK TABLE users IN SHARE ROW EXCLUSIVE MODE")
+    migrator.run(normalise, database)
+    migrator.sql(f"CREATE UNIQUE INDEX users_mailbox ON users (({lowered('email')}))")
+    migrator.sql(LOCK)
+    migrator.sql("DROP INDEX users_email_lower")
+
+
+def rollback(migrator: Migrator, database: pw.Database, *, fake: bool = False) -> None:
+    migrator.sql("LOCK TABLE users IN SHARE ROW EXCLUSIVE MODE")
+    migrator.sql("CREATE UNIQUE INDEX users_email_lower ON users (lower(email))")
+    migrator.sql(LOCK)
+    migrator.sql("DROP INDEX users_mailbox")

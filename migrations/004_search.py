@@ -1,0 +1,75 @@
+"""Find users by a part of a name or an address, from an index where PostgreSQL has pg_trgm.
+
+Without it a search reads the whole table; the service works all the same. Where pg_trgm comes
+later, make it and the index by hand: docs/migrations.md says how.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import peewee as pw
+from peewee_migrate import Migrator
+
+# Whoever waits for this lock has all readers wait behind it, so it is asked for without waiting.
+LOCK = """
+    DO $$ BEGIN
+        FOR attempt IN 1..100 LOOP
+            BEGIN
+                LOCK TABLE users IN ACCESS EXCLUSIVE MODE NOWAIT;
+                RETURN;
+            EXCEPTION WHEN lock_not_available THEN
+                PERFORM pg_sleep(0.05);
+            END;
+        END LOOP;
+        RAISE lock_not_available USING MESSAGE = 'another transaction does not let go of users';
+    END $$
+"""
+
+
+WITHOUT = "searching users goes without an index"
+
+
+def make_index(database: pw.Database) -> None:
+    """Make the index, and the extension before it, or say why not."""
+    execute: Callable[..., Any] = database.execute_sql
+    if execute(
+        "SELECT relpersistence = 't' FROM pg_class WHERE oid = 'users'::regclass"
+    ).fetchone()[0]:
+        return  # `app.py check` compares with this table, and knows that either is right
+    where = (
+        "SELECT quote_ident(nspname) FROM pg_extension"
+        " JOIN pg_namespace ON pg_namespace.oid = extnamespace WHERE extname = 'pg_trgm'"
+    )
+    if not execute(where).fetchone():
+        offered = "SELECT FROM pg_available_extensions WHERE name = 'pg_trgm'"
+        if not execute(offered).fetchone():
+            print(f"{WITHOUT}: this PostgreSQL has no pg_trgm", file=sys.stderr)
+            return
+        try:
+            with database.savepoint():
+                execute("CREATE EXTENSION pg_trgm")
+        except pw.ProgrammingError:
+            print(f"{WITHOUT}: this role may not create pg_trgm", file=sys.stderr)
+            return
+    schema = execute(where).fetchone()[0]
+    execute(
+        "CREATE INDEX IF NOT EXISTS users_search ON users USING gin"
+        f" ((lower(name) || E'\\n' || lower(email)) {schema}.gin_trgm_ops)"
+    )
+
+
+def migrate(migrator: Migrator, database: pw.Database, *, fake: bool = False) -> None:
+    migrator.sql("ALTER TABLE users VALIDATE CONSTRAINT users_metadata_object")
+    migrator.run(make_index, database)
+
+
+def rollback(migrator: Migrator, database: pw.Database, *, fake: bool = False) -> None:
+    migrator.sql(LOCK)
+    migrator.sql("DROP INDEX IF EXISTS users_search")
+    migrator.sql(
+        "ALTER TABLE users DROP CONSTRAINT users_metadata_object, ADD CONSTRAINT"
+        " users_metadata_object CHECK (jsonb_typeof(metadata) = 'object') NOT VALID"
+    )

@@ -1,0 +1,412 @@
+"""Many users at once: import and export, as CSV (RFC 4180) or as a line of JSON for each user.
+
+Both go through a batch at a time, so that memory stays flat whatever the number. An import answers
+with a line of JSON for each row, and a bad row stops no other.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peewee import SQL, Cast
+
+from models import User, database
+from postgres.statements import Lost, Statement, unknown
+from problems import (
+    BadRequest,
+    EmailTaken,
+    InvalidUser,
+    MalformedJson,
+    Problem,
+)
+from services import inputs, users
+from services.users import FIELDS, MADE_HERE, NAMES, Search
+from services.values import Object, new_id, valid_id
+
+CSV, NDJSON = "text/csv", "application/x-ndjson"
+COLUMNS = ["id", *NAMES, *MADE_HERE]
+
+BATCH_ROWS = 500
+BATCH_BYTES = 1 << 20
+READ_BYTES = 65536
+# A file that says that it is no longer than this is looked at whole before anything is written.
+WHOLE_BYTES = 1 << 20
+MAX_LINE = 2 * inputs.MAX_BYTES
+
+
+# Export
+
+
+@functools.cache
+def _rows(after: bool, email: bool, text: bool) -> Statement:
+    columns = [Cast(User.id, "text"), *(getattr(User, name) for name in NAMES)]
+    columns = [Cast(column, "text") for column in columns]
+    columns += [users.in_rfc_3339(getattr(User, name)) for name in MADE_HERE]
+    found = users.matching(User.select(*columns), after=after, email=email, text=text)
+    found = found.order_by(User.id).limit(SQL(str(BATCH_ROWS)))
+    return users.statement(found, prepared=not text)
+
+
+def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
+    """All users that match, by id, after the id `after`, in the media type `kind`.
+
+    A batch is a statement of its own: who is there from the beginning to the end is told once,
+    whatever happens to others meanwhile. Raises DatabaseUnavailable, which in the middle is an
+    answer that ends too early.
+    """
+    if kind == NDJSON:
+        more = True
+        while more:
+            page = users.page(users.MAX_PAGE, after, search)
+            if page.users:
+                yield ("\n".join(page.users) + "\n").encode()
+            after, more = page.last, page.last is not None
+        return
+    header: list[Any] = [COLUMNS]
+    while header or after is not None:
+        sql = _rows(after is not None, search.email is not None, search.text is not None)
+        rows = database.read(sql, {"after": after} | search.values())
+        buffer = io.StringIO(newline="")
+        csv.writer(buffer).writerows([*header, *rows])
+        yield buffer.getvalue().encode()
+        header, after = [], rows[-1][0] if len(rows) == BATCH_ROWS else None
+
+
+# Import: reading
+
+
+class Refused(Exception):
+    """A row that cannot be read, and why."""
+
+
+class Lines:
+    """The lines of a body as they arrive, in text with their ends; `number` is how many there have
+    been, `dry` whether the next one has to be waited for. A line that is too long, or not UTF-8,
+    raises Refused, and the next one may be asked for."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        stream = environ["wsgi.input"]
+        # What has arrived, where the server can tell; else a whole piece is waited for.
+        self._read = getattr(stream, "read1", stream.read)
+        length = environ.get("CONTENT_LENGTH") or ""
+        if not length.isascii() or not (length or "0").isdigit():
+            raise BadRequest("Content-Length must be one number.")
+        endless = bool(environ.get("wsgi.input_terminated")) and not length
+        self._left = None if endless else int(length or 0)
+        self._ended = self._left == 0
+        self._buffer = b""
+        self.number = 0
+        short = self._left is not None and self._left <= WHOLE_BYTES
+        self._fill()
+        while short and not self._ended:
+            self._fill()
+        self._buffer = self._buffer.removeprefix(b"\xef\xbb\xbf")
+        try:
+            self._buffer.decode()
+        except UnicodeDecodeError as error:
+            if self._ended or error.end < len(self._buffer):
+                line = self._buffer.count(b"\n", 0, error.start) + 1
+                raise BadRequest(
+                    f"The file is not in UTF-8 (line {line}). Save it as UTF-8, and send it again."
+                ) from None
+
+    def _fill(self) -> None:
+        wanted = READ_BYTES if self._left is None else min(READ_BYTES, self._left)
+        piece = self._read(wanted) if wanted else b""
+        self._buffer += piece
+        if self._left is not None:
+            self._left -= len(piece)
+        self._ended = not piece or self._left == 0
+
+    @property
+    def dry(self) -> bool:
+        return not self._ended and b"\n" not in self._buffer
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        too_long = False
+        while self.dry:
+            if len(self._buffer) > MAX_LINE:
+                self._buffer, too_long = b"", True
+            self._fill()
+        line, end, self._buffer = self._buffer.partition(b"\n")
+        if not line and not end and not too_long:
+            raise StopIteration
+        self.number += 1
+        if too_long or len(line) > MAX_LINE:
+            raise Refused(f"The line is longer than {MAX_LINE} bytes.")
+        try:
+            return (line + end).decode()
+        except UnicodeDecodeError:
+            raise Refused("The line is not in UTF-8.") from None
+
+
+@dataclass
+class Row:
+    """A row of an import and what becomes of it: `members` as in a request's body, `number` of the
+    line where it begins, `problem` where it is refused."""
+
+    number: int
+    members: dict[str, Any] = field(default_factory=dict)
+    problem: Problem | None = None
+    id: str = ""
+    asked: bool = False  # whether the row named its id
+    values: dict[str, Any] = field(default_factory=dict)
+    outcome: str = ""
+
+    def check(self) -> None:
+        """Make `values` of the members, or a problem."""
+        members = {key: value for key, value in self.members.items() if key not in MADE_HERE}
+        errors: list[tuple[str, str]] = []
+        self.id = new_id()
+        try:
+            if "id" in members:
+                self.asked, self.id = True, valid_id(members.pop("id"))
+        except ValueError as error:
+            errors.append(("id", str(error)))
+        try:
+            self.values = users.valid(members)
+        except InvalidUser as problem:
+            errors += problem.errors
+        if errors:
+            self.problem = InvalidUser(errors=errors)
+
+    def line(self) -> str:
+        """What the answer says of it."""
+        if self.problem is None:
+            status = 201 if self.outcome == "created" else 200
+            return json.dumps({"line": self.number, "status": status, "id": self.id})
+        document = json.loads(self.problem.document(""))
+        told = ("status", "type", "detail", "outcome", "errors")
+        kept = {name: document[name] for name in told if name in document}
+        return json.dumps({"line": self.number} | kept)
+
+
+def _read_ndjson(lines: Lines) -> Iterator[Row]:
+    while True:
+        row = Row(lines.number + 1)
+        try:
+            text = next(lines)
+            if not text.strip():
+                continue
+            row.members = inputs.parsed(text.encode())
+        except StopIteration:
+            return
+        except Refused as refused:
+            row.problem = MalformedJson(str(refused))
+        except Problem as problem:
+            row.problem = problem
+        yield row
+
+
+def _read_csv(lines: Lines) -> Iterator[Row]:
+    reader = csv.reader(lines, strict=True)
+    header = _header(reader)
+    while True:
+        row = Row(lines.number + 1)
+        try:
+            cells = next(reader)
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise Refused(f"The row has {len(cells)} cells, and the header {len(header)}.")
+            row.members, errors = _members(dict(zip(header, cells, strict=True)))
+            if errors:
+                row.problem = InvalidUser(errors=errors)
+        except StopIteration:
+            return
+        except (Refused, csv.Error) as error:
+            text = str(error) if isinstance(error, Refused) else f"The row is not CSV: {error}."
+            row.problem = BadRequest(text)
+        yield row
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    """The names of the columns. Raises InvalidUser that says what is wrong with them."""
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except (Refused, csv.Error) as error:
+        raise BadRequest(f"The header line is not CSV: {error}") from None
+    errors = [(one.name, "is a column that is missing") for one in FIELDS if one.required]
+    errors = [error for error in errors if error[0] not in names]
+    for name in dict.fromkeys(names):
+        if name not in COLUMNS:
+            errors.append((name, f"is no column of users; there are {', '.join(COLUMNS)}"))
+        elif names.count(name) > 1:
+            errors.append((name, "is a column twice"))
+    if errors:
+        raise InvalidUser(
+            "The first line must name the columns; see errors. Nothing was written.",
+            errors=errors[: users.MAX_ERRORS],
+        )
+    return names
+
+
+def _members(cells: Mapping[str, str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """A row's cells as members of a user; an empty cell is one that is not given."""
+    members: dict[str, Any] = {}
+    errors: list[tuple[str, str]] = []
+    for name, cell in cells.items():
+        known = NAMES.get(name)
+        if not cell and (known is None or not known.required):
+            continue
+        members[name] = cell
+        if known is not None and known.kind == "jsonb":
+            try:
+                members[name] = Object(inputs.parsed(cell.encode(errors="replace")))
+                members[name].text = cell
+            except Problem as problem:
+                text = "must be a JSON object" if problem.errors else problem.detail
+                errors.append((name, text.replace("The body", "The cell")))
+    return members, errors
+
+
+# Import: writing
+
+_GIVEN = ", ".join(f"CAST(%({name})s AS {users.TYPES[name]}[])" for name in ("id", *NAMES))
+_NAMES = ", ".join(f'"{name}"' for name in ("id", *NAMES))
+_OLD = ", ".join(f'users."{name}"' for name in NAMES)
+_NEW = ", ".join(f'given."{name}"' for name in NAMES)
+_SET = ", ".join(f'"{name}" = given."{name}"' for name in NAMES)
+_TYPES = {name: f"{users.TYPES[name]}[]" for name in ("id", *NAMES)}
+
+# Whose address would change.
+MOVES = Statement(
+    f"SELECT FROM users JOIN unnest({_GIVEN}) AS given({_NAMES}) USING (id)"
+    " WHERE users.email <> given.email LIMIT 1",
+    _TYPES,
+    prepared=False,
+)
+# Whoever is there already, by id or by address, is left alone, and so is a row's own double.
+CREATE_MANY = Statement(
+    f"INSERT INTO users ({_NAMES}) SELECT {_NAMES} FROM unnest({_GIVEN}) WITH ORDINALITY"
+    f" AS given({_NAMES}, number) ORDER BY number ON CONFLICT DO NOTHING RETURNING id::text",
+    _TYPES,
+    prepared=False,
+)
+# Who is there: whether it was changed by this, and whether it was already as it should be.
+REPLACE_MANY = Statement(
+    f"WITH given AS (SELECT * FROM unnest({_GIVEN}) AS given({_NAMES})), changed AS ("
+    f"UPDATE users SET {_SET},"
+    " updated_at = greatest(now(), users.updated_at + interval '1 microsecond')"
+    f" FROM given WHERE users.id = given.id AND ROW({_OLD}) IS DISTINCT FROM ROW({_NEW})"
+    " AND (%(untouched)s IS NULL OR"
+    " users.updated_at < now() - make_interval(secs => %(untouched)s)) RETURNING users.id)"
+    " SELECT users.id::text, users.id IN (SELECT id FROM changed),"
+    f" ROW({_OLD}) IS NOT DISTINCT FROM ROW({_NEW}) FROM users JOIN given USING (id)",
+    _TYPES | {"untouched": "double precision"},
+    prepared=False,
+)
+
+
+def imported(kind: str, environ: Mapping[str, Any]) -> Iterator[bytes]:
+    """Create, or replace, the users in a body of the media type `kind`; gives the answer's lines
+    as they are done. Raises BadRequest or InvalidUser, before anything is written, for a file that
+    is not in UTF-8 or has not the right columns."""
+    lines = Lines(environ)
+    counts = dict.fromkeys(("rows", "created", "replaced", "unchanged", "refused"), 0)
+    batch: list[Row] = []
+    asked: set[str] = set()
+    size = 0
+    for row in _read_csv(lines) if kind == CSV else _read_ndjson(lines):
+        if row.problem is None:
+            row.check()
+        if row.asked and row.id in asked:
+            yield _done(batch, counts)  # of two, the later one is to be the last
+            batch, asked, size = [], set(), 0
+        batch.append(row)
+        if row.asked:
+            asked.add(row.id)
+        size += sum(len(value) for value in row.values.values() if isinstance(value, str))
+        if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES or lines.dry:
+            yield _done(batch, counts)
+            batch, asked, size = [], set(), 0
+    yield _done(batch, counts) + json.dumps(counts).encode() + b"\n"
+
+
+def _done(batch: list[Row], counts: dict[str, int]) -> bytes:
+    """Write a batch of rows; returns a line for each."""
+    rows = [row for row in batch if row.problem is None]
+    if rows:
+        try:
+            _write(rows)
+        except (Problem, Lost) as error:
+            problem = error if isinstance(error, Problem) else unknown()
+            left = [row for row in rows if not row.outcome and row.problem is None]
+            if problem.status == 409:
+                # Which of them is refused, by a unique index or by a constraint of the operator's
+                # own, only one after the other tells.
+                _singly(left)
+            else:
+                for row in left:
+                    row.problem = problem
+    for row in batch:
+        counts["rows"] += 1
+        counts["refused" if row.problem else row.outcome] += 1
+    return "".join(row.line() + "\n" for row in batch).encode()
+
+
+def _write(rows: list[Row]) -> None:
+    if any(row.asked for row in rows) and database.read(MOVES, _arrays(rows)):
+        # An address that a row frees may be another row's: only one after the other does as asked.
+        _singly(rows)
+        return
+    _create(rows)
+    left = [row for row in rows if not row.outcome]
+    if left:
+        _replace(left)
+    for row in left:
+        if not row.outcome and row.problem is None:
+            row.problem = EmailTaken()
+
+
+def _singly(rows: list[Row]) -> None:
+    for row in rows:
+        try:
+            if not row.asked:
+                users.insert(row.id, row.values)
+                row.outcome = "created"
+                continue
+            before = database.read(users.GET, {"id": row.id})
+            found = users.replace(row.id, row.values, users.Condition())
+            same = bool(before) and before[0][1] == found.version
+            row.outcome = "created" if found.created else "unchanged" if same else "replaced"
+        except Problem as problem:
+            row.problem = problem
+
+
+def _arrays(rows: Iterable[Row]) -> dict[str, list[Any]]:
+    columns = {name: [row.values[name] for row in rows] for name in NAMES}
+    return {"id": [row.id for row in rows]} | columns
+
+
+def _create(rows: list[Row]) -> None:
+    made, _ = database.write(CREATE_MANY, _arrays(rows))
+    ids = {user_id for (user_id,) in made}
+    for row in rows:
+        if row.id in ids:
+            row.outcome = "created"
+            ids.discard(row.id)
+
+
+def _replace(rows: list[Row]) -> None:
+    found, again = database.write(REPLACE_MANY, _arrays(rows))
+    states = {user_id: (changed, same) for user_id, changed, same in found}
+    for row in rows:
+        if row.id not in states:
+            continue
+        changed, same = states[row.id]
+        if again and not changed and not same:
+            row.problem = unknown()  # somebody has changed it since the run that was lost
+        elif not row.asked:
+            row.outcome = "created"  # by a run whose answer was lost: nobody else knows the id
+        else:
+            row.outcome = "replaced" if changed else "unchanged"

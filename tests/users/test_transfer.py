@@ -1,0 +1,349 @@
+"""Many users at once: what an import does with each row, and what an export gives."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness import (
+    Databases,
+    Reply,
+    ScriptedUpstream,
+    Service,
+    create_user,
+    invalid_fields,
+    new_email,
+    problem,
+)
+
+CSV, NDJSON = "text/csv", "application/x-ndjson"
+SUMMARY = ("rows", "created", "replaced", "unchanged", "refused")
+
+
+def send(service: Service, body: str | bytes, kind: str = CSV) -> Reply:
+    data = body.encode() if isinstance(body, str) else body
+    return service.call("POST", "/users", data, {"Content-Type": kind}, timeout=120)
+
+
+def told(reply: Reply) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    """The lines of an import's answer, and its counts in the order of SUMMARY."""
+    assert reply.status == 200, reply
+    assert reply.get("Content-Type") == NDJSON and reply.complete
+    assert reply.body.endswith(b"\n")
+    *lines, counts = [json.loads(line) for line in reply.body.splitlines()]
+    assert tuple(counts) == SUMMARY
+    assert counts["rows"] == len(lines) == sum(counts[name] for name in SUMMARY[1:])
+    return lines, tuple(counts.values())
+
+
+def export(service: Service, kind: str, query: str = "") -> Reply:
+    reply = service.call("GET", f"/users{query}", headers={"Accept": kind}, timeout=120)
+    assert reply.status == 200, reply
+    assert (reply.get("Content-Type") or "").startswith(kind)
+    assert reply.get("Vary") == "Accept"
+    return reply
+
+
+@pytest.fixture
+def alone(databases: Databases, upstream: ScriptedUpstream) -> Iterator[Service]:
+    """A service on an empty database of its own."""
+    with Service(POSTGRES_URI=databases.create(), UPSTREAM_URL=upstream.url) as running:
+        yield running
+
+
+def test_a_spreadsheet_is_imported_and_found(service: Service) -> None:
+    first, second = new_email(), new_email()
+    body = f'name,email,metadata\r\n"Lee, Ann",{first},"{{""plan"": ""pro""}}"\r\nBob,{second},\r\n'
+    lines, counts = told(send(service, body))
+    assert counts == (2, 2, 0, 0, 0)
+    assert [(line["line"], line["status"]) for line in lines] == [(2, 201), (3, 201)]
+    ann = service.call("GET", f"/users/{lines[0]['id']}").json()
+    assert (ann["name"], ann["email"], ann["metadata"]) == ("Lee, Ann", first, {"plan": "pro"})
+    assert service.call("GET", f"/users/{lines[1]['id']}").json()["metadata"] == {}
+
+
+def test_lines_of_json_are_imported(service: Service) -> None:
+    known, email = str(uuid.uuid4()), new_email()
+    rows = [{"email": new_email(), "name": "Ann"}, {"id": known, "email": email, "name": "Bob"}]
+    body = "\n".join(json.dumps(row) for row in rows)
+    lines, counts = told(send(service, body, NDJSON))
+    assert counts == (2, 2, 0, 0, 0)
+    assert lines[1] == {"line": 2, "status": 201, "id": known}
+    lines, counts = told(send(service, body, NDJSON))
+    assert counts == (2, 0, 0, 1, 1)
+    assert lines[0]["type"] == "urn:gatehouse:email-taken" and lines[0]["detail"]
+    assert lines[1] == {"line": 2, "status": 200, "id": known}
+    rows[1]["name"] = "Robert"
+    lines, counts = told(send(service, json.dumps(rows[1]), NDJSON))
+    assert counts == (1, 0, 1, 0, 0)
+    assert service.call("GET", f"/users/{known}").json()["name"] == "Robert"
+
+
+BAD_ROWS = {
+    "no JSON": ('{"email": ', 400, "malformed-json"),
+    "no object": ("[]", 422, "invalid-user"),
+    "two documents": ("{} {}", 400, "malformed-json"),
+    "not UTF-8": (b'{"email": "zo\xeb@example.com", "name": "Z"}', 400, "malformed-json"),
+    "a bad address": ('{"email": "ann", "name": "Ann"}', 422, "invalid-user"),
+    "no name": ('{"email": "ann@example.com"}', 422, "invalid-user"),
+    "an unknown member": ('{"email": "a@example.com", "name": "A", "x": 1}', 422, "invalid-user"),
+    "a bad id": ('{"id": "7", "email": "a@example.com", "name": "A"}', 422, "invalid-user"),
+    "NUL in metadata": (
+        '{"email": "a@example.com", "name": "A", "metadata": {"a": "\\u0000"}}',
+        422,
+        "invalid-user",
+    ),
+    "a line of a megabyte": ('{"email": "' + "a" * 1_000_000 + '"}', 400, "malformed-json"),
+}
+
+
+@pytest.mark.parametrize(("row", "status", "name"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_stops_no_other_and_is_named_by_its_line(
+    service: Service, row: str | bytes, status: int, name: str
+) -> None:
+    # Before it there is more than is looked at before anything is written.
+    filler = b"\n" * (1 << 20) if name == "malformed-json" and isinstance(row, bytes) else b""
+    good = [json.dumps({"email": new_email(), "name": "Ann"}).encode() for _ in range(2)]
+    bad = row if isinstance(row, bytes) else row.encode()
+    lines, counts = told(send(service, filler + b"\n".join([good[0], bad, good[1]]), NDJSON))
+    assert counts == (3, 2, 0, 0, 1)
+    assert [line["status"] for line in lines] == [201, status, 201]
+    assert lines[1]["line"] == len(filler) + 2
+    assert lines[1]["type"] == f"urn:gatehouse:{name}"
+    assert ("errors" in lines[1]) == (status == 422)
+
+
+BAD_CELLS = {
+    "a cell too few": ("Ann", 400),
+    "a cell too many": ("Ann,{email},,,", 400),
+    "a quote in the middle": ('Ann,"{email}"x,', 400),
+    "a half row at the end": ('Ann,"{email}', 400),
+    "metadata that is no JSON": ("Ann,{email},{{", 422),
+    "metadata that is no object": ("Ann,{email},[]", 422),
+    "no name": (",{email},", 422),
+    "a bad address": ("Ann,ann,", 422),
+    "an address in two lines": ('Ann,"a\n@example.com",', 422),
+}
+
+
+@pytest.mark.parametrize(("row", "status"), BAD_CELLS.values(), ids=BAD_CELLS)
+def test_a_bad_row_of_a_spreadsheet_is_named_by_its_line(
+    service: Service, row: str, status: int
+) -> None:
+    row = row.format(email=new_email())
+    body = f'name,email,metadata\n"A\nB",{new_email()},\nAnn,{new_email()},\n{row}'
+    lines, counts = told(send(service, body))
+    # A name in two lines is a bad row too; what follows it is counted on.
+    assert counts == (3, 1, 0, 0, 2)
+    assert [line["line"] for line in lines] == [2, 4, 5]
+    assert lines[2]["status"] == status and lines[2]["detail"]
+
+
+HEADERS = {
+    "an unknown column": ("email,name,phone\n", ["phone"]),
+    "a column twice": ("email,name,email\n", ["email"]),
+    "a column that is missing": ("name\n", ["email"]),
+    "both missing, one unknown": ("mail\n", ["email", "mail", "name"]),
+    "no header": ("ann@example.com,Ann\n", ["Ann", "ann@example.com", "email", "name"]),
+    "nothing": ("", ["email", "name"]),
+    "semicolons": ("email;name\n", ["email", "email;name", "name"]),
+}
+
+
+@pytest.mark.parametrize(("header", "fields"), HEADERS.values(), ids=HEADERS)
+def test_a_file_without_the_right_columns_is_refused_before_anything_is_written(
+    alone: Service, header: str, fields: list[str]
+) -> None:
+    reply = send(alone, header + f"{new_email()},Ann,x\n" if header else "")
+    assert invalid_fields(problem(reply, 422, "invalid-user")) == fields
+    assert alone.call("GET", "/users").json()["users"] == []
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_a_file_in_another_encoding_is_refused_before_anything_is_written(
+    alone: Service, encoding: str
+) -> None:
+    rows = [f"{new_email()},Ann\n" for _ in range(3000)]
+    body = "email,name\n" + "".join(rows) + f"{new_email()},Zo\u00eb\n"
+    reply = send(alone, body.encode(encoding))
+    assert "UTF-8" in problem(reply, 400, "bad-request")["detail"]
+    assert alone.call("GET", "/users").json()["users"] == []
+
+
+def test_a_byte_order_mark_and_any_order_and_blank_lines_are_taken(service: Service) -> None:
+    body = f"\ufeffid,updated_at,name,email\r\n\r\n,whenever,Ann,{new_email()}\r\n"
+    lines, counts = told(send(service, body))
+    assert counts == (1, 1, 0, 0, 0)
+    assert lines[0]["line"] == 3
+    body = "\ufeff" + json.dumps({"email": new_email(), "name": "Ann"})
+    assert told(send(service, body, NDJSON))[1] == (1, 1, 0, 0, 0)
+
+
+def test_a_file_with_a_header_alone_is_no_rows(service: Service) -> None:
+    assert told(send(service, "email,name\n"))[1] == (0, 0, 0, 0, 0)
+    assert told(send(service, "", NDJSON))[1] == (0, 0, 0, 0, 0)
+
+
+def test_a_row_that_comes_twice_is_one_user(service: Service) -> None:
+    email, user = new_email(), str(uuid.uuid4())
+    body = f"email,name\n{email},Ann\n{email.upper()},Bob\n"
+    lines, counts = told(send(service, body))
+    assert counts == (2, 1, 0, 0, 1) and lines[1]["status"] == 409
+    body = f"id,email,name\n{user},{user}@example.com,Ann\n{user.upper()},{user}@example.com,Bob\n"
+    lines, counts = told(send(service, body))
+    assert counts == (2, 1, 1, 0, 0)
+    assert service.call("GET", f"/users/{user}").json()["name"] == "Bob"
+
+
+def test_addresses_may_change_hands_within_a_file(service: Service) -> None:
+    """Each row is a call of its own, in order, though several hundred are one statement."""
+    one, two = (create_user(service).json() for _ in range(2))
+    spare = new_email()
+    rows = [
+        one | {"email": spare},
+        two | {"email": one["email"]},
+        {"email": two["email"], "name": "Cy"},
+        {"email": spare, "name": "Dee"},
+    ]
+    lines, counts = told(send(service, "\n".join(map(json.dumps, rows)), NDJSON))
+    assert [line["status"] for line in lines] == [200, 200, 201, 409]
+    assert counts == (4, 1, 2, 0, 1)
+
+
+def test_an_id_that_is_new_with_an_address_that_is_taken_is_refused(service: Service) -> None:
+    taken = create_user(service).json()
+    row = {"id": str(uuid.uuid4()), "email": taken["email"], "name": "Bob"}
+    lines, counts = told(send(service, json.dumps(row), NDJSON))
+    assert counts == (1, 0, 0, 0, 1) and lines[0]["status"] == 409
+    assert service.call("GET", f"/users/{taken['id']}").json() == taken
+
+
+def some_users(service: Service, count: int) -> None:
+    rows = [
+        {
+            "email": f"{number}.{new_email()}",
+            "name": f'Nö "{number}", x',
+            "metadata": {"n": number, "list": [1.50, "a,b\n", None]},
+        }
+        for number in range(count)
+    ]
+    assert told(send(service, "\n".join(map(json.dumps, rows)), NDJSON))[1][1] == count
+
+
+def all_users(service: Service) -> list[dict[str, Any]]:
+    body = export(service, NDJSON).body
+    return [json.loads(line) for line in body.splitlines()]
+
+
+@pytest.mark.parametrize("kind", [CSV, NDJSON])
+def test_importing_an_export_elsewhere_makes_the_same_users(
+    alone: Service, databases: Databases, upstream: ScriptedUpstream, kind: str
+) -> None:
+    some_users(alone, 1203)  # not a multiple of a batch
+    users = all_users(alone)
+    assert [user["id"] for user in users] == sorted(user["id"] for user in users)
+    assert len(users) == 1203
+    body = export(alone, kind).body
+    with Service(POSTGRES_URI=databases.create(), UPSTREAM_URL=upstream.url) as other:
+        assert told(send(other, body, kind))[1] == (1203, 1203, 0, 0, 0)
+        times = {"created_at": 0, "updated_at": 0}
+        assert [user | times for user in all_users(other)] == [user | times for user in users]
+        assert told(send(other, body, kind))[1] == (1203, 0, 0, 1203, 0)
+    assert told(send(alone, body, kind))[1] == (1203, 0, 0, 1203, 0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 500, 1000])
+def test_an_export_is_all_users(alone: Service, count: int) -> None:
+    some_users(alone, count) if count else None
+    text = export(alone, CSV).body.decode()
+    header, *rows = csv.reader(io.StringIO(text, newline=""))
+    assert header == ["id", "email", "name", "metadata", "created_at", "updated_at"]
+    users = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [user | {"metadata": json.loads(user["metadata"])} for user in users] == all_users(alone)
+    assert len(users) == count
+    assert text.endswith("\r\n")
+
+
+def test_an_export_is_of_those_that_match(service: Service) -> None:
+    user = create_user(service, name=f"Zed {uuid.uuid4().hex}").json()
+    word = user["name"].split()[1].upper()
+    assert [json.loads(export(service, NDJSON, f"?q={word}").body)] == [user]
+    assert export(service, CSV, f"?email={user['email']}").body.count(b"\r\n") == 2
+    assert export(service, NDJSON, f"?after={'f' * 8}-ffff-ffff-ffff-{'f' * 12}").body == b""
+    for query in ("limit=5", "count=true", "x=1"):
+        reply = service.call("GET", f"/users?{query}", headers={"Accept": CSV})
+        problem(reply, 422, "invalid-query")
+
+
+def test_what_is_asked_for_may_be_one_of_several(service: Service) -> None:
+    for accept, kind in {
+        "": "application/json",
+        "*/*": "application/json",
+        "text/csv, */*;q=0.1": "text/csv",
+        "text/csv;q=0.5, application/json": "application/json",
+        "text/*": "text/csv",
+        "application/*": "application/json",
+        "image/png": "application/json",
+        "application/x-ndjson": "application/x-ndjson",
+        "text/csv;q=0": "application/json",
+    }.items():
+        reply = service.call("GET", "/users?q=nobody-has-this", headers={"Accept": accept})
+        assert (reply.get("Content-Type") or "").split(";")[0] == kind, accept
+
+
+def test_an_export_of_a_dead_database_is_503(start: Any) -> None:
+    service = start()
+    for kind in (CSV, NDJSON):
+        reply = service.call("GET", "/users", headers={"Accept": kind})
+        problem(reply, 503, "database-unavailable")
+
+
+def test_a_dead_database_refuses_each_row_of_an_import(start: Any) -> None:
+    lines, counts = told(send(start(), "email,name\na@example.com,A\nb,B\n"))
+    assert counts == (2, 0, 0, 0, 2)
+    assert [line["status"] for line in lines] == [503, 422]
+
+
+def test_a_constraint_of_the_operators_own_refuses_one_row(
+    alone: Service, databases: Databases
+) -> None:
+    with databases.admin(alone.environ["POSTGRES_URI"]) as cursor:
+        cursor.execute("CREATE UNIQUE INDEX one_of_a_name ON users (name) WHERE name = 'Bob'")
+    body = "email,name\n" + "".join(
+        f"{new_email()},{name}\n" for name in ("Ann", "Bob", "Cy", "Bob", "Dee")
+    )
+    lines, _ = told(send(alone, body))
+    assert [line["status"] for line in lines] == [201, 201, 201, 409, 201]
+
+
+def test_a_client_without_a_token_imports_nothing(start: Any, database: str) -> None:
+    service = start(POSTGRES_URI=database, USERS_TOKEN="t")
+    problem(send(service, "email,name\n"), 401, "unauthorized")
+
+
+def test_a_hundred_thousand_rows_take_flat_memory_and_less_than_a_minute(alone: Service) -> None:
+    import psutil
+
+    tag = uuid.uuid4().hex[:8]
+    header = "id,email,name,metadata\n"
+    rows = "".join(
+        f'{uuid.uuid4()},{tag}.{n}@example.com,User {n},"{{""plan"": ""pro"", ""n"": {n}}}"\n'
+        for n in range(100_000)
+    )
+    process = psutil.Process(alone.process.pid)
+    worker = (process.children() or [process])[0]
+    assert told(send(alone, header + rows[: rows.index("\n") + 1]))[1][1] == 1
+    before = worker.memory_info().rss
+    lines, counts = told(send(alone, header + rows))
+    assert counts == (100_000, 99_999, 0, 1, 0)
+    assert len(lines) == 100_000
+    del lines
+    assert len(export(alone, CSV).body) > 10_000_000
+    # The old server keeps what a client has not read yet, about 20 MB here.
+    assert worker.memory_info().rss - before < 100 << 20
