@@ -44,7 +44,7 @@ from server import workers
 from server.exchange import Patience
 from server.server import Options, Server
 from server.systemd import Notifier
-from services import inputs, transfer, users
+from services import browser, inputs, transfer, users
 from services.health import Health
 from services.proxy import Proxy
 from services.values import new_id, valid_id
@@ -64,6 +64,8 @@ BULK_THREADS = 8
 JSON = "application/json"
 # Media types of many users at once, for which the server has threads of their own.
 BULK = (transfer.CSV, transfer.NDJSON)
+HTML = "text/html"
+LISTS = (JSON, *BULK, HTML)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
@@ -113,7 +115,10 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
 # /health
 
 
-def get_health() -> dict[str, Any]:
+def get_health() -> dict[str, Any] | bytes:
+    response.set_header("Vary", "Accept")
+    if inputs.preferred(request.environ.get("HTTP_ACCEPT"), JSON, HTML) == HTML:
+        return _page("health")
     report: dict[str, Any] = request.app.health.report(_asked())
     return report
 
@@ -154,9 +159,11 @@ def _asked() -> float:
 # /users
 
 
-def list_users() -> str | Iterator[bytes]:
+def list_users() -> str | bytes | Iterator[bytes]:
     response.set_header("Vary", "Accept")
-    kind = inputs.preferred(request.environ.get("HTTP_ACCEPT"), JSON, *BULK)
+    kind = inputs.preferred(request.environ.get("HTTP_ACCEPT"), *LISTS)
+    if kind == HTML:
+        return _page("users")
     asked = _page_query(request.query_string, kind)
     if kind in BULK:
         response.content_type = kind + ("; charset=utf-8" if kind == transfer.CSV else "")
@@ -203,6 +210,14 @@ def patch_user(user_id: str) -> str:
 def delete_user(user_id: str) -> None:
     users.delete(_existing(user_id), _condition())
     response.status = 204
+
+
+def _page(name: str) -> bytes:
+    page: browser.BrowserPage = request.app.pages[name]
+    response.content_type = f"{HTML}; charset=utf-8"
+    response.set_header("Content-Security-Policy", page.policy)
+    response.set_header("Referrer-Policy", "no-referrer")
+    return page.html
 
 
 def _json(body: str) -> str:
@@ -308,6 +323,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
     def __init__(self, settings: Settings, health: Health) -> None:
         super().__init__()
         self.health = health
+        self.pages = {name: browser.load(name) for name in ("users", "health")}
         self.tokens = [] if settings.users_auth == "none" else list(settings.users_token)
         self.patience = settings.db_pool_timeout
         self.config["catchall"] = False  # exceptions come to __call__
@@ -342,10 +358,12 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         if owner is None:
             raise NotFound("This path is not Gatehouse's; only its own server forwards requests.")
         if owner[1] == "users":
-            self.authorize(environ.get("HTTP_AUTHORIZATION"))
-            waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
             headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
-            if waited > self.patience and not _is_bulk(environ["REQUEST_METHOD"], *headers):
+            asked = asked_for(path, environ["REQUEST_METHOD"], *headers)
+            if asked != "page":
+                self.authorize(environ.get("HTTP_AUTHORIZATION"))
+            waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
+            if waited > self.patience and not asked:
                 raise DatabaseUnavailable("Too many requests wait for the database.")
         # Bottle drops octets of a path that are not UTF-8 (bottle.py:981: `/us%FFers` would be
         # `/users`), its expressions ignore a line feed at the end (:441), and it takes any case
@@ -386,11 +404,17 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         raise RuntimeError(f"{error.status_line}: {error.body}") from error.exception
 
 
-def _is_bulk(method: str, content_type: str | None, accept: str | None) -> bool:
-    """Whether a request for /users is an import or an export."""
+def asked_for(path: str, method: str, content_type: str | None, accept: str | None) -> str:
+    """What a request is about: the `page` for browsers, which holds nobody's data, many users in
+    `bulk`, or anything else."""
+    if path.removesuffix("/") != "/users":
+        return ""
     if method == "POST":
-        return inputs.media_type(content_type) in BULK
-    return method == "GET" and inputs.preferred(accept, JSON, *BULK) in BULK
+        return "bulk" if inputs.media_type(content_type) in BULK else ""
+    if method not in ("GET", "HEAD"):
+        return ""
+    kind = inputs.preferred(accept, *LISTS)
+    return "page" if kind == HTML else "bulk" if kind in BULK else ""
 
 
 def own_fields(request_id: str) -> list[Field]:
@@ -444,12 +468,15 @@ class Gatehouse:
             self.proxy.admit(head)
             return "proxy", self.max_body
         if owner[1] == "users":
-            given = head.values.get("authorization")
-            self.owned.authorize(None if given is None else ", ".join(given))
-            if head.path.removesuffix("/") == "/users":
-                kind, accept = (head.values.get(name) for name in ("content-type", "accept"))
-                if _is_bulk(head.method, ", ".join(kind or ()), ", ".join(accept or ())):
-                    return "bulk", self.max_body
+            names = ("content-type", "accept", "authorization")
+            values = (head.values.get(name) for name in names)
+            kind, accept, given = (None if one is None else ", ".join(one) for one in values)
+            asked = asked_for(head.path, head.method, kind, accept)
+            if asked == "page":
+                return "live", inputs.MAX_BYTES
+            self.owned.authorize(given)
+            if asked == "bulk":
+                return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):
             return "live", inputs.MAX_BYTES  # it waits for nothing, nor behind what does
         return owner[1], inputs.MAX_BYTES

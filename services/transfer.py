@@ -17,6 +17,7 @@ from typing import Any
 from peewee import SQL, Cast
 
 from models import User, database
+from postgres.casing import lowered
 from postgres.statements import Lost, Statement, unknown
 from problems import (
     BadRequest,
@@ -285,6 +286,13 @@ MOVES = Statement(
     _TYPES,
     prepared=False,
 )
+# Whose address another user has.
+TAKEN = Statement(
+    f"SELECT given.id::text FROM unnest({_GIVEN}) AS given({_NAMES}) JOIN users"
+    f" ON {lowered('users.email')} = {lowered('given.email')} AND users.id <> given.id",
+    _TYPES,
+    prepared=False,
+)
 # Whoever is there already, by id or by address, is left alone, and so is a row's own double.
 CREATE_MANY = Statement(
     f"INSERT INTO users ({_NAMES}) SELECT {_NAMES} FROM unnest({_GIVEN}) WITH ORDINALITY"
@@ -363,9 +371,12 @@ def _write(rows: list[Row]) -> None:
     left = [row for row in rows if not row.outcome]
     if left:
         _replace(left)
-    for row in left:
-        if not row.outcome and row.problem is None:
-            row.problem = EmailTaken()
+    left = [row for row in left if not row.outcome and row.problem is None]
+    if left:
+        taken = {user_id for (user_id,) in database.read(TAKEN, _arrays(left))}
+        for row in left:
+            row.problem = EmailTaken() if row.id in taken else None
+        _singly([row for row in left if row.problem is None])
 
 
 def _singly(rows: list[Row]) -> None:
