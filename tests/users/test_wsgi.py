@@ -36,12 +36,10 @@ def application(database: str) -> Iterator[TestApp]:
 
 
 @pytest.fixture
-def alone() -> Iterator[TestApp]:
+def alone(database: str) -> Iterator[TestApp]:
     """An application whose database is not there, and that asks for a token."""
-    before = users_database.uri, users_database._libpq
     yield made(DEAD_DATABASE, USERS_TOKEN=TOKEN)
-    users_database.uri, users_database._libpq = before
-    users_database._forget()
+    made(database)  # The models have one database, which is where it was again.
 
 
 def user(application: TestApp) -> TestResponse:
