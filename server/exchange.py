@@ -236,7 +236,7 @@ class Exchange:
             self._part_towards_upstream(data)
             return b""
         assert self.body is not None
-        if self._head is not None:
+        if data and self._head is not None:
             self._head.expects = False  # It does not wait to be asked.
         piece, rest = self.body.feed(data)
         if self.body.malformed:
@@ -477,8 +477,11 @@ class Exchange:
         """Pass on what has arrived of a large body from socket to socket, without taking it into
         this process; False where that cannot be done now."""
         answer = self._answer
-        if self.client.queued or answer is None or not isinstance(answer.body, Sized):
+        if answer is None or not isinstance(answer.body, Sized):
             return False
+        if self.client.queued:
+            self._pause_upstream()  # It does not keep up: what is read for it is kept here.
+            return True
         try:
             moved = self.client.pass_from(connection)
         except WAIT:
@@ -491,7 +494,7 @@ class Exchange:
         self._silent_since = self.loop.now
         if answer.body.complete:
             self._end_answer(keep=True)
-        elif self.client.queued > HIGH_WATER:
+        elif self.client.queued:
             self._pause_upstream()
         else:
             self._wait_for_piece()

@@ -6,6 +6,7 @@ One thread turns it, and that thread owns every socket. Others reach it by `call
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import heapq
 import logging
@@ -302,3 +303,10 @@ class Portable:
                 (READ if mask & selectors.EVENT_READ else 0)
                 | (WRITE if mask & selectors.EVENT_WRITE else 0),
             )
+
+
+def give_memory_back() -> None:
+    """Give the system what was freed: glibc keeps that for the next who asks, although a crowd that
+    has gone may never come again."""
+    with contextlib.suppress(OSError, AttributeError):  # Another C library has no such function.
+        ctypes.CDLL(None).malloc_trim(0)

@@ -20,7 +20,7 @@ from server.exchange import Exchange, Patience, State
 from server.jobs import Job, Lane
 from server.listener import connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
-from server.loop import NEVER, READ, Loop, Timer
+from server.loop import NEVER, READ, Loop, Timer, give_memory_back
 from server.upstream import Connector, Upstream
 from wire.answer import Answer
 from wire.fields import Field
@@ -31,6 +31,8 @@ log = logging.getLogger("gatehouse")
 BACKLOG = 1024
 # Threads that make connections to the upstream, at most and at once.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
+# When half of more clients than this have gone, memory is given back.
+CROWD = 100
 # While it drains, an idle connection is kept for so many seconds: its client may just be asking.
 IDLE_SECONDS = 1.0
 # A worker lets the others be first for this many seconds for each client that one of them has
@@ -147,6 +149,7 @@ class Server:
         self._deadline = NEVER
         self._others: tuple[int, ...] = ()
         self._in_vain = 0
+        self._most_clients = 0  # of late
 
     # Serving.
 
@@ -333,6 +336,10 @@ class Server:
         self._see_to_logs()
         self.application.board.turned(self.loop.longest_turn)
         self.loop.longest_turn = 0.0
+        self._most_clients = max(self._most_clients, len(self._clients))
+        if self._most_clients > CROWD and len(self._clients) < self._most_clients / 2:
+            self._most_clients = len(self._clients)
+            give_memory_back()
 
     def _write_log(self) -> None:
         lines, self._lines = self._lines, []

@@ -43,6 +43,7 @@ class Stream:
         "_error",
         "_events",
         "_fd",
+        "_move_bytes",
         "_paused",
         "_pending",
         "_read_bytes",
@@ -69,6 +70,9 @@ class Stream:
         self._events = 0
         self._paused = False
         self._read_bytes = READ_BYTES
+        # So much is moved at once: more as long as the other side takes all of it, for what it
+        # does not take is kept here.
+        self._move_bytes = READ_BYTES
         self._deaf = False  # whether the other side takes nothing any more
         self._ending = False  # whether the sending half ends when all is sent
         self._write_waits_for_read = False
@@ -122,6 +126,7 @@ class Stream:
         """Read no more for now."""
         if not self._paused:
             self._paused = True
+            self._read_bytes = READ_BYTES
             self.watch()
 
     def resume(self) -> None:
@@ -320,7 +325,7 @@ class Stream:
         OSError where there is nothing to read, or the connection is broken."""
         source, target = self._fd, other._fd
         intake, outlet = self.loop.pipe()
-        taken = os.splice(source, intake, min(most, PIPE_BYTES), flags=SPLICE)
+        taken = os.splice(source, intake, min(most, self._move_bytes), flags=SPLICE)
         if not taken:
             return None
         given = 0
@@ -331,6 +336,7 @@ class Stream:
         rest = b""
         while len(rest) < taken - given:
             rest += os.read(outlet, taken - given)
+        self._move_bytes = READ_BYTES if rest else min(self._move_bytes + READ_BYTES, PIPE_BYTES)
         return taken, rest
 
     def untaken(self) -> int:

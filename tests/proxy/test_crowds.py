@@ -358,3 +358,46 @@ def test_a_client_that_waits_for_its_answer_is_not_idle(
     with service.client() as client:
         client.send(request(b"GET /slow HTTP/1.1"))
         assert client.reply().body == b"ok"
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 8388608", b"Transfer-Encoding: chunked"])
+def test_readers_that_take_a_few_bytes_cost_the_others_nothing_and_give_memory_back(
+    start: Start, framing: bytes
+) -> None:
+    """32 bytes in five seconds, each of 300. What was kept for them stayed with the process."""
+    block = bytes(65536)
+    piece = block if b"Length" in framing else b"10000\r\n" + block + b"\r\n"
+
+    def pour(sock: socket.socket, seen: Seen) -> None:
+        if seen.target == b"/x":
+            return ok(sock, seen)
+        sock.sendall(message(b"HTTP/1.1 200 OK", framing))
+        for _ in range(128):
+            sock.sendall(piece)
+        return None
+
+    upstream = ScriptedUpstream(pour)
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=1)
+    process = psutil.Process(service.process.pid)
+    others_are_served(service, 20)
+    before = process.memory_info().rss
+    with contextlib.ExitStack() as stack:
+        stack.callback(upstream.close)
+        readers = []
+        for _ in range(300):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(15)
+            sock.connect(("127.0.0.1", service.port))
+            sock.sendall(request(b"GET /big HTTP/1.1"))
+            assert sock.recv(32).startswith(b"HTTP/1.1 200 OK\r\n")
+            readers.append(sock)
+        for _ in range(3):
+            others_are_served(service, 20)
+            for sock in readers:
+                assert len(sock.recv(32)) == 32
+        assert upstream_part(service) == (len(readers), 0)
+        # Each has a buffer full that it has not taken.
+        assert process.memory_info().rss - before < len(readers) * 640 * KIB
+    wait_for(lambda: upstream_part(service) == (0, 0), 2, "their places")
+    wait_for(lambda: process.memory_info().rss - before < 8 * KIB * KIB, 5, "the memory")
