@@ -1,12 +1,47 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from tests.harness import Databases, ScriptedUpstream, Service
+
+BESIDE = pytest.StashKey[Future[None]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that run beside all others are waited for at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the tests that run beside all others; they have no fixtures."""
+    for item in session.items:
+        if item.get_closest_marker("beside") and not session.config.option.collectonly:
+            future = item.stash[BESIDE] = Future[None]()
+            threading.Thread(target=run_beside, args=(item, future), daemon=True).start()
+
+
+def run_beside(item: Any, future: Future[None]) -> None:
+    try:
+        item.obj()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Wait for a test that has run beside the others, instead of running it."""
+    if (future := pyfuncitem.stash.get(BESIDE, None)) is None:
+        return None
+    future.result(180)
+    return True
 
 
 @pytest.fixture(scope="session")
