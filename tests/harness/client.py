@@ -40,10 +40,15 @@ class Reply:
 
 
 class RawClient:
-    """A client connection: sends bytes as they are given, parses answers strictly."""
+    """A client connection: sends bytes as they are given, parses answers strictly. `room` is how
+    many bytes its kernel takes that are not read yet; the kernel decides unless it is given."""
 
-    def __init__(self, port: int, timeout: float = 15) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+    def __init__(self, port: int, timeout: float = 15, room: int | None = None) -> None:
+        self.sock = socket.socket()
+        self.sock.settimeout(timeout)
+        if room is not None:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        self.sock.connect(("127.0.0.1", port))
         self.buffer = b""
 
     def send(self, data: bytes) -> None:

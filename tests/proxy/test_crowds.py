@@ -385,17 +385,14 @@ def test_readers_that_take_a_few_bytes_cost_the_others_nothing_and_give_memory_b
         stack.callback(upstream.close)
         readers = []
         for _ in range(300):
-            sock = stack.enter_context(socket.socket())
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.settimeout(15)
-            sock.connect(("127.0.0.1", service.port))
-            sock.sendall(request(b"GET /big HTTP/1.1"))
-            assert sock.recv(32).startswith(b"HTTP/1.1 200 OK\r\n")
-            readers.append(sock)
+            reader = stack.enter_context(RawClient(service.port, room=4096))
+            reader.send(request(b"GET /big HTTP/1.1"))
+            assert reader.sock.recv(32).startswith(b"HTTP/1.1 200 OK\r\n")
+            readers.append(reader)
         for _ in range(3):
             others_are_served(service, 20)
-            for sock in readers:
-                assert len(sock.recv(32)) == 32
+            for reader in readers:
+                assert len(reader.sock.recv(32)) == 32
         assert upstream_part(service) == (len(readers), 0)
         # Each has a buffer full that it has not taken.
         assert process.memory_info().rss - before < len(readers) * 640 * KIB

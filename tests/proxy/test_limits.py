@@ -410,15 +410,12 @@ def test_slow_senders_and_readers_that_never_read_cost_the_others_nothing(
     wait_for(lambda: latency(service, "/health/live", 1) < 1, what="life afterwards")
 
 
-def reader_that_never_reads(service: Service) -> socket.socket:
+def reader_that_never_reads(service: Service) -> RawClient:
     """A connection on which 32 MiB have begun to arrive and stay unread."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.settimeout(15)
-    sock.connect(("127.0.0.1", service.port))
-    sock.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert sock.recv(15, socket.MSG_PEEK) == b"HTTP/1.1 200 OK"
-    return sock
+    client = RawClient(service.port, room=4096)
+    client.send(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert client.sock.recv(15, socket.MSG_PEEK) == b"HTTP/1.1 200 OK"
+    return client
 
 
 def trickle_into(senders: list[RawClient], stop: threading.Event) -> None:

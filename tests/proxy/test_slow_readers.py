@@ -29,23 +29,18 @@ def answer(sock: socket.socket, seen: Seen) -> bool:
     return seen.target != b"/close"
 
 
-def begin(service: Service, target: bytes, buffer: int | None) -> RawClient:
-    """A client that has asked, with a receive buffer of so many bytes."""
-    client = RawClient.__new__(RawClient)
-    client.sock, client.buffer = socket.socket(), b""
-    if buffer:
-        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    client.sock.settimeout(30)
-    client.sock.connect(("127.0.0.1", service.port))
+def begin(service: Service, target: bytes, room: int | None) -> RawClient:
+    """A client that has asked, whose kernel takes so many bytes for it."""
+    client = RawClient(service.port, 30, room)
     client.send(request(b"GET %s HTTP/1.1" % target))
     return client
 
 
 def read_steadily(
-    service: Service, target: bytes, rate: int, every: float, buffer: int | None
+    service: Service, target: bytes, rate: int, every: float, room: int | None
 ) -> None:
     """Read `rate` bytes a second, some of them every so many seconds, then all of the rest."""
-    with begin(service, target, buffer) as client:
+    with begin(service, target, room) as client:
         until = time.monotonic() + SECONDS
         while time.monotonic() < until:
             threading.Event().wait(every)
@@ -87,9 +82,9 @@ def test_whoever_reads_steadily_is_served_to_the_end_and_whoever_does_not_is_cut
     upstream = ScriptedUpstream(answer)
     with Service(UPSTREAM_URL=upstream.url) as service, ThreadPoolExecutor(16) as threads:
         readers = [
-            threads.submit(read_steadily, service, target, rate, every, buffer)
+            threads.submit(read_steadily, service, target, rate, every, room)
             for target in (b"/length", b"/chunked", b"/close")
-            for rate, every, buffer in (
+            for rate, every, room in (
                 (5_000, 0.5, 4096),
                 (5_000, 0.5, None),
                 (20_000, 2.0, 65536),
