@@ -451,22 +451,27 @@ class Client(Stream):
         if self.queued:
             self.phase = Phase.FLUSHING
             return
-        self._settle()
-        unread = self._unread or (self._close and (self._ahead or self.paused))
-        if unread and not self.ended_reading:
-            self._linger()
-        elif self._close:
-            self.hang_up()
-        else:
-            self.phase = Phase.READING
-            self._forget_answer()
-            self._began = self.loop.now if self._ahead else 0.0
-            self._received = len(self._ahead)
-            self.idle_since = self.loop.now
-            self._timer.set(self._patience())
-            if self.paused:
-                self.resume()
-            self._read_requests()
+        try:
+            self._settle()
+            unread = self._unread or (self._close and (self._ahead or self.paused))
+            if unread and not self.ended_reading:
+                self._linger()
+            elif self._close:
+                self.hang_up()
+            else:
+                self.phase = Phase.READING
+                self._forget_answer()
+                self._began = self.loop.now if self._ahead else 0.0
+                self._received = len(self._ahead)
+                self.idle_since = self.loop.now
+                self._timer.set(self._patience())
+                if self.paused:
+                    self.resume()
+                self._read_requests()
+        except Exception:
+            # Whoever answered may have let go of all that was its own: nobody else ends this one.
+            self.abandon()
+            raise
 
     def _settle(self) -> None:
         """The request is behind us: let go of whoever answered it, and tell the log. Once."""

@@ -1,0 +1,281 @@
+"""A client connection, with a real socket and whoever answers it not there."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from problems import Problem
+from server.client import READER_LOOK_SECONDS, REQUEST_SECONDS, Client, Phase
+from server.loop import Loop
+from tests.harness import request
+from wire.request import Head
+
+
+class Responder:
+    """Whoever answers: what it is told is remembered, and the test answers."""
+
+    def __init__(self, client: Client, head: Head) -> None:
+        self.client = client
+        self.head = head
+        self.body = head.body()
+        self.tunnel = False
+        self.data = b""
+        self.told: list[str] = []
+        self.fails = False
+
+    @property
+    def wants_body(self) -> bool:
+        return self.tunnel or (self.body is not None and not self.body.complete)
+
+    def from_client(self, data: bytes) -> bytes:
+        if self.fails:
+            raise ValueError("as it never should")
+        if self.tunnel:
+            self.data += data
+            return b""
+        assert self.body is not None
+        piece, rest = self.body.feed(data)
+        self.data += piece
+        return rest
+
+    def client_drained(self) -> None:
+        self.told.append("drained")
+
+    def client_ended(self) -> None:
+        self.told.append("ended")
+
+    def settled(self) -> None:
+        self.told.append("settled")
+
+    def answer(self, body: bytes = b"ok") -> None:
+        self.client.begin("200 OK", [("Content-Length", str(len(body)))], length=len(body), dated=True)  # fmt: skip
+        self.client.write(body)
+        self.client.finish()
+
+    def switch(self) -> None:
+        self.tunnel = True
+        self.client.switch("101 Switching Protocols", [])
+
+
+class Desk:
+    """What lets a client in: it gives each request to a responder of the test's."""
+
+    keepalive = 120.0
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.closing = False
+        self.responders: list[Responder] = []
+        self.lines: list[str] = []
+        self.gone: list[Client] = []
+        self.refused_with: list[str] = []
+        self.log_fails = False
+
+    def respond(self, client: Client, head: Head) -> None:
+        responder = Responder(client, head)
+        anything: Any = responder
+        client.responder = anything
+        self.responders.append(responder)
+
+    def answered(self, client: Client, head: Head, seconds: float) -> None:
+        if self.log_fails:
+            raise ValueError("as it never should")
+        self.lines.append(f"{head.method} {head.target} {client.status[:3]}")
+
+    def refused(self, problem: Problem) -> None:
+        self.refused_with.append(problem.name)
+
+    def left(self, client: Client) -> None:
+        self.gone.append(client)
+
+    def turn(self, until: Callable[[], Any] = lambda: True) -> None:
+        for _ in range(1000):
+            self.loop.call(lambda: None)
+            self.loop.turn()
+            if until():
+                return
+        raise AssertionError("it did not come to that")
+
+    def pass_time(self, seconds: float) -> None:
+        """So many seconds pass; the real clock comes back with the next turn."""
+        self.loop.now += seconds
+        self.loop._take_timers(self.loop.now)
+        self.loop.turn_over()
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    desk = Desk()
+    yield desk
+    desk.loop.shut()
+
+
+Pair = tuple[Client, socket.socket]
+
+
+@pytest.fixture
+def let_in(desk: Desk) -> Iterator[Callable[[], Pair]]:
+    made: list[Pair] = []
+
+    def let_in() -> Pair:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            far = socket.create_connection(listener.getsockname())
+            near, _ = listener.accept()
+        near.setblocking(False)
+        far.settimeout(5)
+        anything: Any = desk
+        made.append((Client(anything, near, ("127.0.0.1", 1)), far))
+        return made[-1]
+
+    yield let_in
+    for client, far in made:
+        client.hang_up()
+        far.close()
+    desk.loop.turn_over()
+
+
+def test_a_request_is_one_wherever_it_is_split(desk: Desk, let_in: Callable[[], Pair]) -> None:
+    data = request(b"POST /a HTTP/1.1", b"Content-Length: 5", body=b"hello") + request(b"GET /b HTTP/1.1")  # fmt: skip
+    for at in range(1, len(data)):
+        client, far = let_in()
+        client.received(data[:at])
+        client.received(data[at:])
+        first = desk.responders[-1]
+        assert (first.head.target, first.data) == ("/a", b"hello"), at
+        first.answer()
+        second = desk.responders[-1]
+        assert second is not first and second.head.target == "/b", at
+        second.answer(b"done")
+        assert first.told == second.told == ["settled"]
+        assert client.phase is Phase.READING and client.idle
+        client.hang_up()
+        far.close()
+
+
+def fill(client: Client) -> None:
+    """Write until the client does not take it any more."""
+    while not client.queued:
+        client.write(bytes(65536))
+
+
+def empty(desk: Desk, client: Client, far: socket.socket) -> None:
+    """Read at the other end until all has been taken."""
+    far.setblocking(False)
+    for _ in range(10_000):
+        try:
+            far.recv(1 << 20)
+        except BlockingIOError:
+            if not client.queued:
+                return
+        desk.turn()
+    raise AssertionError("it is never taken")
+
+
+def test_no_clock_of_a_request_is_that_of_a_tunnel(desk: Desk, let_in: Callable[[], Pair]) -> None:
+    """A tunnel in which either side had once made the other wait was cut after half a minute."""
+    client, far = let_in()
+    client.received(request())
+    responder = desk.responders[0]
+    responder.switch()
+    # The client has been slow once, and has once been made to wait.
+    fill(client)
+    empty(desk, client, far)
+    client.pause()
+    client.resume()
+    for _ in range(10):
+        desk.pass_time(READER_LOOK_SECONDS)
+        desk.pass_time(REQUEST_SECONDS)
+    assert client.phase is Phase.ANSWERING and desk.gone == []
+    far.setblocking(True)
+    far.send(b"still here")
+    desk.turn(lambda: responder.data == b"still here")
+
+
+def test_a_client_that_takes_nothing_of_a_tunnel_is_cut_all_the_same(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    client, _ = let_in()
+    client.received(request())
+    desk.responders[0].switch()
+    fill(client)
+    for _ in range(6):
+        desk.pass_time(READER_LOOK_SECONDS)
+    assert desk.gone == [client] and desk.responders[0].told == ["settled"]
+
+
+def test_a_body_that_trickles_has_its_clock(desk: Desk, let_in: Callable[[], Pair]) -> None:
+    client, _ = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
+    desk.pass_time(REQUEST_SECONDS - 1)
+    assert desk.gone == []
+    desk.pass_time(2)
+    assert desk.gone == [client] and desk.responders[0].told == ["settled"]
+
+
+def test_the_end_of_a_tunnels_client_is_told_behind_its_bytes(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    client, far = let_in()
+    client.received(request())
+    responder = desk.responders[0]
+    responder.switch()
+    client.pause()
+    far.send(b"last")
+    far.shutdown(socket.SHUT_WR)
+    for _ in range(5):
+        desk.turn()
+    assert responder.told == [] and responder.data == b""
+    client.resume()
+    desk.turn(lambda: responder.told == ["ended"])
+    assert responder.data == b"last"
+
+
+def test_the_end_of_another_client_is_told_at_once(desk: Desk, let_in: Callable[[], Pair]) -> None:
+    client, far = let_in()
+    client.received(request())
+    client.pause()
+    far.send(b"ahead")
+    far.shutdown(socket.SHUT_WR)
+    desk.turn(lambda: desk.responders[0].told == ["ended"])
+
+
+def test_a_failure_while_a_client_is_read_ends_it_and_no_other(
+    desk: Desk, let_in: Callable[[], Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, bad_far = let_in()
+    good, good_far = let_in()
+    for far in (bad_far, good_far):
+        far.send(request(b"POST / HTTP/1.1", b"Content-Length: 5"))
+    desk.turn(lambda: len(desk.responders) == 2)
+    failing, fine = sorted(desk.responders, key=lambda one: one.client is good)
+    failing.fails = True
+    failing.client.begin("200 OK", [], length=None, dated=True)
+    failing.client.write(b"half of an answer")
+    for far in (bad_far, good_far):
+        far.send(b"hello")
+    desk.turn(lambda: desk.gone == [bad] and fine.data == b"hello")
+    assert failing.told == ["settled"] and "as it never should" in caplog.text
+    with pytest.raises(ConnectionResetError):
+        while bad_far.recv(65536):
+            pass
+    fine.answer()
+    assert b"200 OK" in good_far.recv(65536)
+
+
+def test_a_log_that_fails_leaves_neither_a_connection_nor_an_answer_open(
+    desk: Desk, let_in: Callable[[], Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    client, far = let_in()
+    far.send(request())
+    desk.turn(lambda: desk.responders)
+    desk.log_fails = True
+    far.close()
+    desk.responders[0].fails = True
+    desk.loop.soon(desk.responders[0].client.abandon)
+    desk.turn(lambda: desk.gone == [client])
+    assert desk.responders[0].told[-1] == "settled" and client.closed
+    assert "as it never should" in caplog.text

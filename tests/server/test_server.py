@@ -1,0 +1,280 @@
+"""A worker's loop with a client, an upstream and rules that fail: what fails is ended, on both sides,
+and what does not goes on."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from metrics import Board
+from server.exchange import Exchange, Patience
+from server.server import Options, Server
+from tests.harness import RawClient, ScriptedUpstream, Seen, chunked, message, ok, request, wait_for
+from wire.request import Head
+
+
+class Rules:
+    """An application whose every request is proxied; `broken` names the rule that fails, for
+    targets that begin with /bad."""
+
+    def __init__(self) -> None:
+        self.board = Board(1)
+        self.broken = ""
+
+    def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
+        raise AssertionError("all is proxied")
+
+    def _check(self, rule: str, head: Head) -> None:
+        if rule == self.broken and head.target.startswith("/bad"):
+            raise ValueError("as it never should")
+
+    def admit(self, head: Head) -> tuple[str, int]:
+        self._check("admit", head)
+        return "proxy", 0
+
+    def caller(self, head: Head, peer: str) -> str:
+        self._check("caller", head)
+        return peer
+
+    def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
+        self._check("request_head", head)
+        lines = [f"{head.method} {head.origin} HTTP/1.1", "Host: a"]
+        if length is not None or head.length is not None:
+            lines.append(f"Content-Length: {head.length if length is None else length}")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+    def answer_fields(self, answer: Any, head: Head) -> Any:
+        self._check("answer_fields", head)
+        return [field for field in answer.fields if field[0] != "Transfer-Encoding"]
+
+    def interim_fields(self, answer: Any) -> Any:
+        return answer.fields
+
+
+class Running:
+    """A worker in a thread of the test's own process."""
+
+    def __init__(self, upstream: ScriptedUpstream) -> None:
+        self.rules = Rules()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        options = Options(upstream.url, {"bulk": 1}, Patience(10.0, 10.0, 0.0, 0.0), access_log=False)  # fmt: skip
+        self.server = Server(self.rules, self.listener, options)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def start(self) -> Running:
+        self.thread.start()
+        return self
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        self.thread.join(10)
+        assert not self.thread.is_alive(), "the worker did not stop"
+
+    def at_rest(self) -> bool:
+        """Nothing is with the upstream, no client is here, and no connection but kept ones."""
+        upstream = self.server.upstream
+        return (
+            upstream.in_flight == upstream.streams == 0
+            and not self.server._clients
+            and upstream.open == len(upstream._idle)
+        )
+
+
+@pytest.fixture
+def upstream() -> Iterator[ScriptedUpstream]:
+    server = ScriptedUpstream()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def running(upstream: ScriptedUpstream) -> Iterator[Running]:
+    with Running(upstream).start() as running:
+        # With an access log, which asks the rules for the caller.
+        running.server._log = Lines()  # type: ignore[assignment]
+        yield running
+
+
+class Lines:
+    def write(self, line: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("rule", ["admit", "request_head", "answer_fields", "caller"])
+def test_a_failure_in_one_exchange_ends_it_on_both_sides_and_no_other(
+    running: Running,
+    upstream: ScriptedUpstream,
+    caplog: pytest.LogCaptureFixture,
+    rule: str,
+    fresh: bool,
+) -> None:
+    running.rules.broken = rule
+    with RawClient(running.port) as other:
+        other.send(request(b"GET /good HTTP/1.1"))
+        assert other.reply().body == b"ok"
+        if fresh:
+            running.server.upstream._keepalive = -1.0  # No connection is used twice.
+        for _ in range(3):
+            with RawClient(running.port, 5) as bad:
+                bad.send(request(b"GET /bad HTTP/1.1", b"Connection: close"))
+                got = b""
+                try:
+                    while data := bad.sock.recv(65536):
+                        got += data
+                except ConnectionResetError:
+                    pass
+                # Whatever of it had been sent before it failed.
+                assert not got or (rule == "caller" and got.endswith(b"ok")), got
+            other.send(request(b"GET /good HTTP/1.1"))
+            assert other.reply().body == b"ok"
+        assert "as it never should" in caplog.text
+    wait_for(running.at_rest, 5, "all to be let go of")
+
+
+@pytest.mark.parametrize("rule", ["admit", "request_head"])
+def test_a_request_that_fails_behind_another_ends_its_client(
+    running: Running, upstream: ScriptedUpstream, rule: str
+) -> None:
+    """It begins as the answer before it ends, in an event of a connection that is nobody's by then."""
+    running.rules.broken = rule
+    with RawClient(running.port, 5) as client:
+        client.send(request(b"GET /good HTTP/1.1") + request(b"GET /bad HTTP/1.1"))
+        with pytest.raises(ConnectionResetError):
+            while client.sock.recv(65536):
+                pass
+    wait_for(running.at_rest, 5, "all to be let go of")
+
+
+def test_a_failure_in_the_middle_of_an_answer_is_no_whole_answer(
+    running: Running, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = threading.Event()
+
+    def stream(sock: socket.socket, seen: Seen) -> bool:
+        sock.sendall(message(b"HTTP/1.1 200 OK", b"Transfer-Encoding: chunked"))
+        sock.sendall(chunked(b"first")[:-5])
+        failing.wait(5)
+        sock.sendall(b"6\r\nsecond\r\n")
+        while sock.recv(1):
+            pass
+        closed.set()
+        return False
+
+    failing = threading.Event()
+    upstream.script(stream)
+    with RawClient(running.port) as client:
+        client.send(request(b"GET /bad HTTP/1.1"))
+        client.head()
+        assert client.buffer or client.sock.recv(10)
+
+        def fail(self: Exchange, data: bytes) -> None:
+            raise ValueError("as it never should")
+
+        monkeypatch.setattr(Exchange, "_answer_on", fail)
+        failing.set()
+        with pytest.raises(ConnectionResetError):
+            while client.sock.recv(65536):
+                pass
+        monkeypatch.undo()
+    assert closed.wait(1), "the upstream's connection is still open"
+    wait_for(running.at_rest, 5, "all to be let go of")
+    upstream.script(ok)
+    with RawClient(running.port) as client:
+        client.send(request())
+        assert client.reply().body == b"ok"
+
+
+class Crowded:
+    """A listening socket in a process that has no descriptor to spare."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.crowded = True
+        self.attempts = 0
+
+    def accept(self) -> Any:
+        if self.crowded:
+            self.attempts += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.listener.accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.listener, name)
+
+
+def test_a_client_for_whom_there_is_no_descriptor_waits_and_the_loop_does_not_spin(
+    upstream: ScriptedUpstream,
+) -> None:
+    running = Running(upstream)
+    crowded = Crowded(running.listener)
+    running.server._listener = crowded  # type: ignore[assignment]
+    turns = 0
+    turn = running.server.loop.turn
+
+    def counted() -> None:
+        nonlocal turns
+        turns += 1
+        turn()
+
+    running.server.loop.turn = counted  # type: ignore[method-assign]
+    with running.start(), RawClient(running.port) as client:
+        client.send(request())
+        wait_for(lambda: crowded.attempts, 5, "the first attempt")
+        turns, crowded.attempts, began = 0, 0, time.monotonic()
+        wait_for(lambda: crowded.attempts >= 10, 5, "ten more attempts")
+        # One each 25 milliseconds, and hardly a turn for anything else.
+        assert time.monotonic() - began > 0.2 and turns < 40
+        crowded.crowded = False
+        assert client.reply().body == b"ok"
+
+
+def test_connections_that_break_as_they_are_let_go_of_are_counted_once(
+    running: Running, upstream: ScriptedUpstream
+) -> None:
+    """The count of connections decides who is let in; it went below what is there."""
+
+    def both_gone(sock: socket.socket, seen: Seen) -> bool:
+        gone.wait(5)
+        gone.clear()
+        return False
+
+    gone = threading.Event()
+    upstream.script(both_gone)
+    for _ in range(20):
+        client = RawClient(running.port)
+        client.send(request())
+        wait_for(lambda: running.server.upstream.in_flight, 5)
+        # In one turn of the loop, or nearly so.
+        upstreams = list(upstream.open)
+        gone.set()
+        for sock in upstreams:
+            sock.close()
+        client.close()
+        wait_for(running.at_rest, 5, "all to be let go of")
+        assert running.server.upstream.open >= 0
+
+
+def test_an_exception_of_every_kind_of_call_is_survived(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError("as it never should")
+
+    failing: list[Callable[[], None]] = [fail, lambda: running.server.loop.soon(fail)]
+    for one in failing:
+        running.server.loop.call(one)
+    with RawClient(running.port) as client:
+        client.send(request())
+        assert client.reply().body == b"ok"
+    assert caplog.text.count("as it never should") >= 2
