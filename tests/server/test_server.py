@@ -239,32 +239,6 @@ def test_a_client_for_whom_there_is_no_descriptor_waits_and_the_loop_does_not_sp
         assert client.reply().body == b"ok"
 
 
-def test_connections_that_break_as_they_are_let_go_of_are_counted_once(
-    running: Running, upstream: ScriptedUpstream
-) -> None:
-    """The count of connections decides who is let in; it went below what is there."""
-
-    def both_gone(sock: socket.socket, seen: Seen) -> bool:
-        gone.wait(5)
-        gone.clear()
-        return False
-
-    gone = threading.Event()
-    upstream.script(both_gone)
-    for _ in range(20):
-        client = RawClient(running.port)
-        client.send(request())
-        wait_for(lambda: running.server.upstream.in_flight, 5)
-        # In one turn of the loop, or nearly so.
-        upstreams = list(upstream.open)
-        gone.set()
-        for sock in upstreams:
-            sock.close()
-        client.close()
-        wait_for(running.at_rest, 5, "all to be let go of")
-        assert running.server.upstream.open >= 0
-
-
 def test_an_exception_of_every_kind_of_call_is_survived(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,261 @@
+"""Connections to the upstream that are kept, counted and let go of, with real sockets; and the
+attempts to make one."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from metrics import Board
+from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
+from server.loop import Loop
+from server.upstream import FRESH_SECONDS, Connection, Connector, Upstream, was_refused
+
+KEEPALIVE = 50.0
+
+
+class Lane:
+    """A lane whose jobs the test does."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def add(self, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+
+
+class Exchange:
+    """What is told of a connection."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self.told: list[Any] = []
+        self.connection: Connection | None = None
+
+    def connected(self, connection: Connection) -> None:
+        self.connection = connection
+        connection.exchange = self  # type: ignore[assignment]
+        self.told.append("connected")
+
+    def unconnected(self, problem: Problem, refused: bool) -> None:
+        self.told.append((type(problem), refused))
+
+    def from_upstream(self, data: bytes) -> None:
+        self.told.append(data)
+
+    def upstream_ended(self) -> None:
+        self.told.append("ended")
+
+    def upstream_failed(self) -> None:
+        self.told.append("failed")
+
+    def upstream_progressed(self) -> None:
+        pass
+
+    def upstream_drained(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        self.told.append("abandoned")
+
+
+class Place:
+    """An upstream that listens, its connections, and a loop."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.loop = Loop()
+        self.lane: Any = Lane()
+        self.board = Board(1)
+        url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.upstream = Upstream(
+            self.loop,
+            self.lane,
+            Connector(url),
+            limit=2,
+            connect_timeout=5.0,
+            keepalive=KEEPALIVE,
+            board=self.board,
+        )
+
+    def attempt(self, exchange: Exchange) -> None:
+        """Ask for a connection, and do what a helper thread does."""
+        anything: Any = exchange
+        self.upstream.connect(anything)
+        for job in self.lane.jobs:
+            job()
+        self.lane.jobs.clear()
+        self.turn()
+
+    def connect(self) -> tuple[Exchange, Connection, socket.socket]:
+        exchange = Exchange()
+        self.attempt(exchange)
+        assert exchange.told == ["connected"] and exchange.connection is not None
+        far, _ = self.listener.accept()
+        far.settimeout(5)
+        return exchange, exchange.connection, far
+
+    def keep(self) -> tuple[Connection, socket.socket]:
+        _, connection, far = self.connect()
+        connection.release(keep=True)
+        return connection, far
+
+    def turn(self, until: Callable[[], Any] = lambda: True) -> None:
+        for _ in range(1000):
+            self.loop.call(lambda: None)
+            self.loop.turn()
+            if until():
+                return
+        raise AssertionError("it did not come to that")
+
+    def take(self, *, repeatable: bool = True) -> Connection | None:
+        return self.upstream.take(repeatable=repeatable)
+
+    def pass_time(self, seconds: float) -> None:
+        self.loop.now += seconds
+        self.loop._take_timers(self.loop.now)
+        self.loop.turn_over()
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    place = Place()
+    yield place
+    place.upstream.close()
+    place.loop.turn_over()
+    place.loop.shut()
+    place.listener.close()
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_a_kept_connection_is_the_next_ones_and_the_last_kept_is_the_first_taken(
+    place: Place,
+) -> None:
+    first, first_far = place.keep()
+    second, second_far = place.keep()
+    assert place.upstream.open == 2
+    assert place.take() is second and place.take() is first and place.take() is None
+    assert first.used and second.used
+    first_far.close()
+    second_far.close()
+
+
+def test_one_that_the_upstream_has_ended_is_closed_and_never_taken(place: Place) -> None:
+    for ending in (socket.socket.close, reset, lambda far: far.send(b"unasked")):
+        _, far = place.keep()
+        ending(far)
+        place.turn(lambda: place.upstream.open == 0)
+        assert place.take() is None
+        far.close()
+
+
+def test_one_that_has_been_idle_for_too_long_is_closed_and_not_taken(place: Place) -> None:
+    _, far = place.keep()
+    place.pass_time(KEEPALIVE - 1)
+    assert place.upstream.open == 1
+    place.pass_time(2)
+    assert place.upstream.open == 0 and far.recv(1) == b""
+    far.close()
+
+
+def test_what_must_not_be_sent_twice_goes_on_a_fresh_one_only(place: Place) -> None:
+    connection, _ = place.keep()
+    place.loop.now += FRESH_SECONDS + 0.1
+    assert place.take(repeatable=False) is None
+    assert place.take(repeatable=True) is connection
+    connection.release(keep=True)
+    assert place.take(repeatable=False) is connection
+
+
+def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(place: Place) -> None:
+    """The count decides who is let in, and it went below what is there."""
+    _, staying = place.keep()
+    for how in ("released", "dropped", "expired", "taken"):
+        exchange, connection, far = place.connect()
+        if how != "released":
+            connection.release(keep=True)
+        reset(far)
+        # The end is read in this turn, and told of at the end of it.
+        while not connection.closed:
+            connection._read()
+        if how == "released":
+            connection.release(keep=False)
+        elif how == "dropped":
+            place.upstream.discard(connection)
+        elif how == "expired":
+            connection.idle_since -= 2 * KEEPALIVE
+            place.upstream._idle.remove(connection)
+            place.upstream._idle.appendleft(connection)
+            place.upstream._expire()
+        else:
+            other = place.take()
+            assert other is not connection and other is not None
+            other.release(keep=True)
+        place.loop.turn_over()
+        assert place.upstream.open == 1, how
+        assert exchange.told == ["connected"]
+    staying.close()
+
+
+def test_no_connection_with_something_on_it_is_kept(place: Place) -> None:
+    for spoil in (
+        lambda one: setattr(one, "refused", True),
+        lambda one: one.pause(),
+        lambda one: setattr(one, "queued", 1),
+        lambda one: setattr(one, "ended_reading", True),
+        lambda one: one.close(),
+    ):
+        _, connection, far = place.connect()
+        spoil(connection)
+        connection.release(keep=True)
+        assert place.take() is None and place.upstream.open == 0
+        far.close()
+
+
+def test_no_thread_connects_for_an_exchange_that_is_over(place: Place) -> None:
+    exchange = Exchange()
+    exchange.over = True
+    place.attempt(exchange)
+    assert exchange.told == [] and place.upstream.open == 0
+
+
+def test_a_failure_of_whom_a_connection_is_for_ends_that(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Exchange):
+        def connected(self, connection: Connection) -> None:
+            raise ValueError("as it never should")
+
+    exchange = Failing()
+    place.attempt(exchange)
+    assert exchange.told == ["abandoned"] and "as it never should" in caplog.text
+
+
+def test_nobody_listening_is_told_from_other_failures(place: Place) -> None:
+    place.listener.close()
+    exchange = Exchange()
+    place.attempt(exchange)
+    assert exchange.told == [(UpstreamUnreachable, True)]
+    assert not was_refused(UpstreamTimeout()) and not was_refused(UpstreamUnreachable())
+
+
+def test_no_more_are_with_the_upstream_than_may_be_and_the_log_says_so_once(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.upstream.enter()
+    place.upstream.enter()
+    for _ in range(3):
+        with pytest.raises(UpstreamBusy):
+            place.upstream.enter()
+    assert caplog.text.count("2 requests are with the upstream") == 1
+    place.upstream.leave()
+    place.upstream.enter()
+    assert place.upstream.in_flight == 2
