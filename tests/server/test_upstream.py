@@ -175,7 +175,9 @@ def test_what_must_not_be_sent_twice_goes_on_a_fresh_one_only(place: Place) -> N
     assert place.take(repeatable=False) is connection
 
 
-def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(place: Place) -> None:
+def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     """The count decides who is let in, and it went below what is there."""
     _, staying = place.keep()
     for how in ("released", "dropped", "expired", "taken"):
@@ -202,6 +204,7 @@ def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(place: Place) ->
         place.loop.turn_over()
         assert place.upstream.open == 1, how
         assert exchange.told == ["connected"]
+    assert caplog.text == ""
     staying.close()
 
 
