@@ -6,31 +6,33 @@ here, before the history is read, so that only one of them at a time reads and c
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 import peewee as pw
 import psycopg2
 from dotenv.parser import parse_stream
+from peewee_migrate import router
 
 # pw_migrate executes this text without a __file__, and with its own directory on sys.path.
 CONTEXT = click.get_current_context()
-ROOT = Path(CONTEXT.params["directory"]).resolve().parent
+MIGRATIONS = Path(CONTEXT.params["directory"]).resolve()
+ROOT = MIGRATIONS.parent
 sys.path.insert(0, str(ROOT))
 
-from postgres.connect import Connector, Direct, Target, reason  # noqa: E402
+from postgres.connect import Connector, Target, reason  # noqa: E402
+from postgres.migrating import Migrating, explain, losses  # noqa: E402
 from postgres.schema import ENCODING, applied, names  # noqa: E402
 from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
 CONNECT_TIMEOUT = 10  # seconds
-MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
-# Seconds that a statement of a migration waits for a lock. While it waits behind a transaction
-# that someone left open, all new readers and writers of that table wait behind it.
-LOCK_TIMEOUT = 2
-LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this database
+# A role's own limits are for requests.
+SETTINGS = {"statement_timeout": "0", "lock_timeout": "0"}
 
 
 def target() -> Target:
@@ -51,33 +53,69 @@ def target() -> Target:
 def connected() -> pw.PostgresqlDatabase:
     """The database, connected and locked; exits with one line where that cannot be."""
     where = target()
-    database: pw.PostgresqlDatabase = Direct(Connector(where, CONNECT_TIMEOUT, {}))
+    connector = Connector(where, CONNECT_TIMEOUT, SETTINGS)
+    database = Migrating(connector)
     try:
         database.connect()
         encoding = database.connection().info.parameter_status("server_encoding")
         if encoding != ENCODING:
             raise SystemExit(f"the database's encoding is {encoding}, and must be {ENCODING}")
-        # A role's own statement_timeout is for requests; a migration takes what it takes.
-        database.execute_sql("SET statement_timeout = 0")
-        # A session's lock: it ends with this process, however that ends.
-        if not database.execute_sql("SELECT pg_try_advisory_lock(%s)", (LOCK,)).fetchone()[0]:
-            print("waiting for another pw_migrate to finish", file=sys.stderr)
-            database.execute_sql(f"SET lock_timeout = '{MIGRATORS_TIMEOUT}s'")
-            database.execute_sql("SELECT pg_advisory_lock(%s)", (LOCK,))
-        database.execute_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}s'")
+        database.lock(lambda: print("waiting for another pw_migrate to finish", file=sys.stderr))
         if CONTEXT.info_name == "rollback":
-            done = applied(database.connection())
-            if not done:
-                raise SystemExit("there is nothing to roll back")
-            if len(done) < CONTEXT.params["count"]:
-                raise SystemExit(f"there is no more than {len(done)} to roll back")
-            gone = set(done[-CONTEXT.params["count"] :]) - set(names(ROOT / "migrations"))
-            if gone:
-                raise SystemExit(f"the files of {', '.join(sorted(gone))} are not here")
+            check_rollback(database, CONTEXT.params["count"])
+    except TimeoutError:
+        raise SystemExit("another pw_migrate does not finish: see pg_stat_activity") from None
     except (pw.PeeweeException, psycopg2.Error) as error:
         raise SystemExit(f"the database cannot be used: {reason(error, where)}") from None
     return database
 
+
+def check_rollback(database: Migrating, count: int) -> None:
+    """Exits with one line where a rollback cannot be, or would delete data that nobody said it
+    might."""
+    done = applied(database.connection())
+    if not done:
+        raise SystemExit("there is nothing to roll back")
+    if len(done) < count:
+        raise SystemExit(f"there is no more than {len(done)} to roll back")
+    undone = done[len(done) - count :]
+    gone = set(undone) - set(names(MIGRATIONS))
+    if gone:
+        raise SystemExit(f"the files of {', '.join(sorted(gone))} are not here")
+    # Not from `.env`, where it would stay.
+    if os.environ.get("ROLLBACK_DELETES_DATA") == "yes":
+        return
+    lost = losses(database, MIGRATIONS, undone)
+    if lost:
+        raise SystemExit(
+            f"rolling back {', '.join(undone)} would delete {' and '.join(lost)}: to do that, set"
+            " ROLLBACK_DELETES_DATA=yes in the environment"
+        )
+
+
+class OneLine(logging.Filter):
+    """Turns the traceback of a failure, some ninety lines, into one that says what to do."""
+
+    failure = "pw_migrate failed"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            self.failure = record.getMessage()
+        return not record.exc_info
+
+    def tell(self, kind: type[BaseException], error: BaseException, _: object) -> None:
+        print(f"{self.failure}: {explain(error)}", file=sys.stderr)
+
+
+def name_the_new(before: set[str]) -> None:
+    for name in sorted(set(names(MIGRATIONS)) - before):
+        print(Path(CONTEXT.params["directory"]) / f"{name}.py")
+
+
+one_line = OneLine()
+logging.getLogger("peewee_migrate.logs").addFilter(one_line)
+logging.getLogger("peewee_migrate.logs").setLevel(logging.WARNING)  # until the library does
+sys.excepthook = one_line.tell
 
 if CONTEXT.info_name == "create":
     # Its comparison is with replayed migrations, never with the database, and it does not see
@@ -86,6 +124,13 @@ if CONTEXT.info_name == "create":
         raise SystemExit("create --auto is not supported: write the migration by hand")
     if not re.fullmatch(r"[A-Za-z0-9_]+", CONTEXT.params["name"]):
         raise SystemExit("a migration's name is letters, digits and _")
+    # The library's own offers operations on models, of which it knows none here.
+    router.TEMPLATE = (MIGRATIONS / "template.txt").read_text()
+    CONTEXT.call_on_close(partial(name_the_new, set(names(MIGRATIONS))))
     DATABASE = pw.PostgresqlDatabase(None)
+elif CONTEXT.info_name == "merge":
+    raise SystemExit("merge is not supported: it would forget what is applied")
+elif CONTEXT.params.get("name") not in (None, *names(MIGRATIONS)):
+    raise SystemExit(f"there is no migration {CONTEXT.params['name']}")
 else:
     DATABASE = connected()

@@ -326,10 +326,10 @@ class Direct(peewee.PostgresqlDatabase):
     def __init__(self, connector: Connector) -> None:
         # Its name is printed by pw_migrate, and must be no URI, which may have a password in it.
         super().__init__(connector.target.database)
-        self._connector = connector
+        self.connector = connector
 
     def _connect(self) -> Any:
-        return self._connector.open()
+        return self.connector.open()
 
 
 def reason(error: Exception, target: Target | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def differences(uri: str, directory: Path | str, connect_timeout: float = 5) -> 
     TEMPORARY. `connect_timeout` is in seconds. Raises psycopg2.Error or peewee.DatabaseError, also
     where a table stays locked for LOCK_TIMEOUT.
     """
-    database = Direct(Connector(Target.of(uri), connect_timeout, {}))
+    database = Comparing(Connector(Target.of(uri), connect_timeout, {}))
     with database.connection_context():
         return _differences(database, directory)
 
@@ -107,7 +108,7 @@ def _differences(database: peewee.PostgresqlDatabase, directory: Path | str) -> 
         # Since PostgreSQL 18 pg_get_expr waits for the lock of a reader.
         cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
         with database.savepoint() as temporary:
-            expected = _expected(database, cursor, directory)
+            expected, _ = _expected(database, cursor, directory)
             temporary.rollback()
         live = {table: _parts(cursor, table) for table in expected}
         lines = [line for table in expected for line in _elsewhere(cursor, table)]
@@ -130,7 +131,7 @@ def verdict(
     makes its own: the exit code of `check`, and words for each. Times are in seconds."""
     target = Target.of(uri)
     settings = {"statement_timeout": str(round(statement_timeout * 1000))}
-    database: peewee.PostgresqlDatabase = Direct(Connector(target, connect_timeout, settings))
+    database: peewee.PostgresqlDatabase = Comparing(Connector(target, connect_timeout, settings))
     try:
         database.connect()
         missing = _pending(database.connection(), directory)
@@ -165,10 +166,22 @@ def _elsewhere(cursor: Cursor, table: str) -> list[str]:
     return []
 
 
+class Comparing(Direct):
+    """A database on whose temporary tables migrations are run, in one transaction."""
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        sql = re.sub(r"(?i)\bCONCURRENTLY\b", "", sql)
+        return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
+
+
 def _expected(
-    database: peewee.PostgresqlDatabase, cursor: Cursor, directory: Path | str
-) -> dict[str, Parts]:
-    """The parts of each table that the migrations make; leaves the transaction to be undone."""
+    database: peewee.PostgresqlDatabase,
+    cursor: Cursor,
+    directory: Path | str,
+    undone: Sequence[str] = (),
+) -> tuple[dict[str, Parts], dict[str, Parts]]:
+    """The parts of each table that the migrations make, and of what is left when those in `undone`
+    are rolled back; leaves the transaction to be undone."""
     from peewee_migrate import Router  # slow to import, and nothing that serves needs it
 
     # Unqualified names are made in, and found in, the temporary schema, and pg_catalog.
@@ -179,11 +192,36 @@ def _expected(
         migrate, _ = router.read(name)
         migrate(migrator, database, fake=False)
         migrator()
+    made = _tables(cursor)
+    for name in reversed(undone):
+        _, rollback = router.read(name)
+        rollback(migrator, database, fake=False)
+        migrator()
+    return made, _tables(cursor)
+
+
+def _tables(cursor: Cursor) -> dict[str, Parts]:
     cursor.execute(
         "SELECT relname FROM pg_class"
         " WHERE relnamespace = pg_my_temp_schema() AND relkind IN ('r', 'p') ORDER BY relname"
     )
     return {table: _parts(cursor, table) for (table,) in cursor.fetchall()}
+
+
+def replayed(
+    database: Direct, directory: Path | str, undone: Sequence[str]
+) -> tuple[dict[str, Parts], dict[str, Parts]]:
+    """The tables that all migrations in `directory` make, and those that are left when the last
+    ones, `undone`, are rolled back; found on temporary tables, which changes nothing."""
+    comparing: peewee.PostgresqlDatabase = Comparing(database.connector)
+    with (
+        comparing.connection_context(),
+        comparing.connection().cursor() as cursor,
+        comparing.transaction() as transaction,
+    ):
+        found = _expected(comparing, cursor, directory, undone)
+        transaction.rollback(begin=False)
+    return found
 
 
 def _parts(cursor: Cursor, table: str) -> Parts:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.harness import Service, run_app, wait_for
+from tests.harness import Service, pw_migrate, run_app, wait_for
 from tests.harness.audit import Audit, is_unknown
 from tests.harness.servers import Server, quiet_port
 
@@ -185,6 +185,17 @@ def test_a_search_path_that_pgbouncer_drops_is_not_lost_without_a_word(
     finally:
         bouncer.close()
     assert server.sql("SELECT count(*) FROM users", database=store) == before
+
+
+def test_migrators_take_turns_behind_pgbouncer_too(server: Server, bouncer: PgBouncer) -> None:
+    """A session's lock was one that the next transaction did not have, or somebody else had."""
+    name = server.create("template1")
+    with ThreadPoolExecutor(2) as threads:
+        done = list(threads.map(lambda _: pw_migrate("migrate", uri=bouncer.uri(name)), range(2)))
+    assert [run.returncode for run in done] == [0, 0], [run.stderr for run in done]
+    rows = server.sql("SELECT name, count(*) FROM migratehistory GROUP BY name", database=name)
+    assert rows and {count for _, count in rows} == {1}
+    assert run_app("check", POSTGRES_URI=bouncer.uri(name)).stdout.splitlines()[2] == "schema: ok"
 
 
 def test_the_service_leaves_nothing_in_sessions_that_others_get(

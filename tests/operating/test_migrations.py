@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from pathlib import Path
 import psycopg2
 import pytest
 
+from postgres.migrating import LOCK_TIMEOUT as MIGRATION_LOCK_TIMEOUT
 from postgres.schema import LOCK_TIMEOUT, PARTS, differences, names, pending
 from tests.harness import (
     DEAD_DATABASE,
+    ROOT,
     Databases,
     Reply,
     ScriptedUpstream,
@@ -25,10 +28,12 @@ from tests.harness import (
     problem,
     pw_migrate,
     run_app,
+    wait_for,
 )
 
 MIGRATIONS = checkout() / "migrations"
 FILES = sorted(MIGRATIONS.glob("[0-9]*.py"))
+NEXT = f"{len(FILES) + 1:03}"
 
 
 @pytest.fixture
@@ -201,6 +206,21 @@ def test_a_migration_s_name_is_a_name(tmp_path: Path, name: str) -> None:
     assert (done.returncode, done.stderr) == (1, "a migration's name is letters, digits and _\n")
 
 
+def test_a_role_s_limits_on_statements_are_not_a_migration_s(
+    databases: Databases, scratch: Callable[[str, str], None]
+) -> None:
+    uri, role = databases.create(migrated=False), f"test_{uuid.uuid4().hex[:12]}"
+    execute(
+        uri, f"CREATE ROLE {role} LOGIN SUPERUSER; ALTER ROLE {role} SET statement_timeout = 300"
+    )
+    scratch(
+        f"{NEXT}_slow",
+        "def migrate(migrator, database, *, fake=False):\n    migrator.sql('SELECT pg_sleep(0.6)')\n",
+    )
+    done = pw_migrate("migrate", uri=uri.replace("postgres:@", f"{role}:@"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_empty_rollback_is_one_clear_line(empty: str) -> None:
     run = pw_migrate("rollback", uri=empty)
     assert (run.returncode, run.stdout) == (1, "")
@@ -230,15 +250,212 @@ def test_a_failed_migration_leaves_nothing(empty: str, scratch: Callable[[str, s
     assert pending(empty, MIGRATIONS) == [f"{len(FILES) + 1:03}_fails"]
 
 
-def test_create_needs_no_database(tmp_path: Path) -> None:
-    made = MIGRATIONS / f"{len(FILES) + 1:03}_more.py"
+def test_create_makes_a_file_that_works_as_it_is_and_names_it(empty: str) -> None:
+    """The library's template offered operations that failed with 45 lines of traceback."""
+    made = MIGRATIONS / f"{NEXT}_add_phone.py"
     try:
-        run = pw_migrate("create", "more", uri=DEAD_DATABASE)
-        assert run.returncode == 0, run.stderr
-        assert "def migrate(" in made.read_text()
-        assert "def rollback(" in made.read_text()
+        run = pw_migrate("create", "add_phone", uri=DEAD_DATABASE)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert run.stdout == f"migrations/{NEXT}_add_phone.py\n"
+        command = [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", made]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+        for text in (made.read_text(), made.read_text().replace("# migrator", "migrator")):
+            made.write_text(text)
+            before = dump(empty) if pw_migrate("list", uri=empty).returncode == 0 else ""
+            assert pw_migrate("migrate", uri=empty).returncode == 0
+            assert pending(empty, MIGRATIONS) == differences(empty, MIGRATIONS) == []
+            columns = re.findall(r"phone text", dump(empty))
+            assert len(columns) == text.count("    migrator.sql") // 2
+            done = pw_migrate("rollback", "--count", str(len(FILES) + 1), uri=empty)
+            assert done.returncode == 0, done.stderr
+            assert dump(empty) == before
     finally:
         made.unlink(missing_ok=True)
+
+
+def insert_users(uri: str, count: int) -> None:
+    execute(
+        uri,
+        "INSERT INTO users (id, email, name) SELECT gen_random_uuid(), n || '@example.com', 'Ann'"
+        f" FROM generate_series(1, {count}) AS n",
+    )
+
+
+def test_a_rollback_that_would_delete_users_says_how_many_and_refuses(
+    databases: Databases,
+) -> None:
+    """It dropped a table with 122 users without a word."""
+    uri = databases.create()
+    insert_users(uri, 122)
+    everything = ("rollback", "--count", str(len(FILES)))
+    for environ in ({}, {"ROLLBACK_DELETES_DATA": "no"}):
+        done = pw_migrate(*everything, uri=uri, **environ)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert len(done.stderr.splitlines()) == 1
+        assert "would delete 122 users: " in done.stderr
+        assert "ROLLBACK_DELETES_DATA=yes" in done.stderr
+        assert differences(uri, MIGRATIONS) == []
+    assert pw_migrate(*everything, uri=uri, ROLLBACK_DELETES_DATA="yes").returncode == 0
+    assert "CREATE TABLE" not in dump(uri)
+
+
+def test_a_rollback_that_would_delete_a_column_s_values_says_how_many_and_refuses(
+    databases: Databases, scratch: Callable[[str, str], None]
+) -> None:
+    uri = databases.create()
+    scratch(
+        f"{NEXT}_plan",
+        "def migrate(migrator, database, *, fake=False):\n"
+        '    migrator.sql("ALTER TABLE users ADD \\"the plan\\" jsonb DEFAULT \'{}\'")\n'
+        "    migrator.sql('CREATE TABLE plans (id int)')\n"
+        "def rollback(migrator, database, *, fake=False):\n"
+        "    migrator.sql('ALTER TABLE users DROP \"the plan\"')\n"
+        "    migrator.sql('DROP TABLE plans')\n",
+    )
+    assert pw_migrate("migrate", uri=uri).returncode == 0
+    insert_users(uri, 5)
+    execute(uri, "UPDATE users SET \"the plan\" = '{\"a\": 1}' WHERE email < '4'")
+    execute(uri, "INSERT INTO plans VALUES (1), (2)")
+    done = pw_migrate("rollback", uri=uri)
+    assert done.returncode == 1
+    assert f"rolling back {NEXT}_plan would delete " in done.stderr
+    assert "2 plans and the the plan of 3 users" in done.stderr
+    execute(uri, "UPDATE users SET \"the plan\" = '{}'; DELETE FROM plans")
+    assert pw_migrate("rollback", uri=uri).returncode == 0
+
+
+FAILURES = {
+    "'ALTER TABLE users ADD COLUMN name text'": (
+        'column "name" of relation "users" already exists (SQLSTATE 42701); its transaction was'
+        " rolled back: mend that, and start again"
+    ),
+    "'SELEC'": 'syntax error at or near "SELEC" (SQLSTATE 42601)',
+    "'CREATE TABLE nowhere.x (id int)'": 'schema "nowhere" does not exist (SQLSTATE 3F000)',
+    "'SELECT pg_terminate_backend(pg_backend_pid())'": "the connection was lost: `pw_migrate list`",
+    "1 / 0": "ZeroDivisionError: division by zero",
+}
+
+
+@pytest.mark.parametrize("sql", FAILURES)
+def test_a_failed_migration_is_one_line(
+    databases: Databases, scratch: Callable[[str, str], None], sql: str
+) -> None:
+    uri = databases.create()
+    scratch(
+        f"{NEXT}_fails",
+        f"def migrate(migrator, database, *, fake=False):\n    migrator.sql({sql})\n",
+    )
+    done = pw_migrate("migrate", uri=uri)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"Migration failed: {NEXT}_fails: ")
+    assert FAILURES[sql] in done.stderr
+    assert pending(uri, MIGRATIONS) == [f"{NEXT}_fails"]
+
+
+def test_a_migration_that_is_no_python_is_one_line(
+    empty: str, scratch: Callable[[str, str], None]
+) -> None:
+    scratch(f"{NEXT}_broken", "def migrate(")
+    done = pw_migrate("migrate", uri=empty)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{NEXT}_broken: SyntaxError: '(' was never closed" in done.stderr
+
+
+def test_a_missing_permission_and_a_missing_schema_are_one_line(databases: Databases) -> None:
+    uri, role = databases.create(), f"test_{uuid.uuid4().hex[:12]}"
+    execute(uri, f"CREATE ROLE {role} LOGIN")
+    theirs = uri.replace("postgres:@", f"{role}:@")
+    for given, told in (
+        ({"uri": theirs}, "start it with the role that owns the tables"),
+        ({"uri": uri, "PGOPTIONS": "-c search_path=nowhere"}, "create the schema that search_path"),
+    ):
+        done = pw_migrate("migrate", **given)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert told in done.stderr
+    execute(uri, f"DROP ROLE {role}")
+
+
+def test_a_migration_that_is_not_there_is_one_line(empty: str) -> None:
+    done = pw_migrate("migrate", "--name", "999_nope", uri=empty)
+    assert (done.returncode, done.stderr) == (1, "there is no migration 999_nope\n")
+    assert pending(empty, MIGRATIONS) == names(MIGRATIONS)
+    done = pw_migrate("merge", uri=empty)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
+CONCURRENT = """
+def migrate(migrator, database, *, fake=False):
+    migrator.sql("DROP INDEX CONCURRENTLY IF EXISTS users_by_name")
+    migrator.sql("CREATE INDEX CONCURRENTLY users_by_name ON users (name)")
+
+def rollback(migrator, database, *, fake=False):
+    migrator.sql("DROP INDEX CONCURRENTLY IF EXISTS users_by_name")
+"""
+
+
+def test_an_index_is_made_concurrently_while_others_write_and_migrators_wait(
+    databases: Databases, scratch: Callable[[str, str], None]
+) -> None:
+    """Who waited for the lock in a statement had a snapshot, for which the index waited: for ever.
+    And a transaction that is open for longer than a migration may wait for a lock is no hurdle."""
+    uri = databases.create()
+    insert_users(uri, 10)
+    scratch(f"{NEXT}_by_name", CONCURRENT)
+    writer = psycopg2.connect(uri)
+    waits = "SELECT count(*) FROM pg_stat_progress_create_index WHERE phase LIKE 'waiting%%'"
+    with databases.admin(uri) as admin, ThreadPoolExecutor(3) as threads:
+        writer.cursor().execute("UPDATE users SET name = 'Bob'")
+        migrators = [threads.submit(pw_migrate, "migrate", uri=uri) for _ in range(3)]
+
+        def waiting() -> bool:
+            admin.execute(waits)
+            return bool(admin.fetchone()[0])
+
+        wait_for(waiting, 20, "the index to wait for the writer")
+        began = time.monotonic()
+        while time.monotonic() - began < MIGRATION_LOCK_TIMEOUT + 0.5:
+            assert waiting()
+        writer.commit()
+        done = [migrator.result() for migrator in migrators]
+    writer.close()
+    assert [run.returncode for run in done] == [0, 0, 0], [run.stderr for run in done]
+    assert sum(f"{NEXT}_by_name" in run.stdout for run in done) == 1
+    assert "CREATE INDEX users_by_name" in dump(uri)
+    assert differences(uri, MIGRATIONS) == []
+    assert pw_migrate("rollback", uri=uri).returncode == 0
+    assert "users_by_name" not in dump(uri)
+
+
+def test_an_index_that_failed_is_told_and_made_anew(
+    databases: Databases, scratch: Callable[[str, str], None]
+) -> None:
+    uri = databases.create()
+    insert_users(uri, 3)
+    scratch(f"{NEXT}_by_name", CONCURRENT.replace("CREATE INDEX", "CREATE UNIQUE INDEX"))
+    done = pw_migrate("migrate", uri=uri)
+    assert done.returncode == 1
+    assert 'could not create unique index "users_by_name" (SQLSTATE 23505)' in done.stderr
+    assert any("INVALID" in line for line in differences(uri, MIGRATIONS))
+    execute(uri, "UPDATE users SET name = email")
+    assert pw_migrate("migrate", uri=uri).returncode == 0
+    assert differences(uri, MIGRATIONS) == []
+
+
+def test_an_index_concurrently_stands_alone(
+    databases: Databases, scratch: Callable[[str, str], None]
+) -> None:
+    """It would wait for ever for what the same migration has locked."""
+    uri = databases.create()
+    scratch(
+        f"{NEXT}_both",
+        CONCURRENT.replace("fake=False):\n", "fake=False):\n    migrator.sql('LOCK users')\n", 1),
+    )
+    done = pw_migrate("migrate", uri=uri)
+    assert done.returncode == 1
+    assert "what is CONCURRENTLY needs a migration of its own" in done.stderr
 
 
 def test_models_are_what_the_migrations_make(empty: str, database: str) -> None:

@@ -1,0 +1,119 @@
+"""No migration keeps anybody from `users` for as long as it takes to read or to write all of it.
+
+Each statement of each migration is run on a table with users in it, and looked at: whether it read
+the table while it held a lock that stops readers (or writers), and whether it wrote it anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peewee_migrate import Router
+
+from postgres.connect import Connector, Target
+from postgres.migrating import Migrating
+from tests.harness import Databases, checkout
+
+MIGRATIONS = checkout() / "migrations"
+NAMES = sorted(path.stem for path in MIGRATIONS.glob("[0-9]*.py"))
+
+# Readings of the table in this transaction, the file that it is in, the locks on it.
+LOOK = """
+    SELECT pg_stat_get_xact_numscans('users'::regclass), pg_relation_filenode('users'), array(
+        SELECT mode FROM pg_locks WHERE relation = 'users'::regclass AND pid = pg_backend_pid())
+"""
+STOP_READERS = {"AccessExclusiveLock"}
+STOP_WRITERS = {"ShareLock", "ShareRowExclusiveLock", "ExclusiveLock"}
+USERS = """
+    INSERT INTO users (id, email, name)
+    SELECT gen_random_uuid(), n || '@example.com', 'Ann ' || n FROM generate_series(1, 100) AS n
+"""
+
+
+class Watched(Migrating):
+    """Notes what each statement of a migration does to others."""
+
+    def __init__(self, connector: Connector) -> None:
+        super().__init__(connector)
+        self.stopped: list[str] = []
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        before = self._look()
+        cursor = super().execute_sql(sql, params)
+        after = self._look()
+        if before and after:
+            locks, reads = set(after[2]), after[0] > before[0]
+            if before[1] != after[1]:
+                self.stopped.append(f"readers, by writing the table anew: {sql}")
+            elif reads and locks & STOP_READERS:
+                self.stopped.append(f"readers: {sql}")
+            elif reads and locks & STOP_WRITERS:
+                self.stopped.append(f"writers: {sql}")
+        return cursor
+
+    def _look(self) -> Any:
+        if not self.in_transaction():
+            return None
+        with self.connection().cursor() as cursor:
+            cursor.execute("SELECT to_regclass('users') IS NOT NULL")
+            if not cursor.fetchone()[0]:
+                return None
+            cursor.execute(LOOK)
+            return cursor.fetchone()
+
+
+def stopped(uri: str, directory: Path, name: str) -> list[str]:
+    """Whom the migration `name` stops, and with which statement; those before it are applied."""
+    database = Watched(Connector(Target.of(uri), 10, {}))
+    with database.connection_context():
+        router = Router(database, migrate_dir=directory)
+        for earlier in sorted(path.stem for path in directory.glob("[0-9]*.py")):
+            if earlier == name:
+                break
+            router.run(earlier)
+        if not database.execute_sql("SELECT to_regclass('users')").fetchone()[0]:
+            return []  # nobody uses it yet
+        database.execute_sql(USERS)
+        database.stopped.clear()
+        router.run(name)
+    return database.stopped
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_migration_stops_nobody_for_as_long_as_the_table_is(
+    databases: Databases, name: str
+) -> None:
+    """Where writers have to wait, the migration's own words say so ("writers wait")."""
+    found = stopped(databases.create(migrated=False), MIGRATIONS, name)
+    said = "writers wait" in " ".join((MIGRATIONS / f"{name}.py").read_text().lower().split())
+    assert [line for line in found if not (said and line.startswith("writers"))] == []
+
+
+@pytest.mark.parametrize(
+    ("sql", "whom"),
+    [
+        ("ALTER TABLE users ALTER name TYPE varchar(300)", "readers"),
+        ("ALTER TABLE users ADD COLUMN n uuid DEFAULT gen_random_uuid()", "readers"),
+        ("ALTER TABLE users ADD CONSTRAINT c CHECK (name <> 'x')", "readers"),
+        ("ALTER TABLE users ADD COLUMN s text GENERATED ALWAYS AS (lower(name)) STORED", "readers"),
+        ("CREATE INDEX i ON users (name)", "writers"),
+        ("ALTER TABLE users ADD CONSTRAINT u UNIQUE (name)", "readers"),
+        ("ALTER TABLE users ADD COLUMN phone text", ""),
+        ("ALTER TABLE users ADD COLUMN plan text NOT NULL DEFAULT 'free'", ""),
+        ("ALTER TABLE users ADD CONSTRAINT c CHECK (name <> 'x') NOT VALID", ""),
+        ("CREATE INDEX CONCURRENTLY i ON users (name)", ""),
+    ],
+)
+def test_what_stops_others_is_told(
+    databases: Databases, tmp_path: Path, sql: str, whom: str
+) -> None:
+    """Guards the test above: it sees what it is there to see."""
+    for name in NAMES:
+        (tmp_path / f"{name}.py").write_text((MIGRATIONS / f"{name}.py").read_text())
+    (tmp_path / "999_more.py").write_text(
+        f"def migrate(migrator, database, *, fake=False):\n    migrator.sql({sql!r})\n"
+    )
+    found = stopped(databases.create(migrated=False), tmp_path, "999_more")
+    assert [line.partition(":")[0].partition(",")[0] for line in found] == ([whom] if whom else [])
