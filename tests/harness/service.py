@@ -68,10 +68,12 @@ class Service:
     """A Gatehouse process, `python app.py`, with settings from keyword arguments.
 
     `within` is a command that runs it, for a process with limits or name servers of its own; it has
-    to become that process.
+    to become that process. `folder` is a checkout of another version.
     """
 
-    def __init__(self, *, within: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(
+        self, *, within: Sequence[str] = (), folder: Path | None = None, **settings: Any
+    ) -> None:
         self.port = int(settings.setdefault("PORT", free_port()))
         environ = {
             key: value
@@ -86,7 +88,7 @@ class Service:
         self._log = tempfile.NamedTemporaryFile(prefix="gatehouse-test-", suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*within, sys.executable, "app.py"],
-            cwd=checkout(),
+            cwd=folder or checkout(),
             env=environ,
             stdout=self._log,
             stderr=subprocess.STDOUT,
