@@ -12,6 +12,8 @@ SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
 # Descriptors that are neither client connections nor connections to the upstream: those of the
 # database, the logs, and of what libraries open for a moment.
 SPARE_DESCRIPTORS = 256
+# As many as Linux gives a process by default at most (fs.nr_open).
+MOST_DESCRIPTORS = 1 << 20
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -45,14 +47,16 @@ def raise_descriptor_limit() -> int:
     """Allow this process as many descriptors as it may have; returns how many these are."""
     try:
         import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard == resource.RLIM_INFINITY or hard > 65536:
-            hard = 65536
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
-        return max(soft, hard)
-    except (ImportError, ValueError, OSError):
+    except ImportError:  # not Unix
         return 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Where there is no limit a number has to be said all the same.
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    except (ValueError, OSError):
+        return soft
+    return max(soft, most)
 
 
 def most_streams() -> int:

@@ -94,10 +94,9 @@ def begin(service: Service, number: int) -> Server:
 def pin(number: int, workers: int) -> None:
     """Keep this process on a core of its own, where each core gets as many workers as any other.
 
-    Handing the interpreter's lock from a thread on one core to a thread on another costs as much as
-    all the rest of a request for a user: 1.2 to 2 times the processor's time. With fewer workers
-    than cores, this process cannot know which cores other services have chosen: three containers
-    whose first process each was pinned by its number, 1, were all on one core, and the others idle.
+    With fewer workers than cores it cannot know which cores other services have chosen: three
+    containers, whose first process is number 1 in each, were all on the core of that number. See
+    docs/decisions/0009-cores.md for what it brings.
     """
     if not hasattr(os, "sched_setaffinity"):
         return

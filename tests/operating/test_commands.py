@@ -45,18 +45,19 @@ def test_pending_migrations_are_3(databases: Databases, upstream: ScriptedUpstre
     uri = databases.create(migrated=False)
     code, lines = check(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url)
     assert code == 3
-    assert lines[2] == "schema: migrations pending: 001_users"
+    steps = sorted(path.stem for path in (ROOT / "migrations").glob("0*.py"))
+    assert lines[2] == f"schema: migrations pending: {', '.join(steps)}"
 
 
 def test_another_schema_is_4(databases: Databases, upstream: ScriptedUpstream) -> None:
     uri = databases.create()
     connection = psycopg2.connect(uri)
     with connection, connection.cursor() as cursor:
-        cursor.execute("DROP INDEX users_email_lower")
+        cursor.execute("DROP INDEX users_mailbox")
     connection.close()
     code, lines = check(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url)
     assert code == 4
-    assert "users_email_lower" in lines[2]
+    assert "users_mailbox" in lines[2]
 
 
 def test_an_unreachable_database_is_5_and_is_named(upstream: ScriptedUpstream) -> None:

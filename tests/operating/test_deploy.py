@@ -453,3 +453,24 @@ def test_the_files_for_nginx_and_caddy_are_those_of_the_docs(language: str, name
     page = (ROOT / "docs" / "proxy.md").read_text()
     [text] = re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert (DEPLOY / name).read_text() == text
+
+
+# The Makefile
+
+
+def recipe(target: str) -> str:
+    """What `make` would do on a fresh machine."""
+    return run("make", "--dry-run", "--always-make", target, cwd=ROOT)
+
+
+@needs("make")
+def test_make_install_is_production_only() -> None:
+    text = recipe("install")
+    assert "-r requirements.txt" in text and "requirements-dev" not in text
+
+
+@needs("make")
+@pytest.mark.parametrize("target", ["run", "test", "check", "bench", "faults", "fuzz", "audit"])
+def test_the_other_targets_add_what_they_need(target: str) -> None:
+    text = recipe(target)
+    assert text.index("-r requirements.txt") < text.index("-r requirements-dev.txt")
