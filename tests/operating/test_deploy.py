@@ -33,6 +33,7 @@ from tests.harness import (
     call,
     free_port,
     ok,
+    run_app,
     wait_for,
 )
 from tests.harness.servers import Server
@@ -474,3 +475,22 @@ def test_make_install_is_production_only() -> None:
 def test_the_other_targets_add_what_they_need(target: str) -> None:
     text = recipe(target)
     assert text.index("-r requirements.txt") < text.index("-r requirements-dev.txt")
+
+
+# The page "from zero to production"
+
+
+def test_check_says_what_the_page_promises(database: str, upstream: ScriptedUpstream) -> None:
+    page = (ROOT / "docs" / "production.md").read_text()
+    [told] = re.findall(r"(?ms)^```\n(configuration: .*?)^```$", page)
+    done = run_app("check", "--verbose", POSTGRES_URI=database, UPSTREAM_URL=upstream.url)
+    assert done.returncode == 0
+    assert re.sub(r"\d+", "N", done.stdout) == re.sub(r"\d+", "N", told)
+
+
+def test_the_page_names_files_that_there_are_and_settings_that_there_are() -> None:
+    page = (ROOT / "docs" / "production.md").read_text()
+    for name in re.findall(r"\bdeploy/([A-Za-z.-]+[a-zA-Z])\b", page):
+        assert (DEPLOY / name).exists(), name
+    for name in re.findall(r"\b([A-Z]+(?:_[A-Z]+)+)=", page):
+        assert name in SETTINGS, name
