@@ -2,9 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
+APPLICATIONS := .venv-applications
 SOURCES := *.py services postgres server wire migrations
 
-.PHONY: run test bench faults fuzz install check audit
+.PHONY: run test bench faults fuzz install check audit applications applications-light
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
@@ -43,3 +44,17 @@ check: $(DEVELOPED)
 
 audit: $(DEVELOPED)
 	$(BIN)/pip-audit --strict --requirement requirements.txt
+
+# Real applications behind Gatehouse. Those of test_light.py are part of what a merge has to pass.
+applications: $(DEVELOPED) $(APPLICATIONS)/.all
+	$(BIN)/python -m pytest tests/applications
+
+applications-light: $(DEVELOPED) $(APPLICATIONS)/.light
+	$(BIN)/python -m pytest tests/applications/test_light.py
+
+$(APPLICATIONS)/.light: tests/applications/requirements-light.txt
+$(APPLICATIONS)/.all: tests/applications/requirements.txt tests/applications/requirements-light.txt
+$(APPLICATIONS)/.light $(APPLICATIONS)/.all:
+	$(PYTHON) -m venv $(APPLICATIONS)
+	$(APPLICATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@

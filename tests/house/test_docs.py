@@ -28,7 +28,8 @@ Tables
     where the default is not a value. docs/api.md has a table row for each problem type with its
     status in one cell and its name in backquotes in another, and names each route in backquotes
     or in a heading: GET /users/{id}. A row that begins with a path alone tells of a GET. HEAD and
-    OPTIONS need not be told for each.
+    OPTIONS need not be told for each. docs/applications.md has a table row for each application that
+    is tried, with the pins of its packages and, in the last cell, its test; one table for each file.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from tests.users.test_problems import CONTRACT
 README = ROOT / "README.md"
 API = ROOT / "docs" / "api.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+APPLICATIONS = ROOT / "docs" / "applications.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 DOCUMENTED_ADDRESS = "127.0.0.1:8080"
 
@@ -171,6 +173,32 @@ def test_every_make_target_that_is_mentioned_exists(path: Path) -> None:
     targets = set(re.findall(r"(?m)^([a-z][a-z-]*):", (ROOT / "Makefile").read_text()))
     mentioned = set(re.findall(r"(?:`|\$ |^)make ([a-z][a-z-]*)", path.read_text(), re.MULTILINE))
     assert mentioned <= targets
+
+
+def applications(heading: str) -> tuple[list[str], set[str]]:
+    """The tests, and the pins of packages, in the table below a heading of docs/applications.md."""
+    section = APPLICATIONS.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    tests = [test for cells in rows(section) if (test := quoted(cells[-1]))]
+    return tests, set(re.findall("`([^`]+==[^`]+)`", section))
+
+
+def pinned(requirements: str) -> set[str]:
+    """The pins of a requirements file, without extras."""
+    text = (ROOT / "tests" / "applications" / requirements).read_text()
+    return {re.sub(r"\[.*\]", "", line) for line in text.splitlines() if "==" in line}
+
+
+@pytest.mark.parametrize(
+    ("heading", "tests", "requirements"),
+    [("Tried before every change", "test_light.py", "requirements-light.txt")],
+)
+def test_every_application_that_is_tried_is_listed_and_nothing_else_is(
+    heading: str, tests: str, requirements: str
+) -> None:
+    listed, pins = applications(heading)
+    source = (ROOT / "tests" / "applications" / tests).read_text()
+    assert listed == re.findall(r"(?m)^def (test_\w+)", source)
+    assert pins == pinned(requirements)
 
 
 def anchors(path: Path) -> set[str]:
