@@ -167,11 +167,16 @@ BEGUN = {
 AWAITED = (connecting, failed, ended)
 
 
-@pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("state", BEGUN, ids=lambda state: state.__name__)
+@pytest.mark.parametrize(
+    "state, event",
+    [
+        pytest.param(state, event, id=f"{state.__name__}-{event}")
+        for state in BEGUN
+        for event in EVENTS
+        if state in AWAITED or event not in ("connected", "unconnected")
+    ],
+)
 def test_every_event_in_every_state(state: Callable[[], World], event: str) -> None:
-    if event in ("connected", "unconnected") and state not in AWAITED:
-        return
     world = state()
     exchange = world.exchange
     assert exchange.state is BEGUN[state]
@@ -426,7 +431,7 @@ def test_the_whole_head_of_an_answer_has_one_time_however_it_trickles() -> None:
     world = asking()
     for _ in range(9):
         world.clock.pass_time(1)
-        world.exchange.from_upstream(b"H"[:0] or b"X")
+        world.exchange.from_upstream(b"X")
     assert world.exchange.state is State.ASKING
     world.clock.pass_time(1.1)
     assert world.client.told == [("refuse", "upstream-timeout")]
