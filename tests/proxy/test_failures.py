@@ -14,6 +14,7 @@ import pytest
 from tests.harness import (
     DEAD_DATABASE,
     Answer,
+    RawClient,
     ScriptedUpstream,
     Seen,
     Service,
@@ -373,6 +374,84 @@ def test_a_slow_body_is_not_late_as_long_as_each_piece_is_in_time(
     upstream.script(answer)
     reply = impatient.call("GET", "/slow")
     assert (reply.body, reply.complete) == (b"xxxxxx", True)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_an_upstream_that_waits_for_its_client_is_not_late(
+    impatient: Service, upstream: ScriptedUpstream, framing: str
+) -> None:
+    """It has more to send, which nobody takes for longer than a piece may take."""
+    body = bytes(range(256)) * 80_000
+    head = {"length": [b"Content-Length: %d" % len(body)], "chunked": [CHUNKED], "close": []}
+
+    def answer(sock: socket.socket, seen: Seen) -> bool:
+        data = chunked(*[body[at : at + 50_000] for at in range(0, len(body), 50_000)])
+        sock.sendall(message(OK, *head[framing], body=data if framing == "chunked" else body))
+        return framing != "close"
+
+    upstream.script(answer)
+    with RawClient(impatient.port, room=4096) as client:
+        client.send(request())
+        came = client.head()
+        threading.Event().wait(READ_TIMEOUT * 3)
+        client.buffer = came + b"\r\n\r\n" + client.buffer
+        reply = client.reply()
+    assert (reply.complete, reply.body == body) == (True, True)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_an_upstream_that_waits_for_the_body_is_not_late(
+    impatient: Service, upstream: ScriptedUpstream, framing: str
+) -> None:
+    """It is the client that takes its time. The upstream's begins when it has all of the body."""
+    body = bytes(range(256)) * 800
+    line = b"Content-Length: %d" % len(body) if framing == "length" else CHUNKED
+    data = body if framing == "length" else chunked(body[:150_000], body[150_000:])
+    upstream.script(fine)
+    with impatient.client() as client:
+        client.send(request(b"POST /a HTTP/1.1", line))
+        for at in range(0, len(data), 100_000):
+            client.send(data[at : at + 100_000])
+            threading.Event().wait(READ_TIMEOUT * 1.5)
+        assert client.reply().body == b"ok"
+        assert upstream.seen[0].body == body
+        upstream.script(stay_silent)
+        client.send(request(b"POST /a HTTP/1.1", line) + data)
+        began = time.monotonic()
+        problem(client.reply(), 504, "upstream-timeout")
+        assert READ_TIMEOUT * 0.9 < time.monotonic() - began < READ_TIMEOUT + 2
+
+
+def test_an_upstream_that_takes_the_body_slowly_is_not_late_and_one_that_stops_is(
+    impatient: Service, upstream: ScriptedUpstream
+) -> None:
+    """What it takes counts as a piece does."""
+    total = 30_000_000
+    tested = threading.Event()
+
+    def slowly(sock: socket.socket, seen: Seen) -> bool:
+        left = total - len(seen.body)
+        while left > (total // 2 if seen.target == b"/stops" else 0):
+            left -= len(sock.recv(min(left, 1_000_000)))
+            threading.Event().wait(READ_TIMEOUT / 20)
+        if left:
+            tested.wait(20)
+            return False
+        sock.sendall(message(OK, b"Connection: close", b"Content-Length: 2", body=b"ok"))
+        return False
+
+    upstream.script(b"")
+    upstream.early = slowly
+    length = b"Content-Length: %d" % total
+    with impatient.client(timeout=30) as client:
+        began = time.monotonic()
+        reply = client.converse(request(b"POST /slow HTTP/1.1", length) + bytes(total))
+        assert reply.body == b"ok"
+        assert time.monotonic() - began > READ_TIMEOUT * 1.3
+    with impatient.client(timeout=30) as client:
+        reply = client.converse(request(b"POST /stops HTTP/1.1", length) + bytes(total))
+        problem(reply, 504, "upstream-timeout")
+    tested.set()
 
 
 CUT = {
