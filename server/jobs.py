@@ -27,7 +27,7 @@ log = logging.getLogger("gatehouse")
 
 # A thread that has had nothing to do for so many seconds ends.
 IDLE_SECONDS = 5.0
-# A lane whose next job has waited for so many seconds gets one thread more.
+# A lane none of whose jobs has been taken for so many seconds gets more threads.
 STALLED_SECONDS = 0.05
 # What of a body that is read while it arrives waits for its reader, at most.
 INBOX_BYTES = 262144
@@ -37,7 +37,7 @@ class Lane:
     """Threads for one kind of job, up to `limit`, started when none is idle and ended when there
     has been nothing to do for a while.
 
-    So many as are `eager` are started at once; more only where a job waits all the same, for jobs
+    So many as are `eager` are started at once, and more by `relieve` where jobs have to wait: jobs
     that come in a crowd and take no time need no crowd of threads.
     """
 
@@ -58,17 +58,32 @@ class Lane:
                 self._moved = time.monotonic()
             self._spare -= 1
             start = self._spare < 0 and self._threads < self._limit
-            if start and self._threads >= self._eager:
-                start = time.monotonic() - self._moved > STALLED_SECONDS
+            start = start and self._threads < self._eager
             self._count(int(start))
         self._queue.put(job)
         if start:
-            try:
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
-            except RuntimeError:
-                log.exception("no thread can be started; the job waits for another")
-                with self._lock:
-                    self._count(-1)
+            self._start()
+
+    def _start(self) -> None:
+        try:
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        except RuntimeError:
+            log.exception("no thread can be started; the job waits for another")
+            with self._lock:
+                self._count(-1)
+
+    def relieve(self) -> bool:
+        """Start threads for all jobs that wait, where none has been taken for a while; returns
+        whether jobs wait. Threads that are all held up take no job, and cannot say so."""
+        with self._lock:
+            waiting = -self._spare
+            more = 0
+            if waiting > 0 and time.monotonic() - self._moved > STALLED_SECONDS:
+                more = min(waiting, self._limit - self._threads)
+                self._count(more)
+        for _ in range(more):
+            self._start()
+        return waiting > 0
 
     def _count(self, threads: int) -> None:
         self._threads += threads
@@ -208,7 +223,7 @@ class Job:
         self._gathered: list[bytes] = []
         self._input: Any = None
         self._inbox: Inbox | None = None
-        self._taken = threading.Event()  # set when the client has taken what was written
+        self._taken: threading.Event | None = None  # set when the client has taken what was written
         if streamed and self.body is not None:
             self._inbox = Inbox(lambda: client.loop.call(client.resume))
             self._input = io.BufferedReader(self._inbox, 65536)
@@ -245,7 +260,11 @@ class Job:
         return self.body is not None and not self.body.complete
 
     def client_drained(self) -> None:
-        self._taken.set()
+        self._let_go_on()
+
+    def _let_go_on(self) -> None:
+        if self._taken is not None:
+            self._taken.set()
 
     def client_ended(self) -> None:
         """The client sends no more. It may still read, and the answer is nearly ready."""
@@ -257,7 +276,7 @@ class Job:
         self.over = True
         if self._inbox is not None:
             self._inbox.put_end(cut=True)
-        self._taken.set()
+        self._let_go_on()
 
     def _refuse(self, problem: Problem) -> None:
         self.over = True
@@ -320,7 +339,7 @@ class Job:
     def give_piece(self, piece: bytes) -> None:
         self.client.write(piece)
         if self.client.queued < HIGH_WATER:
-            self._taken.set()
+            self._let_go_on()
 
     def _end(self) -> None:
         self.over = True
@@ -329,10 +348,13 @@ class Job:
     def give_end(self) -> None:
         self._end()
 
-    def wait_until_taken(self) -> None:
-        """Wait until the client has taken enough of what was written. Raises Left."""
-        self._taken.wait()
-        self._taken.clear()
+    def give_and_wait(self, piece: bytes) -> None:
+        """Give a piece of the body to the loop, and wait until the client has taken enough of what
+        was written. Raises Left."""
+        self._taken = taken = self._taken or threading.Event()
+        taken.clear()
+        self.tell(self.give_piece, piece)
+        taken.wait()
         if self.over:
             raise Left
 
@@ -424,8 +446,7 @@ class Task(WSGITask):  # type: ignore[misc]
             job.tell(job.give_head, self.status, self.response_headers)
         if data:
             self.content_bytes_written += len(data)
-            job.tell(job.give_piece, data)
-            job.wait_until_taken()
+            job.give_and_wait(data)
 
     def finish(self) -> None:
         if not self.wrote_header:

@@ -23,8 +23,8 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from metrics import IN_FLIGHT, STREAMS, Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
-from server.jobs import Lane
-from server.loop import Loop, Timer
+from server.jobs import STALLED_SECONDS, Lane
+from server.loop import NEVER, Loop, Timer
 from server.stream import Stream
 
 log = logging.getLogger("gatehouse")
@@ -174,6 +174,7 @@ class Upstream:
         self._connections: set[Connection] = set()
         self._idle: deque[Connection] = deque()  # the one that was used last is the last
         self._expiry = Timer(loop, self._expire)
+        self._relief = Timer(loop, self._relieve)
         self._said = -SAY_SECONDS
 
     # How many requests are with it.
@@ -229,6 +230,13 @@ class Upstream:
         """Make a connection for an exchange, which is told when it is there."""
         self.make_room()
         self._lane.add(lambda: self._connect(exchange))
+        if self._relief.when == NEVER:
+            self._relieve()
+
+    def _relieve(self) -> None:
+        """Look again while connections wait for a thread."""
+        if self._lane.relieve():
+            self._relief.set(self.loop.now + STALLED_SECONDS)
 
     def _connect(self, exchange: Carried) -> None:
         """On a helper thread: the socket, or why there is none, is a value for the loop."""

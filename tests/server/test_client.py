@@ -81,7 +81,10 @@ class Desk:
         client.responder = anything
         self.responders.append(responder)
 
-    def answered(self, client: Client, head: Head, seconds: float) -> None:
+    def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
+        assert seconds >= 0
+
+    def answered(self, client: Client, head: Head) -> None:
         if self.log_fails:
             raise ValueError("as it never should")
         self.lines.append(f"{head.method} {head.target} {client.status[:3]}")

@@ -274,7 +274,8 @@ def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 class Far:
-    """The other end, under TLS: its socket, once the handshake is done."""
+    """The other end, under TLS, which begins its handshake when it is told to: its socket, once
+    that is done."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:
         sock.settimeout(10)
@@ -282,6 +283,8 @@ class Far:
         self._thread = threading.Thread(
             target=lambda: self._wrapped.append(context.wrap_socket(sock, server_side=True))
         )
+
+    def begin(self) -> None:
         self._thread.start()
 
     @property
@@ -300,6 +303,8 @@ def secure(
     """A stream under TLS and its other end; the handshake is yet to come where it is not `shaken`."""
     near, other = socket.socketpair()
     far = Far(other, contexts[1])
+    if shaken:
+        far.begin()
     wrapped = contexts[0].wrap_socket(
         near,
         server_hostname="upstream.example",
@@ -322,6 +327,7 @@ def test_bytes_that_wait_inside_tls_are_read_when_the_stream_goes_on(
     assert stream.sock.pending() == 20
     quiet(loop, stream)
     for number in (2, 3):
+        stream._read_bytes = 10  # A pause begins anew with the usual size.
         stream.resume()
         loop.turn_over()  # No event says so.
         assert len(stream.pieces) == number
@@ -350,6 +356,7 @@ def test_what_is_sent_while_tls_has_to_read_first_is_sent_all_the_same(
         stream.pause()
     stream.send(b"hello")
     assert stream.queued == 5 and stream._write_waits_for_read
+    far.begin()
     turn(loop, lambda: "drained" in stream.told)
     assert far.sock.recv(10) == b"hello" and stream.queued == 0
     far.sock.sendall(b"back")
@@ -369,6 +376,7 @@ def test_what_is_not_sent_any_more_does_not_wait_for_tls(
     stream, far = secure(loop, contexts, shaken=False)
     stream.send(b"hello")
     stream.stop_sending()
+    far.begin()
     turn(loop, lambda: far.shaken)
     far.sock.sendall(b"back")
     turn(loop, lambda: stream.data == b"back")

@@ -1,0 +1,70 @@
+"""Lanes: threads that come when jobs wait, and go when there are none."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from server import jobs
+from server.jobs import Lane
+from tests.harness import wait_for
+
+
+def threads(name: str) -> int:
+    return sum(1 for thread in threading.enumerate() if thread.name == name)
+
+
+def test_a_crowd_of_quick_jobs_starts_no_crowd_of_threads() -> None:
+    lane, done = Lane("quick", 64, eager=4), []
+    for number in range(500):
+        lane.add(lambda number=number: done.append(number))
+    wait_for(lambda: len(done) == 500)
+    assert threads("quick") <= 4
+
+
+def test_jobs_that_wait_behind_others_that_are_held_up_get_threads_of_their_own() -> None:
+    lane, hold, done = Lane("held", 64, eager=4), threading.Event(), []
+    for _ in range(4):
+        lane.add(lambda: hold.wait(20))
+    wait_for(lambda: threads("held") == 4)
+    for number in range(30):
+        lane.add(lambda number=number: done.append(number))
+    began = time.monotonic()
+    wait_for(lambda: not lane.relieve())
+    wait_for(lambda: len(done) == 30)
+    assert time.monotonic() - began < 5
+    hold.set()
+
+
+def test_there_are_never_more_threads_than_the_limit() -> None:
+    lane, hold, done = Lane("limited", 6, eager=2), threading.Event(), []
+    for number in range(20):
+        lane.add(lambda number=number: (hold.wait(20), done.append(number)))
+    wait_for(lambda: lane.relieve() and threads("limited") == 6)
+    assert not done
+    hold.set()
+    wait_for(lambda: len(done) == 20)
+    assert threads("limited") <= 6
+
+
+def test_threads_end_when_there_has_been_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "IDLE_SECONDS", 0.1)
+    lane, done = Lane("ending", 8), []
+    for _ in range(3):
+        lane.add(lambda: done.append(1))
+        wait_for(lambda: done and threads("ending") == 0)
+        done.clear()
+
+
+def test_a_job_that_fails_does_not_take_its_thread_along() -> None:
+    lane, done = Lane("failing", 1), []
+
+    def fail() -> None:
+        raise ValueError("as it never should")
+
+    lane.add(fail)
+    lane.add(lambda: done.append(1))
+    wait_for(lambda: done)
+    assert threads("failing") == 1
