@@ -44,7 +44,7 @@ def make_index(database: pw.Database) -> None:
         " JOIN pg_namespace ON pg_namespace.oid = extnamespace WHERE extname = 'pg_trgm'"
     )
     if not execute(where).fetchone():
-        offered = "SELECT FROM pg_available_extensions WHERE name = 'pg_trgm'"
+        offered = "SELECT name FROM pg_available_extensions WHERE name = 'pg_trgm'"
         if not execute(offered).fetchone():
             print(f"{WITHOUT}: this PostgreSQL has no pg_trgm", file=sys.stderr)
             return

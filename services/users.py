@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from peewee import EXCLUDED, SQL, Case, NodeList, Query, Select, fn
@@ -25,6 +26,7 @@ from problems import (
     NoSuchUser,
     PreconditionFailed,
 )
+from services.merge import Merge
 from services.values import (
     CONTROL,
     SURROGATE,
@@ -45,32 +47,6 @@ TOO_SLOW = (
     " and its index users_search, a search for three letters or more is fast; a total is not."
 )
 
-# What a merge patch makes of a JSON object (RFC 7396), in SQL, as one statement has to do it. The
-# members of the patch are gone through, outer ones first: null removes what is there, a plain value
-# takes its place, and an object makes sure that there is an object.
-MERGED = """(
-    WITH RECURSIVE member(path, value) AS (
-        SELECT ARRAY[]::text[], {patch}
-        UNION ALL
-        SELECT path || inner_.key, inner_.value FROM member, LATERAL jsonb_each(
-            CASE jsonb_typeof(value) WHEN 'object' THEN value ELSE '{{}}' END) AS inner_
-    ), steps(list) AS (
-        SELECT coalesce(jsonb_agg(jsonb_build_array(path, value) ORDER BY cardinality(path)), '[]')
-        FROM member WHERE path <> '{{}}'
-    ), merged(number, document) AS (
-        SELECT 0, CASE WHEN {patch} IS NULL THEN '{{}}' ELSE {column} END
-        UNION ALL
-        SELECT number + 1, CASE
-            WHEN value = 'null' THEN document #- path
-            WHEN jsonb_typeof(value) <> 'object' THEN jsonb_set(document, path, value)
-            WHEN jsonb_typeof(document #> path) = 'object' THEN document
-            ELSE jsonb_set(document, path, '{{}}') END
-        FROM merged, steps, LATERAL (
-            SELECT list -> number -> 1 AS value,
-                ARRAY(SELECT jsonb_array_elements_text(list -> number -> 0)) AS path) AS step
-        WHERE number < jsonb_array_length(list)
-    ) SELECT document FROM merged ORDER BY number DESC LIMIT 1)"""
-
 
 @dataclass(frozen=True)
 class Field:
@@ -78,8 +54,8 @@ class Field:
 
     `check` takes what was sent and returns what is kept, or raises ValueError (services/values.py).
     Where it is not `required` it may be absent, and is `default` then: None is NULL in the table
-    and null in JSON, and may be sent. `kind` is its SQL type, `patched` the SQL for what PATCH
-    makes of it where that is not simply the new value; NULL is then what it is by default.
+    and null in JSON, and may be sent. `kind` is its SQL type; where it is `merged`, PATCH takes it
+    for a merge patch (RFC 7396) and not for the new value.
     """
 
     name: str
@@ -87,13 +63,13 @@ class Field:
     required: bool = False
     default: Any = None
     kind: str = "text"
-    patched: str = ""
+    merged: bool = False
 
 
 FIELDS = (
     Field("email", valid_email, required=True),
     Field("name", valid_name, required=True),
-    Field("metadata", valid_metadata, default="{}", kind="jsonb", patched=MERGED),
+    Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=True),
 )
 NAMES = {field.name: field for field in FIELDS}
 # What a GET gives beside them, and a PUT or PATCH may therefore send back.
@@ -156,7 +132,6 @@ def _storable(text: str) -> str:
 TYPES = {
     "id": "uuid",
     **{field.name: field.kind for field in FIELDS},
-    "given": "text[]",
     "match": "text[]",
     "none_match": "text[]",
     "untouched": "double precision",
@@ -170,11 +145,13 @@ def given(name: str) -> SQL:
     return SQL(f"CAST(%({name})s AS {TYPES[name]})")
 
 
-def statement(query: Query, *, prepared: bool = True) -> Statement:
-    """A query whose only values are given by name, composed once."""
+def statement(
+    query: Query, *, prepared: bool = True, more: Mapping[str, str] = MappingProxyType({})
+) -> Statement:
+    """A query whose only values are given by name; `more` are types of other names than TYPES."""
     sql, params = query.sql()
     assert not params, params
-    types = {name: kind for name, kind in TYPES.items() if f"%({name})s" in sql}
+    types = {name: kind for name, kind in {**TYPES, **more}.items() if f"%({name})s" in sql}
     return Statement(sql, types, prepared=prepared)
 
 
@@ -211,18 +188,7 @@ LATER = fn.greatest(fn.now(), User.updated_at + SQL("interval '1 microsecond'"))
 SEARCHED = fn.lower(User.name).concat(SQL("E'\\n'")).concat(fn.lower(User.email))
 
 
-def _patched(field: Field) -> Any:
-    new = f"CAST(%({field.name})s AS {field.kind})"
-    pieces = (field.patched or "{patch}").format(patch=new, column="\0").split("\0")
-    parts: list[Any] = [SQL(pieces[0])]
-    for piece in pieces[1:]:
-        parts += [_column(field), SQL(piece)]
-    asked = SQL(f"'{field.name}' = ANY(%(given)s)")
-    return Case(None, [(asked, NodeList(parts))], _column(field))
-
-
 REPLACED = {field.name: given(field.name) for field in FIELDS}
-PATCHED = {field.name: _patched(field) for field in FIELDS}
 
 
 def _differs(new: Mapping[str, Any]) -> Any:
@@ -246,19 +212,20 @@ def _allowed() -> Any:
     return match & none & untouched
 
 
-def _update(new: Mapping[str, Any]) -> Statement:
+def _update(new: Mapping[str, Any], **options: Any) -> Statement:
     query = User.update(_changed(new)).where(THIS & _allowed())
-    return statement(query.returning(JSON, _version))
+    return statement(query.returning(JSON, _version), **options)
 
 
-def _same(new: Mapping[str, Any]) -> Statement:
+def _same(new: Mapping[str, Any], **options: Any) -> Statement:
     """Finds the user where it is what a write of these values would have made of it, and whether
     that made it, and did not change it."""
     created = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
     unchanged = NodeList((SQL("NOT"), _differs(new)))
     # A lock is a write: with a synchronous standby it is answered when that has all before it too,
     # where a mere read may see what would be gone after a failover.
-    return statement(User.select(JSON, _version, created).where(THIS & unchanged).for_update())
+    found = User.select(JSON, _version, created).where(THIS & unchanged)
+    return statement(found.for_update(), **options)
 
 
 _ROW = {User.id: given("id")} | {_column(field): REPLACED[field.name] for field in FIELDS}
@@ -278,9 +245,33 @@ PUT = statement(
     .on_conflict(conflict_target=[User.id], update=_changed(_EXCLUDED), where=_allowed())
     .returning(JSON, _version, SQL("xmax = 0"))
 )
-REPLACE, PATCH = _update(REPLACED), _update(PATCHED)
-SAME_REPLACED, SAME_PATCHED = _same(REPLACED), _same(PATCHED)
+REPLACE, SAME = _update(REPLACED), _same(REPLACED)
 DELETE = statement(User.delete().where(THIS & _allowed()).returning(User.id))
+
+
+def _patched(names: Iterable[str]) -> dict[str, Any]:
+    return {one.name: given(one.name) if one.name in names else _column(one) for one in FIELDS}
+
+
+@functools.cache
+def _patch(names: frozenset[str]) -> tuple[Statement, Statement]:
+    """Changes these fields of a user; and finds it where it is as it would be then."""
+    return _update(_patched(names)), _same(_patched(names))
+
+
+def _merge(
+    names: Iterable[str], patches: Mapping[str, Any], values: dict[str, Any]
+) -> tuple[Statement, Statement]:
+    """The same where some are merged; adds to `values` what that needs. Such a statement is made
+    for one patch."""
+    new = _patched(names)
+    types: dict[str, str] = {}
+    for name, patch in patches.items():
+        merge = Merge(_column(NAMES[name]), given(name), patch, prefix=name)
+        new[name] = merge.sql
+        values |= merge.values
+        types |= merge.types
+    return _update(new, prepared=False, more=types), _same(new, prepared=False, more=types)
 
 
 def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
@@ -405,9 +396,9 @@ def insert(user_id: str, values: Mapping[str, Any]) -> Found:
     try:
         rows, again = database.write(CREATE, user)
     except Lost:
-        return _done_before(SAME_REPLACED, user)
+        return _done_before(SAME, user)
     if not rows and again:  # perhaps by the first run
-        rows = _confirmed(SAME_REPLACED, user)
+        rows = _confirmed(SAME, user)
         if not rows and _confirmed(GET, user):  # which somebody has changed since
             raise unknown()
     if not rows:
@@ -446,9 +437,9 @@ def replace(user_id: str, values: Mapping[str, Any], condition: Condition) -> Fo
             # 1,000 of twelve at once. By now the winner is there to be met by its id.
             rows, again = database.write(statement, values)
     except Lost:
-        return _done_before(SAME_REPLACED, values)
+        return _done_before(SAME, values)
     if again:
-        return _done_before(SAME_REPLACED, values)
+        return _done_before(SAME, values)
     if not rows:
         raise PreconditionFailed
     return Found(*rows[0])
@@ -458,17 +449,18 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
     """Change some of a user. Raises InvalidUser, EmailTaken, NoSuchUser or PreconditionFailed."""
     changes, errors = checked(members, user_id)
     _raise(errors)
-    values = {
-        one.name: changes.get(one.name) if one.patched else _or_default(one, changes.get(one.name))
-        for one in FIELDS
-    } | {"id": user_id, "given": list(changes)}
-    values |= _asked(condition)
+    values = {name: _or_default(NAMES[name], value) for name, value in changes.items()}
+    values |= {"id": user_id, **_asked(condition)}
+    merged = {
+        name: members[name] for name in changes if NAMES[name].merged and members[name] is not None
+    }
+    update, same = _patch(frozenset(changes)) if not merged else _merge(changes, merged, values)
     try:
-        rows, again = database.write(PATCH, values)
+        rows, again = database.write(update, values)
     except Lost:
-        return _done_before(SAME_PATCHED, values)
+        return _done_before(same, values)
     if not rows and again:
-        return _done_before(SAME_PATCHED, values)
+        return _done_before(same, values)
     if not rows:
         raise _missing(user_id, condition)
     return Found(*rows[0])

@@ -1,0 +1,198 @@
+"""`metadata`: what a team keeps of a user, and how PATCH merges it (RFC 7396)."""
+
+from __future__ import annotations
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.harness import Reply, Service, create_user, invalid_fields, new_email, problem
+
+# RFC 7396, appendix A: the rows whose original and result can be metadata, which is an object.
+APPENDIX = [
+    ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+    ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+    ({"a": "b"}, {"a": None}, {}),
+    ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+    ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+    ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+    ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+    ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+    ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+    ({"a": "b"}, {}, {"a": "b"}),
+    ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+]
+
+
+def with_metadata(service: Service, metadata: Any) -> Reply:
+    body = {"email": new_email(), "name": "Ann", "metadata": metadata}
+    return service.call("POST", "/users", body)
+
+
+def raw(service: Service, text: str, method: str = "POST", path: str = "/users") -> Reply:
+    """A write with `metadata` exactly as written."""
+    member = f'"metadata": {text}'
+    body = f'{{"email": "{new_email()}", "name": "Ann", {member}}}'
+    if method == "PATCH":
+        body = f"{{{member}}}"
+    return service.call(method, path, body.encode(), {"Content-Type": "application/json"})
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """RFC 7396 section 2, as it is written there."""
+    if not isinstance(patch, dict):
+        return patch
+    target = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            target.pop(name, None)
+        else:
+            target[name] = merged(target.get(name), value)
+    return target
+
+
+@pytest.mark.parametrize(("original", "patch", "result"), APPENDIX, ids=str)
+def test_the_appendix_of_rfc_7396(service: Service, original: Any, patch: Any, result: Any) -> None:
+    created = with_metadata(service, original)
+    assert created.json()["metadata"] == original
+    path = f"/users/{created.json()['id']}"
+    reply = service.call("PATCH", path, {"metadata": patch})
+    assert reply.status == 200
+    assert reply.json()["metadata"] == result
+    assert (reply.get("ETag") == created.get("ETag")) == (original == result)
+    assert service.call("GET", path).json() == reply.json()
+
+
+KEYS = st.sampled_from(["a", "b", "c", "", "0", "-1", "a b", 'q"', "{}", "NULL", "é"])
+LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | st.text("aé'\"\\{},", max_size=3)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(KEYS, VALUES, max_size=4)
+
+
+@given(original=OBJECTS, patch=OBJECTS)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_a_patch_does_what_the_rfc_says(service: Service, original: Any, patch: Any) -> None:
+    path = f"/users/{with_metadata(service, original).json()['id']}"
+    reply = service.call("PATCH", path, {"metadata": patch})
+    assert reply.json()["metadata"] == merged(original, patch)
+    again = service.call("PATCH", path, {"metadata": patch})
+    assert (again.json(), again.get("ETag")) == (reply.json(), reply.get("ETag"))
+
+
+def test_put_replaces_and_absent_is_empty(service: Service) -> None:
+    created = with_metadata(service, {"a": 1, "b": {"c": 2}}).json()
+    path = f"/users/{created['id']}"
+    whole = {"email": created["email"], "name": "Ann"}
+    assert service.call("PUT", path, whole | {"metadata": {"b": {}}}).json()["metadata"] == {
+        "b": {}
+    }
+    assert service.call("PUT", path, whole).json()["metadata"] == {}
+    assert create_user(service).json()["metadata"] == {}
+
+
+def test_null_clears_all_of_it(service: Service) -> None:
+    path = f"/users/{with_metadata(service, {'a': 1}).json()['id']}"
+    assert service.call("PATCH", path, {"metadata": None}).json()["metadata"] == {}
+    assert with_metadata(service, None).json()["metadata"] == {}
+
+
+def test_a_patch_of_something_else_leaves_it(service: Service) -> None:
+    created = with_metadata(service, {"a": {"b": None}}).json()
+    reply = service.call("PATCH", f"/users/{created['id']}", {"name": "Bea"})
+    assert reply.json()["metadata"] == {"a": {"b": None}}
+
+
+def test_of_many_who_add_a_member_at_once_none_is_lost(service: Service) -> None:
+    path = f"/users/{with_metadata(service, {'a': {}}).json()['id']}"
+
+    def add(number: int) -> int:
+        return service.call("PATCH", path, {"metadata": {"a": {str(number): number}}}).status
+
+    with ThreadPoolExecutor(12) as threads:
+        assert set(threads.map(add, range(60))) == {200}
+    found = service.call("GET", path).json()["metadata"]
+    assert found == {"a": {str(number): number for number in range(60)}}
+
+
+@pytest.mark.parametrize(
+    "number", ["1.10", "12345678901234567890123", "1e3", "-0.5", "1E-10", "0", "1.7e308"]
+)
+def test_a_number_is_kept_as_postgresql_keeps_it(service: Service, number: str) -> None:
+    reply = raw(service, f'{{"n": {number}}}')
+    assert reply.status == 201
+    assert float(reply.json()["metadata"]["n"]) == float(number)
+    if number == "1.10":
+        assert b'"n": 1.10}' in reply.body
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '"{}"',
+        "1",
+        "true",
+        '{"a": "\\u0000"}',
+        '{"\\u0000": 1}',
+        '{"a": [{"b": "x\\u0000"}]}',
+        '{"a": "\\ud800"}',
+        '{"\\udfff": 1}',
+        '{"a": 1e400}',
+        '{"a": [-1e99999]}',
+        '{"a": 1e-99999}',
+        '{"a": ' + "9" * 5000 + "}",
+        '{"a": "' + "x" * 16384 + '"}',
+        '{"a": ' + "[" * 600 + "]" * 600 + "}",
+        "{" + '"a": {' * 600 + "}" * 600 + "}",
+    ],
+    ids=lambda text: text[:20],
+)
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_what_cannot_be_metadata_is_refused_by_name(
+    service: Service, method: str, text: str
+) -> None:
+    created = with_metadata(service, {"kept": 1})
+    path = "/users" if method == "POST" else f"/users/{created.json()['id']}"
+    document = problem(raw(service, text, method, path), 422, "invalid-user")
+    assert invalid_fields(document) == ["metadata"]
+    assert service.call("GET", f"/users/{created.json()['id']}").json() == created.json()
+
+
+@pytest.mark.parametrize("filler", ['"{}"', '"{}" ', '\t\r\n"{}"'])
+def test_16_kib_as_sent_are_taken_and_one_byte_more_is_not(service: Service, filler: str) -> None:
+    def sent(size: int) -> str:
+        empty = f'{{"a":{filler.format("")}}}'
+        return f'{{"a":{filler.format("x" * (size - len(empty)))}}}'
+
+    assert len(sent(16384)) == 16384
+    assert raw(service, sent(16384)).status == 201
+    document = problem(raw(service, sent(16385)), 422, "invalid-user")
+    assert "16384" in document["errors"][0]["message"]
+
+
+def test_a_patch_of_two_thousand_members_is_done_in_time(service: Service) -> None:
+    path = f"/users/{create_user(service).json()['id']}"
+    many = {str(number): 1 for number in range(1000)}
+    for patch in (many, dict.fromkeys(many, 2), {"deep": {"er": dict.fromkeys(many, 3)}}):
+        reply = service.call("PATCH", path, {"metadata": patch})
+        assert reply.status == 200, reply
+    gone = service.call("PATCH", path, {"metadata": dict.fromkeys(many)})
+    assert set(gone.json()["metadata"]) == {"deep"}
+
+
+def test_hostile_text_in_it_comes_back(service: Service) -> None:
+    text = "'; DROP TABLE users; -- %s %(x)s {0} \\ \" \u2028 <script> 👩‍👩‍👧"
+    for metadata in ({text: text}, {"a": [text, {text: [text]}]}, {"": {"": ""}}):
+        reply = with_metadata(service, metadata)
+        assert reply.json()["metadata"] == metadata
+        path = f"/users/{reply.json()['id']}"
+        patched = service.call("PATCH", path, {"metadata": {uuid.uuid4().hex: metadata}})
+        assert patched.status == 200
