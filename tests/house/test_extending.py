@@ -1,0 +1,96 @@
+"""docs/extending.md is carried out, on a copy of the project, and the tests of users run on that."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.harness import ROOT
+from tests.harness.service import copied
+
+TUTORIAL = ROOT / "docs" / "extending.md"
+BLOCK = re.compile(r"(?ms)^```diff\n# (\S+)\n(.*?)^```$")
+PHONES = """
+import json, uuid
+from tests.harness import Service, create_user, invalid_fields, new_email, problem
+
+def test_a_phone_may_be_absent_null_and_unique(service: Service) -> None:
+    created = create_user(service).json()
+    assert created["phone"] is None
+    path, number = f"/users/{created['id']}", "+4930123456"
+    assert service.call("PATCH", path, {"phone": number}).json()["phone"] == number
+    etag = service.call("GET", path).get("ETag")
+    assert service.call("PATCH", path, {"name": "Bea"}).json()["phone"] == number
+    assert service.call("PATCH", path, {"phone": number}).json()["name"] == "Bea"
+    assert service.call("GET", path).get("ETag") != etag
+    other = {"email": new_email(), "name": "Bob", "phone": number}
+    problem(service.call("POST", "/users", other), 409, "refused-by-database")
+    problem(service.call("PUT", f"/users/{uuid.uuid4()}", other), 409, "refused-by-database")
+    wrong = service.call("POST", "/users", other | {"phone": "030"})
+    assert invalid_fields(problem(wrong, 422, "invalid-user")) == ["phone"]
+    assert service.call("PATCH", path, {"phone": None}).json()["phone"] is None
+    assert service.call("POST", "/users", other).status == 201
+    whole = {"email": new_email(), "name": "Cy"}
+    assert service.call("PUT", path, whole).json()["phone"] is None
+
+def test_phones_go_in_and_out(service: Service) -> None:
+    body = f"phone,email,name\\n+491,{new_email()},Ann\\n,{new_email()},Bob\\n+4915112345678,{new_email()},Cy\\n"
+    headers = {"Content-Type": "text/csv"}
+    reply = service.call("POST", "/users", body.encode(), headers)
+    statuses = [json.loads(line).get("status") for line in reply.body.splitlines()]
+    assert statuses == [422, 201, 201, None]
+    out = service.call("GET", "/users?q=Cy", headers={"Accept": "text/csv"}).body.decode()
+    assert out.splitlines()[0] == "id,email,name,metadata,phone,created_at,updated_at"
+    assert ",+4915112345678," in out
+    page = service.call("GET", "/users", headers={"Accept": "text/html"}).body.decode()
+    assert '"phone"' in page
+
+def test_users_are_counted(service: Service) -> None:
+    before = service.call("GET", "/users/count").json()["count"]
+    create_user(service)
+    assert service.call("GET", "/users/count").json() == {"count": before + 1}
+"""
+
+
+def extended(folder: Path) -> Path:
+    """A copy of the project with all that the tutorial says done to it."""
+    copied(folder)
+    for name in ("docs", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    steps = BLOCK.findall(TUTORIAL.read_text())
+    assert len(steps) >= 8
+    for name, block in steps:
+        path, lines = folder / name, block.splitlines()
+        old = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
+        new = "".join(line[1:] + "\n" for line in lines)
+        text = path.read_text() if path.exists() else ""
+        assert text.count(old) == 1 or not text, f"{name}: where does this go?\n{block}"
+        path.write_text(text.replace(old, new, 1) if text else new)
+    (folder / "tests" / "users" / "test_phones.py").write_text(PHONES)
+    return folder
+
+
+def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
+    folder = extended(tmp_path)
+    suite = ["phones", "create", "read", "write"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *(f"tests/users/test_{name}.py" for name in suite)]
+        + ["tests/operating/test_migrations.py::test_models_are_what_the_migrations_make"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    for command in (["ruff", "check"], ["ruff", "format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command, "app.py", "models.py", "services", "migrations"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
