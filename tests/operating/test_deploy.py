@@ -303,8 +303,8 @@ def test_the_image_has_all_of_production() -> None:
     wanted = {source for sources, _ in copied_files() for source in sources}
     modules = {path.name for path in ROOT.glob("*.py")} - {"dev.py", "demo.py"}
     assert {name for name in wanted if name.endswith(".py")} == modules
-    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "bench"}
-    assert rooms <= wanted
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"}
+    assert folders - {"tests", "bench", "docs", "deploy"} == wanted - modules - {"requirements.txt"}
 
 
 # Compose and Kubernetes
@@ -318,6 +318,12 @@ def compose() -> dict[str, Any]:
 def kubernetes() -> dict[str, Any]:
     documents = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
     return {document["kind"]: document for document in documents}
+
+
+@needs("kubernetes-validate")
+def test_kubernetes_knows_every_field_of_the_manifest() -> None:
+    validate = Path(sys.executable).with_name("kubernetes-validate")
+    assert run(validate, "--strict", "kubernetes.yaml").count(" passed ") == 3
 
 
 def version() -> str:
