@@ -30,7 +30,7 @@ from dotenv.parser import parse_stream
 
 import demo
 from postgres.connect import Connector, Target
-from settings import Settings, SettingsError, environment
+from settings import Settings, SettingsError, env_file, environment, near_misses
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / ".data"
@@ -83,6 +83,8 @@ def run() -> int:
         if "POSTGRES_URI_FILE" not in given:
             placeholders["POSTGRES_URI"] = "postgresql:///"
         settings = Settings.from_env(placeholders | given)
+        if misspelt := near_misses(env_file(ROOT / ".env", parse_stream)):
+            raise SettingsError(misspelt)
     except SettingsError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return 2
@@ -176,7 +178,8 @@ class Session:
         self.wait_until(lambda: child.process.poll() is not None)
         self.children.remove(child)
         if child.process.returncode:
-            raise Failed("the migrations could not be applied")
+            hint = "" if self.postgres else "; without POSTGRES_URI a database is started here"
+            raise Failed(f"the migrations could not be applied{hint}")
 
     def start_postgres(self) -> str:
         """Start a PostgreSQL on a Unix socket, with its data in `.data/`, and give its URI.

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import call, copied, free_port
+from tests.harness import DEAD_DATABASE, call, copied, free_port
 
 
 class Dev:
@@ -164,4 +164,25 @@ def test_what_cannot_work_is_told_before_anything_is_started(checkout: Path) -> 
     run = Dev(checkout, 0, THREADS="x", WORKERS="y")
     assert run.process.wait(10) == 2
     assert sorted(line.split()[0] for line in run.lines) == ["THREADS", "WORKERS"]
+    assert not (checkout / ".data").exists()
+
+
+def test_a_misspelt_setting_is_told_before_anything_is_started(checkout: Path) -> None:
+    (checkout / ".env").write_text("USERS_TOKENS=one\n")
+    run = Dev(checkout, 0)
+    assert run.process.wait(10) == 2
+    assert [line.split()[0] for line in run.lines] == ["USERS_TOKENS"]
+    assert not (checkout / ".data").exists()
+
+
+@pytest.mark.parametrize("form", ["POSTGRES_URI", "POSTGRES_URI_FILE"])
+def test_a_database_that_was_named_is_the_one_that_is_used(checkout: Path, form: str) -> None:
+    """No other is started in its place, and whoever has copied .env.example is told why."""
+    (checkout / "uri").write_text(DEAD_DATABASE + "\n")
+    given = DEAD_DATABASE if form == "POSTGRES_URI" else str(checkout / "uri")
+    run = Dev(checkout, free_port(), **{form: given})
+    assert run.process.wait(30) == 1
+    assert run.lines[-1] == (
+        "the migrations could not be applied; without POSTGRES_URI a database is started here"
+    )
     assert not (checkout / ".data").exists()
