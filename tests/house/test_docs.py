@@ -190,7 +190,10 @@ def pinned(requirements: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("heading", "tests", "requirements"),
-    [("Tried before every change", "test_light.py", "requirements-light.txt")],
+    [
+        ("Tried before every change", "test_light.py", "requirements-light.txt"),
+        ("Tried before a release", "test_heavy.py", "requirements.txt"),
+    ],
 )
 def test_every_application_that_is_tried_is_listed_and_nothing_else_is(
     heading: str, tests: str, requirements: str
@@ -199,6 +202,13 @@ def test_every_application_that_is_tried_is_listed_and_nothing_else_is(
     source = (ROOT / "tests" / "applications" / tests).read_text()
     assert listed == re.findall(r"(?m)^def (test_\w+)", source)
     assert pins == pinned(requirements)
+
+
+def test_the_version_of_vite_that_is_tried_is_listed() -> None:
+    """npm installs it, so it is in no requirements file."""
+    source = (ROOT / "tests" / "applications" / "vite_reload.py").read_text()
+    [version] = re.findall(r'(?m)^VITE = "(.+)"$', source)
+    assert f"`vite@{version}`" in APPLICATIONS.read_text()
 
 
 def anchors(path: Path) -> set[str]:
