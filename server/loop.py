@@ -166,6 +166,7 @@ class Loop:
         """Have the loop's thread call a function; callable from any thread."""
         self._calls.put((function, arguments))
         if self._asleep:
+            self._asleep = False  # One wake-up is enough, however many call until it is awake.
             self.wake()
 
     def soon(self, function: Callable[[], None]) -> None:
