@@ -33,3 +33,8 @@ def memory_bytes(pid: int) -> int:
             full = process.memory_full_info()
             total += getattr(full, "pss", full.rss)
     return total
+
+
+def threads(pid: int) -> int:
+    """How many threads the tree has."""
+    return sum(process.num_threads() for process in tree(pid))

@@ -9,7 +9,7 @@ from textwrap import fill
 
 from contenders import POOL_SIZE, Contender
 from load import generator_name
-from scenes import STREAMS, Plan, Ratio, Row, Rows, Start, Streams, ratio
+from scenes import Plan, Ratio, Row, Rows, Start, Streams, ratio
 from stage import cpus
 
 OURS = "Gatehouse"
@@ -162,7 +162,7 @@ def growth(results: Results) -> str:
     pages = [*latency[:2], ("database_us", "PostgreSQL's CPU µs"), *latency[2:]]
     streams = results.streams
     kept = ratio(streams.rows["with"], streams.rows["without"], "rate")
-    each = (streams.memory_with - streams.memory_before) / STREAMS / 1024
+    each = (streams.memory_with - streams.memory_before) / streams.count / 1024
     worker = results.memory[OURS] / streams.workers
     parts = [
         f"{call[0].upper()}{call[1:]}, by connections:\n\n{plain_table('connections', rows, latency)}"
@@ -171,10 +171,12 @@ def growth(results: Results) -> str:
     parts += [
         "A page of 50, after an id drawn at random, by the size of the table:\n\n"
         + plain_table("users", results.sizes, pages),
-        f"Users by id while {STREAMS} idle event streams are open through the proxy"
-        " (`THREADS=320`):\n\n" + plain_table("streams", streams.rows, latency),
+        f"Users by id while {streams.count:,} idle event streams are open through the proxy:\n\n"
+        + plain_table("streams", streams.rows, latency),
         f"With the streams open, {times(kept)} times the requests a second of without. A stream"
-        f" takes {each:.0f} KiB; a worker, after the load of the four calls, {mib(worker)} MiB.",
+        f" takes {each:.1f} KiB; the workers had {streams.threads_before} threads before and"
+        f" {streams.threads_with} with them. A worker, after the load of the four calls, has"
+        f" {mib(worker)} MiB.",
     ]
     return "\n\n".join(parts)
 
@@ -208,8 +210,7 @@ medians of the rounds, a ratio is that of one round, and its median stands befor
 the highest. A ratio whose range spans 1 is a draw. One failed request voids a row.
 
 Each has {cpus()} processes and {POOL_SIZE} database connections in each. {logs} Gatehouse runs with
-`WORKERS=auto` and `UPSTREAM_MAX_IN_FLIGHT=256`, for by default it would refuse some of so many
-requests at once, and all else as it is by default.
+`WORKERS=auto`, and all else as it is by default.
 
 {made_of}
 

@@ -4,6 +4,7 @@ machine does falls on all alike."""
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import statistics
 import sys
@@ -21,7 +22,9 @@ from load import Sample, Void
 from stage import BENCH, Database, Server, Stage
 
 LARGE_BYTES = 64 << 20
-STREAMS = 256
+# As many idle streams as the descriptors of this process allow: each has one here, two in a worker
+# and one in the upstream. The last are for all else.
+MOST_STREAMS, SPARE_DESCRIPTORS = 4000, 512
 
 
 @dataclass(frozen=True)
@@ -186,9 +189,13 @@ def sizes(stage_: Stage, database: Database, upstream: str, plan: Plan) -> Rows:
 
 @dataclass(frozen=True)
 class Streams:
-    """Users served with and without idle streams open; memory in bytes."""
+    """Users served with and without `count` idle streams open; memory in bytes, threads of all
+    workers."""
 
     rows: Rows
+    count: int
+    threads_before: int
+    threads_with: int
     workers: int
     memory_before: int
     memory_with: int
@@ -213,25 +220,35 @@ def open_streams(port: int, count: int) -> Iterator[None]:
         yield
 
 
+def most_streams() -> int:
+    """How many streams can be open, with this process's descriptors raised to what it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > 65536:
+        hard = 65536
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+    return min(MOST_STREAMS, (hard - SPARE_DESCRIPTORS) // 2)
+
+
 def streams(stage_: Stage, uri: str, targets: Targets, plan: Plan) -> Streams:
-    """256 idle streams beside users, in a service with THREADS=320."""
+    """Idle streams beside users, in a service with default settings."""
+    count = most_streams()
     upstream = stage.event_upstream(stage_)
-    service = stage.gatehouse(stage_, uri, f"http://127.0.0.1:{upstream.port}", THREADS=320)
+    service = stage.gatehouse(stage_, uri, f"http://127.0.0.1:{upstream.port}")
     load.requests(service, targets.user, plan.warm_up)
-    before = meter.memory_bytes(service.pid)
-    with open_streams(service.port, STREAMS):
-        open_memory = meter.memory_bytes(service.pid)
+    before, threads = meter.memory_bytes(service.pid), meter.threads(service.pid)
+    with open_streams(service.port, count):
+        open_memory, open_threads = meter.memory_bytes(service.pid), meter.threads(service.pid)
 
     def measure(name: str) -> Sample:
         if name == "without":
             return load.requests(service, targets.user, plan.seconds)
-        with open_streams(service.port, STREAMS):
+        with open_streams(service.port, count):
             return load.requests(service, targets.user, plan.seconds)
 
-    rows = in_turns(["without", "with"], plan.rounds, measure, f"users, {STREAMS} streams open")
+    rows = in_turns(["without", "with"], plan.rounds, measure, f"users, {count} streams open")
     stage_.stop(service)
     stage_.stop(upstream)
-    return Streams(rows, stage.cpus(), before, open_memory)
+    return Streams(rows, count, threads, open_threads, stage.cpus(), before, open_memory)
 
 
 @dataclass(frozen=True)

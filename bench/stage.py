@@ -261,14 +261,12 @@ def gatehouse_command() -> Command:
 
 
 def gatehouse_environ(port: int, uri: str, upstream: str, **settings: object) -> dict[str, object]:
-    """Settings as shipped, but one worker for each CPU, room for more proxied requests at once
-    than the default, past which Gatehouse answers 503, and those given."""
+    """Settings as shipped, but one worker for each CPU, and those given."""
     return {
         "PORT": port,
         "POSTGRES_URI": uri,
         "UPSTREAM_URL": upstream,
         "WORKERS": "auto",
-        "UPSTREAM_MAX_IN_FLIGHT": 256,
         **settings,
     }
 
