@@ -44,7 +44,7 @@ PLAIN = "^[A-Za-z0-9]+([._+-][A-Za-z0-9]+)*@([a-z0-9]+(-[a-z0-9]+)*[.])+[a-z]{2,
 # Whoever waits for this lock has all readers wait behind it, so it is asked for without waiting.
 LOCK = """
     DO $$ BEGIN
-        FOR attempt IN 1..100 LOOP
+        FOR attempt IN 1..60 LOOP
             BEGIN
                 LOCK TABLE users IN ACCESS EXCLUSIVE MODE NOWAIT;
                 RETURN;

@@ -15,7 +15,7 @@ from peewee_migrate import Migrator
 # Whoever waits for this lock has all readers wait behind it, so it is asked for without waiting.
 LOCK = """
     DO $$ BEGIN
-        FOR attempt IN 1..100 LOOP
+        FOR attempt IN 1..60 LOOP
             BEGIN
                 LOCK TABLE users IN ACCESS EXCLUSIVE MODE NOWAIT;
                 RETURN;

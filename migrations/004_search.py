@@ -6,7 +6,6 @@ later, make it and the index by hand: docs/migrations.md says how.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from peewee_migrate import Migrator
 # Whoever waits for this lock has all readers wait behind it, so it is asked for without waiting.
 LOCK = """
     DO $$ BEGIN
-        FOR attempt IN 1..100 LOOP
+        FOR attempt IN 1..60 LOOP
             BEGIN
                 LOCK TABLE users IN ACCESS EXCLUSIVE MODE NOWAIT;
                 RETURN;
@@ -46,13 +45,13 @@ def make_index(database: pw.Database) -> None:
     if not execute(where).fetchone():
         offered = "SELECT name FROM pg_available_extensions WHERE name = 'pg_trgm'"
         if not execute(offered).fetchone():
-            print(f"{WITHOUT}: this PostgreSQL has no pg_trgm", file=sys.stderr)
+            print(f"{WITHOUT}: this PostgreSQL has no pg_trgm")
             return
         try:
             with database.savepoint():
                 execute("CREATE EXTENSION pg_trgm")
         except pw.ProgrammingError:
-            print(f"{WITHOUT}: this role may not create pg_trgm", file=sys.stderr)
+            print(f"{WITHOUT}: this role may not create pg_trgm")
             return
     schema = execute(where).fetchone()[0]
     execute(
