@@ -354,10 +354,11 @@ def test_a_failed_migration_is_one_line(
 
 
 def test_a_migration_that_is_no_python_is_one_line(
-    empty: str, scratch: Callable[[str, str], None]
+    databases: Databases, scratch: Callable[[str, str], None]
 ) -> None:
+    uri = databases.create()
     scratch(f"{NEXT}_broken", "def migrate(")
-    done = pw_migrate("migrate", uri=empty)
+    done = pw_migrate("migrate", uri=uri)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert f"{NEXT}_broken: SyntaxError: '(' was never closed" in done.stderr
