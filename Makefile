@@ -5,7 +5,7 @@ DEVELOPED := .venv/.developed
 APPLICATIONS := .venv-applications
 SOURCES := *.py services postgres server wire migrations
 
-.PHONY: run test bench faults fuzz install check audit applications applications-light
+.PHONY: run test bench faults faults-cluster fuzz install check audit applications applications-light
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
@@ -19,6 +19,14 @@ bench: $(DEVELOPED)
 faults: $(DEVELOPED)
 	GENERATIONS=50 $(BIN)/python -m pytest tests/operating/test_restarts.py
 	$(BIN)/python bench/faults.py
+	$(BIN)/python bench/storm.py
+
+# Needs Debian's packages patroni, etcd-server, postgresql, haproxy and pgbouncer.
+faults-cluster: $(DEVELOPED)
+	$(BIN)/python bench/cluster.py --failovers 20
+	$(BIN)/python bench/cluster.py --failovers 6 --through haproxy
+	$(BIN)/python bench/cluster.py --failovers 6 --through pgbouncer
+	$(BIN)/python bench/cluster.py --failovers 6 --asynchronous
 
 fuzz: $(DEVELOPED)
 	FUZZ_CASES=20000 $(BIN)/python -m pytest tests/proxy/test_fuzz.py

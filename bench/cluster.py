@@ -1,8 +1,8 @@
 """Failovers of a real cluster under write load, with an audit of every answer.
 
 Patroni, etcd and PostgreSQL from the system's packages (Debian: patroni, etcd-server, postgresql,
-haproxy, pgbouncer), three members on 127.0.0.1, each behind relays of its own: one that clients and
-standbys reach it at, one that it reaches etcd at. In turn the primary is switched over, killed, and
+haproxy, pgbouncer), three members on 127.0.0.1, each behind relays of its own: those at which clients,
+standbys and HAProxy reach it, and the one at which it reaches etcd. In turn the primary is switched over, killed, and
 cut off from everything. Exits with 1 where an acknowledged write is lost or a write is there twice.
 
     python bench/cluster.py --failovers 20
@@ -79,6 +79,7 @@ class Member:
         self.postgres, self.api = quiet_port(), quiet_port()
         self.network = Relay(self.postgres)
         self.to_etcd = Relay(etcd)
+        self.health = Relay(self.api)
         role = {"username": USER, "password": USER}
         dcs = {
             "ttl": 20,
@@ -95,9 +96,10 @@ class Member:
             "name": name,
             "restapi": {
                 "listen": f"127.0.0.1:{self.api}",
-                "connect_address": f"127.0.0.1:{self.api}",
+                "connect_address": f"127.0.0.1:{self.health.port}",
             },
-            "etcd3": {"host": f"127.0.0.1:{self.to_etcd.port}"},
+            # As proxies, or it would find out etcd's own port and go there.
+            "etcd3": {"hosts": [f"127.0.0.1:{self.to_etcd.port}"], "use_proxies": True},
             "bootstrap": {"dcs": dcs, "initdb": [{"encoding": "UTF8"}, {"locale": "C.UTF-8"}]},
             "postgresql": {
                 "listen": f"127.0.0.1:{self.postgres}",
@@ -147,12 +149,12 @@ class Member:
                 process.kill()
 
     def cut_off(self) -> None:
-        self.network.blackhole()
-        self.to_etcd.blackhole()
+        for relay in (self.network, self.to_etcd, self.health):
+            relay.blackhole()
 
     def heal(self) -> None:
-        self.network.heal()
-        self.to_etcd.heal()
+        for relay in (self.network, self.to_etcd, self.health):
+            relay.heal()
 
     def stop(self) -> None:
         import psutil
@@ -180,6 +182,7 @@ class Cluster:
             "--initial-cluster", f"default={urls[1]}",
         )  # fmt: skip
         stack.callback(etcd.stop)
+        wait_for(lambda: self._decided(urls[0]), 20, "etcd to know its version")
         self.synchronous = synchronous
         self.members: list[Member] = []
         for number in range(members):
@@ -188,12 +191,21 @@ class Cluster:
             self.members.append(member)
             self.wait_whole()
 
-    def roles(self) -> dict[str, tuple[str, str]]:
-        """The role and the state of each member, as the first that answers says."""
+    @staticmethod
+    def _decided(url: str) -> bool:
+        # Patroni, which asks for it, ends where it is not a number yet.
+        try:
+            with urllib.request.urlopen(f"{url}/version", timeout=5) as reply:
+                return "not_decided" not in reply.read().decode()
+        except OSError:
+            return False
+
+    def known(self) -> list[dict[str, Any]]:
+        """The members, as the first that answers says."""
         for member in self.members:
             if isinstance(found := member.ask("/cluster"), dict):
-                return {each["name"]: (each["role"], each["state"]) for each in found["members"]}
-        return {}
+                return list(found["members"])
+        return []
 
     def leader(self, gone: Member | None = None) -> Member | None:
         """The member that says of itself that it is the primary, `gone` left out: who is cut off
@@ -204,10 +216,16 @@ class Cluster:
         return None
 
     def is_whole(self) -> bool:
-        roles = self.roles()
-        ready = [role for role, state in roles.values() if state in ("running", "streaming")]
-        synchronous = not self.synchronous or len(self.members) == 1 or "sync_standby" in ready
-        return len(ready) == len(self.members) and "leader" in ready and synchronous
+        known = self.known()
+        running = [each for each in known if each["state"] in ("running", "streaming")]
+        roles = {each["role"] for each in running}
+        synchronous = not self.synchronous or len(self.members) == 1 or "sync_standby" in roles
+        return (
+            len(running) == len(self.members)
+            and "leader" in roles
+            and synchronous
+            and len({each.get("timeline") for each in known}) == 1
+        )
 
     def wait_whole(self) -> None:
         wait_for(self.is_whole, 120, f"a whole cluster: {self.folder}")
@@ -225,7 +243,7 @@ class Cluster:
         """HAProxy as Patroni's documentation has it."""
         port = quiet_port()
         servers = "".join(
-            f"    server {member.name} 127.0.0.1:{member.network.port} check port {member.api}\n"
+            f"    server {member.name} 127.0.0.1:{member.network.port} check port {member.health.port}\n"
             for member in self.members
         )
         (self.folder / "haproxy.cfg").write_text(
@@ -280,6 +298,8 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=3)
     given = parser.parse_args()
     binaries()
+    # So that all that was started is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     times: dict[str, list[float]] = {"switchover": [], "kill": [], "partition": []}
     with contextlib.ExitStack() as stack:
         cluster = Cluster(stack, given.members, not given.asynchronous)
