@@ -85,7 +85,7 @@ class MethodNotAllowed(Problem):
 
 class EmailTaken(Problem):
     status, name, title = 409, "email-taken", "Email taken"
-    detail = "Another user has this email address."
+    detail = "Another user has this email address: change that one, or use another address."
 
 
 class UserInUse(Problem):

@@ -7,8 +7,6 @@ nobody.
 
 from __future__ import annotations
 
-import os
-
 import peewee as pw
 from peewee_migrate import Migrator
 
@@ -37,19 +35,6 @@ def migrate(migrator: Migrator, database: pw.Database, *, fake: bool = False) ->
     )
 
 
-def keep_data(database: pw.Database) -> None:
-    """Refuse to delete what somebody has written, unless that is said to be meant."""
-    if os.environ.get("ROLLBACK_DELETES_DATA") == "yes":
-        return
-    (count,) = database.execute_sql("SELECT count(*) FROM users WHERE metadata <> '{}'").fetchone()
-    if count:
-        raise SystemExit(
-            f"this would delete the metadata of {count} users:"
-            " set ROLLBACK_DELETES_DATA=yes if that is meant"
-        )
-
-
 def rollback(migrator: Migrator, database: pw.Database, *, fake: bool = False) -> None:
     migrator.sql(LOCK)
-    migrator.run(keep_data, database)
     migrator.sql("ALTER TABLE users DROP COLUMN metadata")
