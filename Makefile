@@ -10,8 +10,9 @@ SOURCES := *.py services postgres server wire migrations
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
 
+# Two files side by side: most tests wait for something that is not the processor.
 test: $(DEVELOPED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(DEVELOPED)
 	$(BIN)/python bench/run.py
