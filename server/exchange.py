@@ -23,7 +23,7 @@ from server.stream import HIGH_WATER, SPLICES, WAIT, Stream
 from server.upstream import Connection, Upstream
 from wire.answer import EVENT_ENDS, Answer, end_of_head
 from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk
-from wire.fields import Field
+from wire.fields import Field, authenticates_connection, field_values
 from wire.request import Head
 from wire.websocket import Frames, close_frame
 
@@ -268,7 +268,7 @@ class Exchange:
         self._entered = True
         head = self._head
         assert head is not None
-        connection = self._upstream.take(repeatable=self._repeatable)
+        connection = self._upstream.take(repeatable=self._repeatable, client=self.client)
         if connection is None:
             self._connect()
         else:
@@ -310,6 +310,8 @@ class Exchange:
         connection.exchange = self
         self._connection = connection
         self.state = State.ASKING
+        if authenticates_connection(head.values.get("authorization", ())):
+            connection.client = self.client
         body = self._gathered
         whole = self.body is None or self.body.complete
         length = None
@@ -425,6 +427,14 @@ class Exchange:
         self.state = State.ANSWERING
         if answer.events:
             self._count_stream()
+        connection = self._connection
+        assert connection is not None
+        if answer.status == 401 and authenticates_connection(
+            field_values(answer.fields, "www-authenticate")
+        ):
+            # From here on the upstream takes all that comes on this connection for this client's,
+            # and the next request of its log-in for part of it on this connection only.
+            connection.client = self.client
         unsent = self.body is not None and not self.body.complete
         self.client.begin(
             status,
@@ -439,8 +449,6 @@ class Exchange:
             self._gathered = b""
         data, self._in = self._in, b""
         self._silent_since = self.loop.now
-        connection = self._connection
-        assert connection is not None
         if isinstance(answer.body, Sized) and answer.body.left > LARGE_BYTES:
             connection.straight = SPLICES and not connection.tls
         self._answer_on(data)

@@ -327,6 +327,7 @@ class Server:
     def left(self, client: Client) -> None:
         """A client's connection is closed."""
         self._clients.discard(client)
+        self.upstream.forget(client)
         self.application.board.set(CLIENTS, len(self._clients))
 
     # Now and then.

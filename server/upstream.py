@@ -15,6 +15,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Protocol
 
 import requests
@@ -75,15 +76,16 @@ class Connection(Stream):
     """One connection to the upstream: an exchange's, or kept for the next one.
 
     `used` says whether it has been kept before, `refused` whether the upstream would not take all
-    of a request.
+    of a request. `client` is the only one whose requests it may carry, where it is one's own.
     """
 
-    __slots__ = ("exchange", "idle_since", "refused", "straight", "upstream", "used")
+    __slots__ = ("client", "exchange", "idle_since", "refused", "straight", "upstream", "used")
 
     def __init__(self, loop: Loop, sock: Any, upstream: Upstream) -> None:
         super().__init__(loop, sock)
         self.upstream = upstream
         self.exchange: Carried | None = None
+        self.client: object | None = None
         self.used = False
         self.refused = False  # whether the upstream would not take all of the request
         self.straight = False  # whether what arrives may go straight to the client's socket
@@ -173,6 +175,7 @@ class Upstream:
         self._board = board
         self._connections: set[Connection] = set()
         self._idle: deque[Connection] = deque()  # the one that was used last is the last
+        self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
         self._relief = Timer(loop, self._relieve)
         self._said = -SAY_SECONDS
@@ -208,9 +211,16 @@ class Upstream:
 
     # Connections.
 
-    def take(self, *, repeatable: bool) -> Connection | None:
-        """A connection that was kept; None where there is none that a request may use which may,
-        or may not, be sent twice."""
+    def take(self, *, repeatable: bool, client: object = None) -> Connection | None:
+        """A connection that was kept; None where there is none that a request of `client` may use
+        which may, or may not, be sent twice."""
+        if self._own and (own := self._own.get(client)) is not None:
+            if own.closed or self.loop.now - own.idle_since > self._keepalive:
+                self.discard(own)
+                return None
+            del self._own[client]
+            own.used = True
+            return own
         while self._idle:
             connection = self._idle[-1]
             idle = self.loop.now - connection.idle_since
@@ -262,17 +272,28 @@ class Upstream:
     def keep(self, connection: Connection) -> None:
         """Keep a connection for the next request."""
         connection.idle_since = self.loop.now
-        self._idle.append(connection)
-        if len(self._idle) == 1:
+        if connection.client is None:
+            self._idle.append(connection)
+        else:
+            self._own[connection.client] = connection
+        if self._expiry.when == NEVER:
             self._expiry.set(self.loop.now + self._keepalive)
 
     def discard(self, connection: Connection) -> None:
         """Close a connection, kept or not. One that broke may be discarded before it is told so,
         and once more then."""
-        if connection.idle_since and connection in self._idle:
+        if connection.client is not None:
+            if self._own.get(connection.client) is connection:
+                del self._own[connection.client]
+        elif connection.idle_since and connection in self._idle:
             self._idle.remove(connection)
         connection.close()
         self._connections.discard(connection)
+
+    def forget(self, client: object) -> None:
+        """A client has left: what was kept for it alone is of no use any more."""
+        if self._own and (own := self._own.get(client)) is not None:
+            self.discard(own)
 
     def drop_one(self) -> bool:
         """Close the connection that has been idle longest; False where none is."""
@@ -285,13 +306,20 @@ class Upstream:
         """Close what has been idle for too long."""
         while self._idle and self.loop.now - self._idle[0].idle_since >= self._keepalive:
             self.discard(self._idle[0])
-        if self._idle:
-            self._expiry.set(self._idle[0].idle_since + self._keepalive)
+        for own in list(self._own.values()):
+            if self.loop.now - own.idle_since >= self._keepalive:
+                self.discard(own)
+        oldest = [*islice(self._idle, 1), *self._own.values()]
+        if oldest:
+            since = min(connection.idle_since for connection in oldest)
+            self._expiry.set(since + self._keepalive)
 
     def close(self) -> None:
         """Close the connections that are kept."""
         while self.drop_one():
             pass
+        for own in list(self._own.values()):
+            self.discard(own)
 
 
 class Connector(HTTPAdapter):

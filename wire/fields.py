@@ -22,6 +22,14 @@ def listed(values: Iterable[str]) -> list[str]:
     return [member.strip(" \t") for value in values for member in value.split(",")]
 
 
+def authenticates_connection(values: Iterable[str]) -> bool:
+    """Whether a challenge or credentials (RFC 9110 sections 11.3 and 11.4) are of a scheme by which
+    not the request but the connection that it came on is somebody's: RFC 4559 section 6."""
+    return any(
+        member.partition(" ")[0].lower() in ("negotiate", "ntlm") for member in listed(values)
+    )
+
+
 @lru_cache(1024)
 def lowered(name: str) -> str:
     """A header's name in lower case. Names repeat, and a look-up costs less than the work."""

@@ -195,7 +195,7 @@ class Upstream:
     def outcome(self, *, up: bool) -> None:
         self.outcomes.append(up)
 
-    def take(self, *, repeatable: bool) -> Connection | None:
+    def take(self, *, repeatable: bool, client: object = None) -> Connection | None:
         self.asked.append(repeatable)
         return self.kept.pop() if self.kept else None
 

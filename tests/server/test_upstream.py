@@ -169,6 +169,40 @@ def test_one_that_has_been_idle_for_too_long_is_closed_and_not_taken(place: Plac
     far.close()
 
 
+def test_one_clients_own_is_taken_by_nobody_else_and_is_closed_when_idle_for_too_long(
+    place: Place,
+) -> None:
+    ann, bob = object(), object()
+    _, own, own_far = place.connect()
+    own.client = ann
+    own.release(keep=True)
+    assert place.take() is None and place.upstream.take(repeatable=True, client=bob) is None
+    place.loop.now += FRESH_SECONDS + 0.1
+    # There is no other on which its client has said who it is.
+    assert place.upstream.take(repeatable=False, client=ann) is own and own.used
+    own.release(keep=True)
+    place.pass_time(KEEPALIVE - 1)
+    assert place.upstream.open == 1
+    place.pass_time(2)
+    assert place.upstream.open == 0 and own_far.recv(1) == b""
+    assert place.upstream.take(repeatable=True, client=ann) is None
+    own_far.close()
+
+
+def test_one_clients_own_is_closed_when_its_client_leaves(place: Place) -> None:
+    ann, bob = object(), object()
+    for leaving, left in ((bob, 1), (ann, 0)):
+        _, own, far = place.connect()
+        own.client = ann
+        own.release(keep=True)
+        place.upstream.forget(leaving)
+        assert place.upstream.open == left
+        place.upstream.forget(ann)
+        place.turn()
+        assert place.upstream.open == 0 and far.recv(1) == b""
+        far.close()
+
+
 def test_what_must_not_be_sent_twice_goes_on_a_fresh_one_only(place: Place) -> None:
     connection, _ = place.keep()
     place.loop.now += FRESH_SECONDS + 0.1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.fields import field_values, listed
+from wire.fields import authenticates_connection, field_values, listed
 from wire.ids import new_id, request_id
 
 
@@ -65,3 +65,19 @@ def test_an_id_that_a_request_came_with_stays(given: str) -> None:
 )  # fmt: skip
 def test_another_is_made_for_one_that_is_not_fit_to_be_logged(given: list[str] | None) -> None:
     assert uuid.UUID(request_id(given)).version == 7
+
+
+@pytest.mark.parametrize(
+    "values, whether",
+    [
+        (["NTLM"], True),
+        (["negotiate YII="], True),
+        (['Basic realm="a, b"', "ntlm TlRM"], True),
+        (['Basic realm="a", Negotiate'], True),
+        ([], False),
+        (["Basic realm=NTLM", "Bearer"], False),
+        (["NTLMv9 a"], False),
+    ],
+)
+def test_schemes_that_authenticate_a_connection_are_known(values: list[str], whether: bool) -> None:
+    assert authenticates_connection(values) is whether

@@ -1,0 +1,108 @@
+"""NTLM and Negotiate authenticate a connection, not a request (RFC 4559 section 6).
+
+Were the connection to the upstream shared as others are, a log-in of several steps would be spread
+over several connections, and whoever came next would be taken for the one who had logged in.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness import DEAD_DATABASE, ScriptedUpstream, Service, message, ok, request, wait_for
+
+
+@pytest.fixture(scope="module")
+def database() -> str:
+    """No database: no proxied request may depend on one."""
+    return DEAD_DATABASE
+
+
+def challenged(*values: bytes) -> bytes:
+    lines = [b"WWW-Authenticate: " + value for value in values]
+    return message(b"HTTP/1.1 401 Unauthorized", *lines, b"Content-Length: 0")
+
+
+def asked(target: bytes, *lines: bytes) -> bytes:
+    return request(b"GET %s HTTP/1.1" % target, *lines)
+
+
+@pytest.mark.parametrize(
+    "challenge",
+    [
+        [b"NTLM"],
+        [b"Negotiate"],
+        [b"ntlm TlRMTVNTUAACAAAA"],
+        [b'Basic realm="a, b"', b"NTLM"],
+        [b'Basic realm="a", Negotiate'],
+    ],
+)
+def test_a_client_that_logs_in_has_a_connection_of_its_own(
+    service: Service, upstream: ScriptedUpstream, challenge: list[bytes]
+) -> None:
+    upstream.script(challenged(*challenge))
+    with service.client() as ann, service.client() as bob:
+        ann.send(asked(b"/ann"))
+        assert ann.reply().status == 401
+        upstream.answer = ok
+        for _ in range(3):
+            for client, target in ((bob, b"/bob"), (ann, b"/ann")):
+                client.send(asked(target))
+                assert client.reply().status == 200
+    by_target = {seen.target: set() for seen in upstream.seen}
+    for seen in upstream.seen:
+        by_target[seen.target].add(seen.connection)
+    [[anns], [bobs]] = by_target[b"/ann"], by_target[b"/bob"]
+    assert anns != bobs
+
+
+@pytest.mark.parametrize("credentials", [b"Negotiate YII=", b"NTLM TlRMTVNTUAABAAAA"])
+def test_credentials_of_a_connection_bind_it_without_a_challenge(
+    service: Service, upstream: ScriptedUpstream, credentials: bytes
+) -> None:
+    upstream.script(ok)
+    with service.client() as ann, service.client() as bob:
+        ann.send(asked(b"/ann", b"Authorization: " + credentials))
+        assert ann.reply().status == 200
+        bob.send(asked(b"/bob"))
+        assert bob.reply().status == 200
+        ann.send(asked(b"/ann"))
+        assert ann.reply().status == 200
+    first, bobs, again = [seen.connection for seen in upstream.seen]
+    assert first == again != bobs
+
+
+def test_it_ends_with_its_client(service: Service, upstream: ScriptedUpstream) -> None:
+    upstream.script(challenged(b"NTLM"))
+    with service.client() as ann:
+        ann.send(asked(b"/ann"))
+        assert ann.reply().status == 401
+        kept = set(upstream.open)
+    wait_for(lambda: len(kept - upstream.open) == 1, 2, "the client's connection to be closed")
+
+
+def test_a_client_whose_connection_the_upstream_closed_gets_a_new_one(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    def close(sock: object, seen: object) -> bool:
+        sock.sendall(challenged(b"NTLM"))  # type: ignore[attr-defined]
+        return False
+
+    upstream.script(close)
+    with service.client() as ann:
+        for answer, status in ((close, 401), (ok, 200), (ok, 200)):
+            upstream.answer = answer
+            ann.send(asked(b"/ann"))
+            assert ann.reply().status == status
+            if status == 401:
+                used = upstream.seen[-1].connection
+    assert used not in [seen.connection for seen in upstream.seen[1:]]
+
+
+def test_other_schemes_bind_nothing(service: Service, upstream: ScriptedUpstream) -> None:
+    upstream.script(challenged(b'Basic realm="NTLM"', b"Bearer"))
+    with service.client() as ann, service.client() as bob:
+        ann.send(asked(b"/ann", b"Authorization: Basic bnRsbTpudGxt"))
+        assert ann.reply().status == 401
+        bob.send(asked(b"/bob"))
+        assert bob.reply().status == 401
+    assert upstream.seen[0].connection == upstream.seen[1].connection
