@@ -143,7 +143,8 @@ class Junction:
         self._loop.call_later(TICK_SECONDS, self._tick)
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        # Python 3.11 prints a traceback for a connection's task that was cancelled: close() does that.
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             first = await reader.read(65536)
             if not first.startswith(EVENTS):
                 await self._lead(first, reader, writer)
