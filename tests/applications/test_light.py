@@ -60,3 +60,7 @@ def test_s3_accepts_signed_requests(both_ways: Callable[..., Any]) -> None:
         "listed": ["a folder/naïve +%&=~ name.txt", "large.bin"],
         "wrong secret": "SignatureDoesNotMatch",
     }
+
+
+def test_a_log_in_by_ntlm_is_ones_own(both_ways: Callable[..., Any]) -> None:
+    assert both_ways("ntlm_site") == {"people": [[200, True]], "strangers": [[401, ""]]}
