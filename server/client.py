@@ -183,6 +183,7 @@ class Client(Stream):
         self._received += len(data)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
+            self._took = self.loop.now  # Whoever sends is there, and may read only after that.
             data = responder.from_client(data)
             if self.phase is Phase.ANSWERING and not responder.wants_body:
                 self._timer.set(self._patience())

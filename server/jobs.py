@@ -29,6 +29,8 @@ log = logging.getLogger("gatehouse")
 IDLE_SECONDS = 5.0
 # A lane none of whose jobs has been taken for so many seconds gets more threads.
 STALLED_SECONDS = 0.05
+# What of an answer waits for a client that is still sending the body that it is about.
+AHEAD_BYTES = 33554432
 # What of a body that is read while it arrives waits for its reader, at most.
 INBOX_BYTES = 262144
 
@@ -338,7 +340,8 @@ class Job:
 
     def give_piece(self, piece: bytes) -> None:
         self.client.write(piece)
-        if self.client.queued < HIGH_WATER:
+        # Many clients read only when they have sent all of a body, which would wait for itself.
+        if self.client.queued < (AHEAD_BYTES if self.wants_body else HIGH_WATER):
             self._let_go_on()
 
     def _end(self) -> None:
