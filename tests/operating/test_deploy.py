@@ -429,7 +429,7 @@ def test_prometheus_understands_every_query_of_the_dashboard(tmp_path: Path) -> 
 
 
 def test_every_alert_has_a_paragraph_of_what_to_do() -> None:
-    text = (ROOT / "docs" / "operating.md").read_text()
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
     for rule in rules():
         assert f"`{rule['alert']}`" in text
 
@@ -494,8 +494,9 @@ def test_check_says_what_the_page_promises(database: str, upstream: ScriptedUpst
     assert re.sub(r"\d+", "N", done.stdout) == re.sub(r"\d+", "N", told)
 
 
-def test_the_page_names_files_that_there_are_and_settings_that_there_are() -> None:
-    page = (ROOT / "docs" / "production.md").read_text()
+@pytest.mark.parametrize("name", ["production", "upgrading", "monitoring", "machines"])
+def test_the_page_names_files_that_there_are_and_settings_that_there_are(name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text()
     for name in re.findall(r"\bdeploy/([A-Za-z.-]+[a-zA-Z])\b", page):
         assert (DEPLOY / name).exists(), name
     for name in re.findall(r"\b([A-Z]+(?:_[A-Z]+)+)=", page):

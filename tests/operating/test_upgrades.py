@@ -1,4 +1,4 @@
-"""From version 1.0.0 to this one and back, with traffic running, in the order of docs/operating.md."""
+"""From version 1.0.0 to this one and back, with traffic running, in the order of docs/upgrading.md."""
 
 from __future__ import annotations
 
