@@ -49,6 +49,7 @@ check: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES) bench/*.py
+	$(BIN)/proselint check --config .proselintrc.json README.md CHANGELOG.md docs
 	$(MAKE) test
 
 audit: $(DEVELOPED)
