@@ -413,7 +413,7 @@ def test_every_line_that_troubleshooting_explains_is_really_said() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     known = literals()
     explained = 0
-    for heading in ("It does not start", "What the log says", "pw_migrate refuses"):
+    for heading in ("It does not start", "What the log says", "What pw_migrate says"):
         section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
         for cells in rows(section)[1:]:
             line = quoted(cells[0])

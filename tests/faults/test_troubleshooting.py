@@ -1,0 +1,302 @@
+"""docs/troubleshooting.md: each line of the log that it explains is provoked, and really written.
+
+One function for each row of the two tables; its name is looked up by the first words of the row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import psycopg2
+import pytest
+
+from tests.faults.test_database_faults import filled
+from tests.harness import DEAD_DATABASE, ROOT, Reply, ScriptedUpstream, Seen, Service, ok, wait_for
+from tests.harness.servers import Relay, Server, unanswered_port
+
+ROLE = "gatehouse_app"
+QUICK = {"DB_CONNECT_TIMEOUT": 1, "DB_STATEMENT_TIMEOUT": 1, "DB_POOL_TIMEOUT": 0.5}
+# No deadline may strike here, however busy the machine is.
+PATIENT = {"DB_CONNECT_TIMEOUT": 10, "DB_STATEMENT_TIMEOUT": 10, "DB_POOL_TIMEOUT": 10}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(max_connections=20) as server:
+        rules = server.data / "pg_hba.conf"
+        server.sql(f"CREATE ROLE {ROLE} LOGIN PASSWORD 'right'")
+        rules.write_text(f"host all {ROLE} 127.0.0.1/32 scram-sha-256\n" + rules.read_text())
+        server.sql("SELECT pg_reload_conf()")
+        yield server
+
+
+class House:
+    """What a row needs: a server, a migrated database on it, an upstream, and services that end."""
+
+    def __init__(
+        self,
+        server: Server,
+        template: str,
+        upstream: ScriptedUpstream,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.server, self.upstream, self.stack = server, upstream, stack
+        self.database = server.create(template)
+
+    def sql(self, statement: str) -> None:
+        self.server.sql(statement, database=self.database)
+
+    def start(self, uri: str | None = None, **settings: Any) -> Service:
+        chosen = {**QUICK, **settings}
+        uri = uri or self.server.uri(self.database)
+        service = Service(POSTGRES_URI=uri, UPSTREAM_URL=self.upstream.url, **chosen)
+        return self.stack.enter_context(service)
+
+    def restricted(self) -> str:
+        """A URI with a role that may not insert."""
+        self.sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {ROLE}")
+        return self.server.uri(self.database, ROLE, "right")
+
+
+@pytest.fixture(scope="module")
+def template(server: Server) -> str:
+    return server.create()
+
+
+@pytest.fixture
+def house(server: Server, template: str, upstream: ScriptedUpstream) -> Iterator[House]:
+    with contextlib.ExitStack() as stack:
+        yield House(server, template, upstream, stack)
+
+
+def create(service: Service, name: str = "Ann") -> Reply:
+    body = {"email": f"{uuid.uuid4().hex}@example.com", "name": name}
+    return service.call("POST", "/users", body)
+
+
+def user(service: Service) -> str:
+    reply = create(service)
+    assert reply.status == 201, reply
+    return f"/users/{reply.json()['id']}"
+
+
+def refused_and_back(house: House) -> Service:
+    with Relay(house.server.port) as relay:
+        service = house.start(house.server.uri(house.database, port=relay.port))
+        user(service)
+        relay.refuse()
+        wait_for(lambda: service.call("GET", "/users").status == 503, what="no database")
+        relay.heal()
+        wait_for(lambda: service.call("GET", "/users").status == 200, what="the database")
+        wait_for(lambda: "the database is back" in service.log, what="the line")
+    return service
+
+
+def frozen(house: House) -> Service:
+    service = house.start(DB_STATEMENT_TIMEOUT=8)
+    user(service)
+    with house.server.frozen():
+        assert service.call("GET", "/users").status == 503
+    return service
+
+
+def cut_in_a_statement(house: House) -> Service:
+    with Relay(house.server.port) as relay:
+        service = house.start(house.server.uri(house.database, port=relay.port), **PATIENT)
+        target = user(service)
+        with (
+            ThreadPoolExecutor(1) as threads,
+            house.server.holding("SELECT FROM users FOR UPDATE", database=house.database),
+        ):
+            threads.submit(service.call, "PATCH", target, {"name": "Bea"})
+            wait_for(lambda: house.server.waiting(house.database) == 1, what="a statement")
+            relay.refuse()
+            wait_for(lambda: "connection lost" in service.log, what="the line")
+    return service
+
+
+def busy_pool(house: House) -> Service:
+    service = house.start(DB_POOL_SIZE=1, **{**PATIENT, "DB_POOL_TIMEOUT": 0.3})
+    target = user(service)
+    with (
+        ThreadPoolExecutor(1) as threads,
+        house.server.holding("SELECT FROM users FOR UPDATE", database=house.database),
+    ):
+        threads.submit(service.call, "PATCH", target, {"name": "Bea"})
+        wait_for(lambda: house.server.waiting(house.database) == 1, what="a statement")
+        assert service.call("GET", target).status == 503
+    return service
+
+
+def forbidden_name(house: House) -> Service:
+    house.sql("ALTER TABLE users ADD CONSTRAINT no_bob CHECK (name <> 'Bob')")
+    service = house.start()
+    assert create(service, "Bob").status == 409
+    return service
+
+
+def role_without_permission(house: House) -> Service:
+    service = house.start(house.restricted())
+    assert service.call("GET", "/health").json()["database"]["status"] == "down"
+    assert create(service).status == 503
+    return service
+
+
+def full_upstream(house: House) -> Service:
+    def silent(sock: socket.socket, seen: Seen) -> None:
+        sock.recv(1)
+
+    house.upstream.script(silent)
+    service = house.start(UPSTREAM_MAX_IN_FLIGHT=1)
+    with service.client() as client:
+        client.send(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_for(lambda: house.upstream.seen, what="the request")
+        assert service.call("GET", "/b").status == 503
+    return service
+
+
+def body_that_ends_too_soon(house: House) -> Service:
+    def half(sock: socket.socket, seen: Seen) -> bool:
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+        return False
+
+    house.upstream.script(half)
+    service = house.start()
+    with service.client() as client:
+        client.send(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_for(lambda: " cut: " in service.log, what="the line")
+    return service
+
+
+def killed_worker(house: House) -> Service:
+    service = house.start(WORKERS=2)
+    wait_for(lambda: len(workers(service)) == 2, what="two workers")
+    workers(service)[0].send_signal(signal.SIGKILL)
+    wait_for(lambda: "ended (signal 9)" in service.log, what="the line")
+    return service
+
+
+def workers(service: Service) -> list[psutil.Process]:
+    return psutil.Process(service.process.pid).children()
+
+
+def slow_log_reader(house: House) -> None:
+    """tests/operating/test_logs.py does it: a pipe that nobody reads, and a mebibyte of lines."""
+
+
+def nobody_listens(house: House) -> Service:
+    service = house.start(DEAD_DATABASE)
+    assert service.call("GET", "/users").status == 503
+    return service
+
+
+def silent_network(house: House) -> Service:
+    port = house.stack.enter_context(unanswered_port())
+    service = house.start(house.server.uri(house.database, port=port))
+    assert service.call("GET", "/users").status == 503
+    return service
+
+
+def wrong_password(house: House) -> Service:
+    service = house.start(house.server.uri(house.database, ROLE, "wrong"))
+    assert service.call("GET", "/users").status == 503
+    return service
+
+
+def full_server(house: House) -> Service:
+    service = house.start()
+    with filled(house.server):
+        assert service.call("GET", "/users").status == 503
+    return service
+
+
+def lock_that_is_held(house: House) -> Service:
+    service = house.start()
+    target = user(service)
+    with house.server.holding("SELECT FROM users FOR UPDATE", database=house.database):
+        assert service.call("PATCH", target, {"name": "Bea"}).status == 503
+    return service
+
+
+def no_table(house: House) -> Service:
+    house.sql("DROP TABLE users")
+    service = house.start()
+    assert service.call("GET", "/users").json()["type"] == "urn:gatehouse:schema-not-migrated"
+    return service
+
+
+def read_only(house: House) -> Service:
+    house.sql(f"ALTER DATABASE {house.database} SET default_transaction_read_only = on")
+    service = house.start()
+    assert create(service).status == 503
+    return service
+
+
+def conflict(house: House) -> Service:
+    level = "default_transaction_isolation = 'repeatable read'"
+    house.sql(f"ALTER DATABASE {house.database} SET {level}")
+    service = house.start(**PATIENT)
+    target = user(service)
+    with (
+        contextlib.closing(psycopg2.connect(house.server.uri(house.database))) as other,
+        other.cursor() as cursor,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        cursor.execute("UPDATE users SET metadata = '{}'")
+        changed = threads.submit(service.call, "PATCH", target, {"name": "Bea"})
+        wait_for(lambda: house.server.waiting(house.database) == 1, what="a statement")
+        other.commit()
+        assert changed.result().status == 200
+    return service
+
+
+PROVOKED: dict[str, Callable[[House], Service | None]] = {
+    "the database is back": refused_and_back,
+    "the server has stopped answering": frozen,
+    "connection lost: …": cut_in_a_statement,
+    "no connection was free in time": busy_pool,
+    "refused by the database: …, constraint …": forbidden_name,
+    "the role may not SELECT, INSERT, UPDATE and DELETE in users": role_without_permission,
+    "… requests are with the upstream, which is the limit: others are told 503": full_upstream,
+    "… cut: …": body_that_ends_too_soon,
+    "worker … ended (…)": killed_worker,
+    "… lines of the … were dropped, for nobody took them": slow_log_reader,
+    "Connection refused": nobody_listens,
+    "timeout expired": silent_network,
+    "password authentication failed": wrong_password,
+    "too many clients": full_server,
+    "57014": lock_that_is_held,
+    "42501": role_without_permission,
+    "42P01": no_table,
+    "25006": read_only,
+    "40001": conflict,
+    "23514": forbidden_name,
+}
+
+
+def test_every_row_is_here_and_no_other() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = []
+    for heading in ("What the log says", "PostgreSQL's own words in the log"):
+        section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        rows += re.findall(r"(?m)^\| `([^`]+)`", section)
+    assert rows == list(PROVOKED)
+
+
+@pytest.mark.parametrize("line", [line for line in PROVOKED if PROVOKED[line] != slow_log_reader])
+def test_a_line_is_written_as_the_page_has_it(house: House, line: str) -> None:
+    try:
+        service = PROVOKED[line](house)
+    finally:
+        house.upstream.script(ok)
+    assert service is not None
+    pattern = ".*".join(re.escape(part) for part in line.split("…"))
+    assert re.search(pattern, service.log), service.log
