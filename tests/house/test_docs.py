@@ -264,6 +264,13 @@ def test_every_internal_link_resolves(path: Path) -> None:
     assert broken == []
 
 
+def test_the_index_leads_to_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    links = re.findall(r"\]\(([^)#]+)", index.read_text())
+    led_to = {(index.parent / link).resolve() for link in links}
+    assert {path for path in DOCUMENTS if path != index} <= led_to
+
+
 def sessions(text: str) -> list[tuple[str, str]]:
     """The commands of all console blocks, each with the output that is documented for it."""
     found = []
