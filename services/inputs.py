@@ -46,11 +46,15 @@ def tags(environ: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
     for member in filter(None, (part.strip(" \t") for part in members)):
         match = ENTITY_TAG.fullmatch(member)
         if match is None:
-            raise BadRequest(f"{name} must be * or entity tags in quotes.")
+            raise BadRequest(_no_tags(name))
         tags.append(match[1])
     if not text.strip():
-        raise BadRequest(f"{name} must be * or entity tags in quotes.")
+        raise BadRequest(_no_tags(name))
     return tuple(tags)
+
+
+def _no_tags(name: str) -> str:
+    return f"{name} must be * or what an ETag header said, with its double quotes."
 
 
 def media_type(value: str | None) -> str:
@@ -93,9 +97,9 @@ def parsed(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise MalformedJson(f"The body is not in UTF-8 (byte {error.start}).") from None
     if text.startswith("\ufeff"):
-        raise MalformedJson("The body begins with a byte order mark; JSON has none.")
+        raise MalformedJson("The body begins with a byte order mark; send it without.")
     if not text.strip(" \t\n\r"):
-        raise MalformedJson("The body is empty, and should be a JSON object.")
+        raise MalformedJson("The body is empty; send a JSON object.")
     try:
         if not text.lstrip(" \t\n\r").startswith("{"):
             DECODER.decode(text)
@@ -110,7 +114,7 @@ def parsed(body: bytes) -> dict[str, Any]:
             f" character {error.colno}."
         ) from None
     except ValueError as error:
-        raise MalformedJson(f"The body is not one JSON document: {error}.") from None
+        raise MalformedJson(f"{error}.") from None
 
 
 def _members(text: str) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def _body(environ: Mapping[str, Any]) -> bytes:
 
 
 def _twice(name: str) -> ValueError:
-    return ValueError(f"the member {json.dumps(name[:100])} stands twice")
+    return ValueError(f"The member {json.dumps(name[:100])} is given twice; give it once")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Object:
@@ -177,7 +181,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Object:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _number(text: str) -> float:

@@ -74,6 +74,10 @@ FIELDS = (
 NAMES = {field.name: field for field in FIELDS}
 # What a GET gives beside them, and a PUT or PATCH may therefore send back.
 MADE_HERE = ("created_at", "updated_at")
+# What one who creates a user without a choice of its id is told of these.
+NOT_SENT = dict.fromkeys(MADE_HERE, "is set by Gatehouse; leave it out") | {
+    "id": "is made by Gatehouse; leave it out, or choose one with PUT /users/{id}"
+}
 
 
 class Found(NamedTuple):
@@ -370,7 +374,7 @@ def checked(
                 if valid_id(value) != user_id.lower():
                     raise ValueError("must be the id in the path, or be left out")
             elif name not in MADE_HERE or user_id is None:
-                raise ValueError(UNKNOWN)
+                raise ValueError(NOT_SENT.get(name, UNKNOWN))
         except ValueError as error:
             errors.append((name, str(error)))
     return values, errors

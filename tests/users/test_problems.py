@@ -373,3 +373,52 @@ def test_a_dead_database_does_not_hide_what_is_wrong_with_a_request(parts: Parts
     problem(service.call("DELETE", "/users/nobody"), 404, "no-such-user")
     reply = service.call("POST", "/users", {"email": new_email(), "name": "Ann"})
     problem(reply, 503, "database-unavailable")
+
+
+SAID = {
+    "an empty body": (b"", "The body is empty; send a JSON object."),
+    "a byte order mark": (
+        b"\xef\xbb\xbf{}",
+        "The body begins with a byte order mark; send it without.",
+    ),
+    "a member twice": (
+        b'{"name": "A", "name": "B"}',
+        'The member "name" is given twice; give it once.',
+    ),
+    "no number": (b'{"name": NaN}', "NaN is not a number in JSON."),
+    "another encoding": (b'{"name": "\xeb"}', "The body is not in UTF-8 (byte 10)."),
+    "a comma too many": (
+        b'{"name": "A",}',
+        "The body is not one JSON document: a name in double quotes is missing, at line 1,"
+        " character 14.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "detail"), SAID.values(), ids=SAID.keys())
+def test_each_way_to_be_no_json_has_words_of_its_own(
+    service: Service, body: bytes, detail: str
+) -> None:
+    reply = service.call("POST", "/users", body, {"Content-Type": "application/json"})
+    assert problem(reply, 400, "malformed-json")["detail"] == detail
+
+
+@pytest.mark.parametrize("name", ["If-Match", "If-None-Match"])
+@pytest.mark.parametrize("value", ["abc", '"a" b', " ", 'W/abc, "x"'])
+def test_a_tag_without_quotes_is_told_from_a_version_that_is_gone(
+    service: Service, name: str, value: str
+) -> None:
+    reply = service.call("DELETE", NOWHERE, headers={name: value})
+    detail = problem(reply, 400, "bad-request")["detail"]
+    assert detail == f"{name} must be * or what an ETag header said, with its double quotes."
+
+
+def test_what_gatehouse_sets_itself_is_refused_with_words_of_its_own(service: Service) -> None:
+    members = {"email": new_email(), "name": None, "id": NOWHERE[7:], "created_at": "now", "x": 1}
+    document = problem(service.call("POST", "/users", members), 422, "invalid-user")
+    assert {error["field"]: error["message"] for error in document["errors"]} == {
+        "name": "must be a string, not null",
+        "id": "is made by Gatehouse; leave it out, or choose one with PUT /users/{id}",
+        "created_at": "is set by Gatehouse; leave it out",
+        "x": "is not a member of a user that can be set",
+    }
