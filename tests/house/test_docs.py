@@ -116,8 +116,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 def quoted(cell: str) -> str | None:
-    """The text of a cell that is one code span and nothing else."""
-    match = re.fullmatch(r"`([^`]+)`", cell)
+    """The text of a cell that is one code span, or a link that is one, and nothing else."""
+    match = re.fullmatch(r"`([^`]+)`", re.sub(r"\[(.*)\]\(#[^)]*\)", r"\1", cell))
     return match[1] if match else None
 
 
