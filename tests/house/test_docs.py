@@ -271,6 +271,17 @@ def test_the_index_leads_to_every_page() -> None:
     assert {path for path in DOCUMENTS if path != index} <= led_to
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_that_is_mentioned_exists(path: Path) -> None:
+    for row in path.read_text().splitlines():
+        files = [ROOT / name for name in re.findall(r"`(tests/[\w/]+\.py)`", row)]
+        assert all(file.exists() for file in files), row
+        named = set(re.findall(r"`(test_\w+)`", row)) if files else set()
+        assert named <= {
+            n for file in files for n in re.findall(r"def (test_\w+)", file.read_text())
+        }
+
+
 def sessions(text: str) -> list[tuple[str, str]]:
     """The commands of all console blocks, each with the output that is documented for it."""
     found = []
