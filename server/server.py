@@ -34,7 +34,7 @@ CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
 # When half of more clients than this have gone, memory is given back.
 CROWD = 100
 # While it drains, an idle connection is kept for so many seconds: its client may just be asking.
-IDLE_SECONDS = 1.0
+IDLE_SECONDS = 2.0
 # A worker lets the others be first for this many seconds for each client that one of them has
 # fewer, up to a limit: it may be starting, or waiting for the processor.
 GIVE_WAY_SECONDS = 0.005

@@ -292,7 +292,9 @@ class Stream:
         self._pending, self.queued = None, 0
         self.closed = True
         self.loop.close(self.sock)
-        self._error = error
+        # Its traceback holds this stream, which would hold it: only the collector would find both,
+        # seldom, and with them what was queued for a slow reader.
+        self._error = error.with_traceback(None)
         self.loop.soon(self._fail)
 
     def _fail(self) -> None:
