@@ -1,25 +1,44 @@
-"""docs/troubleshooting.md: each line of the log that it explains is provoked, and really written.
+"""docs/troubleshooting.md: each line that it explains is provoked, and really written.
 
-One function for each row of the two tables; its name is looked up by the first words of the row.
+One function for each row of its tables of lines, which are looked up by the row's first words.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
 import psycopg2
 import pytest
 
+from postgres.migrating import LOCK
 from tests.faults.test_database_faults import filled
-from tests.harness import DEAD_DATABASE, ROOT, Reply, ScriptedUpstream, Seen, Service, ok, wait_for
+from tests.harness import (
+    DEAD_DATABASE,
+    ROOT,
+    Reply,
+    ScriptedUpstream,
+    Seen,
+    Service,
+    checkout,
+    copied,
+    free_port,
+    ok,
+    pw_migrate,
+    run_app,
+    wait_for,
+)
 from tests.harness.servers import Relay, Server, unanswered_port
 
 ROLE = "gatehouse_app"
@@ -282,13 +301,24 @@ PROVOKED: dict[str, Callable[[House], Service | None]] = {
 }
 
 
-def test_every_row_is_here_and_no_other() -> None:
+def first_cells(*headings: str) -> list[str]:
+    """What the rows below these headings begin with."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    rows = []
-    for heading in ("What the log says", "PostgreSQL's own words in the log"):
+    found = []
+    for heading in headings:
         section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-        rows += re.findall(r"(?m)^\| `([^`]+)`", section)
-    assert rows == list(PROVOKED)
+        found += re.findall(r"(?m)^\| `([^`]+)`", section)
+    return found
+
+
+def has(line: str, text: str) -> bool:
+    """Whether a text has a line as the page writes it, with `…` for what differs."""
+    return re.search(".*".join(re.escape(part) for part in line.split("…")), text) is not None
+
+
+def test_every_line_of_the_log_is_provoked_here_and_no_other() -> None:
+    log = first_cells("What the log says", "PostgreSQL's own words in the log")
+    assert log == list(PROVOKED)
 
 
 @pytest.mark.parametrize("line", [line for line in PROVOKED if PROVOKED[line] != slow_log_reader])
@@ -298,5 +328,104 @@ def test_a_line_is_written_as_the_page_has_it(house: House, line: str) -> None:
     finally:
         house.upstream.script(ok)
     assert service is not None
-    pattern = ".*".join(re.escape(part) for part in line.split("…"))
-    assert re.search(pattern, service.log), service.log
+    assert has(line, service.log), service.log
+
+
+def misspelt(folder: Path) -> str:
+    project = copied(folder)
+    (project / ".env").write_text("USERS_TOKENS=a\n")
+    command = [sys.executable, "app.py"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    return done.stderr
+
+
+def empty_secret(folder: Path) -> str:
+    (folder / "secret").touch()
+    return run_app(POSTGRES_URI="", POSTGRES_URI_FILE=folder / "secret").stdout
+
+
+def port_in_use(folder: Path) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        return run_app(PORT=other.getsockname()[1]).stdout
+
+
+def workers_without_descriptors(folder: Path) -> str:
+    """With few file descriptors the supervisor can still start, and the workers cannot."""
+    environ = os.environ | {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
+    for limit in range(5, 20):
+        done = subprocess.run(
+            ["sh", "-c", f'ulimit -n {limit}; exec "$0" app.py', sys.executable],
+            cwd=checkout(),
+            env=environ | {"PORT": str(free_port()), "WORKERS": "2"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        if "cannot start" in done.stderr:
+            assert done.returncode == 1
+            break
+    return done.stderr
+
+
+START: dict[str, Callable[[Path], str]] = {
+    "… is required": lambda folder: run_app(POSTGRES_URI="").stdout,
+    "… in .env is no setting: write …": misspelt,
+    "… cannot be read from …: the file is empty": empty_secret,
+    "USERS_TOKEN is required where HOST is not loopback": lambda _: run_app(HOST="0.0.0.0").stdout,
+    "cannot listen on …: …": port_in_use,
+    "the workers cannot start": workers_without_descriptors,
+}
+
+
+def test_every_line_of_a_start_is_provoked() -> None:
+    """The last one is provoked by tests/operating/test_dev.py, which starts two of them."""
+    assert first_cells("It does not start") == [*START, "another … is using .data/"]
+
+
+@pytest.mark.parametrize("line", START)
+def test_a_start_that_fails_says_what_the_page_has(line: str, tmp_path: Path) -> None:
+    said = START[line](tmp_path)
+    assert has(line, said), said
+
+
+def test_what_pw_migrate_says(server: Server, template: str) -> None:
+    """What it cannot be made to say in a test's time is a wait of ten minutes."""
+    page = first_cells("What pw_migrate says")
+    database = server.create(template)
+    uri = server.uri(database)
+    server.sql(
+        "INSERT INTO users (id, email, name) VALUES (gen_random_uuid(), 'a@example.com', 'A')",
+        database=database,
+    )
+    said = [
+        pw_migrate("migrate", uri=DEAD_DATABASE).stderr,
+        pw_migrate("rollback", "--count", "4", uri=uri).stderr,
+    ]
+    server.sql(
+        "INSERT INTO migratehistory (name, migrated_at) VALUES ('999_later', now())",
+        database=database,
+    )
+    said.append(pw_migrate("rollback", uri=uri).stderr)
+    latin = f"test_{uuid.uuid4().hex[:12]}"
+    server.sql(f"CREATE DATABASE {latin} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    said.append(pw_migrate("migrate", uri=server.uri(latin)).stderr)
+    fresh = f"test_{uuid.uuid4().hex[:12]}"
+    server.sql(f"CREATE DATABASE {fresh} TEMPLATE template0")
+    migrated = pw_migrate("migrate", uri=server.uri(fresh))  # the embedded one has no pg_trgm
+    said.append(migrated.stdout + migrated.stderr)
+    server.sql("DROP TABLE migratehistory", database=fresh)
+    failed = pw_migrate("migrate", uri=server.uri(fresh))
+    said.append(failed.stderr)
+    waits = "SELECT pid FROM pg_stat_activity WHERE query = 'ROLLBACK' AND datname = %s"
+    database = server.create(template)
+    with (
+        ThreadPoolExecutor(1) as threads,
+        server.holding(f"SELECT pg_advisory_xact_lock({LOCK})", database=database),
+    ):
+        waiting = threads.submit(pw_migrate, "migrate", uri=server.uri(database))
+        wait_for(lambda: server.sql(waits, database), what="a second pw_migrate")
+    said.append(waiting.result().stderr)
+    unsaid = [line for line in page if not any(has(line, text) for text in said)]
+    too_late = "another pw_migrate does not finish: see pg_stat_activity"
+    assert unsaid == [too_late], said
+    assert too_late in (ROOT / "migrations" / "conf.py").read_text()

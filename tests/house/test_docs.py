@@ -41,7 +41,6 @@ Tables
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import os
@@ -409,37 +408,6 @@ def test_every_test_that_is_named_exists() -> None:
             sources = "\n".join(file.read_text() for file in files)
             for name in re.findall(r"`(test_\w+)`", row) if files else []:
                 assert f"def {name}(" in sources, (path, name)
-
-
-def literals() -> str:
-    """All texts in the sources that run in production or under `make run`, a line each."""
-    files = list(ROOT.glob("*.py"))
-    for room in ("server", "services", "postgres", "migrations", "wire"):
-        files += (ROOT / room).glob("*.py")
-    found = [
-        node.value
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
-    return "\n".join(found)
-
-
-def test_every_line_that_troubleshooting_explains_is_really_said() -> None:
-    """`…` stands for what differs. PostgreSQL's own words, and what is no line of ours, have
-    sections of their own."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    known = literals()
-    explained = 0
-    for heading in ("It does not start", "What the log says", "What pw_migrate says"):
-        section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-        for cells in rows(section)[1:]:
-            line = quoted(cells[0])
-            assert line, cells
-            for piece in re.split("…", line):
-                assert piece.strip(" :,()") in known, (line, piece)
-            explained += 1
-    assert explained > 15
 
 
 def test_a_dump_can_be_restored(
