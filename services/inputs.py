@@ -48,7 +48,7 @@ def tags(environ: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
         if match is None:
             raise BadRequest(_no_tags(name))
         tags.append(match[1])
-    if not text.strip():
+    if not tags:
         raise BadRequest(_no_tags(name))
     return tuple(tags)
 
