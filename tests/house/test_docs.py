@@ -77,13 +77,14 @@ API = ROOT / "docs" / "api.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 APPLICATIONS = ROOT / "docs" / "applications.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+ERRORS = ROOT / "docs" / "errors.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # Those with calls that are run on a service with a new database. The tutorial has a run of its own,
-# and each call of docs/errors.md a set-up of its own, in test_errors.py.
+# and the errors one each, in test_errors.py.
 WITH_CALLS = [
     path
     for path in DOCUMENTS
-    if path not in (TUTORIAL, ROOT / "docs" / "errors.md")
+    if path not in (TUTORIAL, ERRORS)
     and "\n$ curl " in path.read_text()
     and "```console" in path.read_text()
 ]
@@ -271,17 +272,6 @@ def test_the_index_leads_to_every_page() -> None:
     links = re.findall(r"\]\(([^)#]+)", index.read_text())
     led_to = {(index.parent / link).resolve() for link in links}
     assert {path for path in DOCUMENTS if path != index} <= led_to
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_test_that_is_mentioned_exists(path: Path) -> None:
-    for row in path.read_text().splitlines():
-        files = [ROOT / name for name in re.findall(r"`(tests/[\w/]+\.py)`", row)]
-        assert all(file.exists() for file in files), row
-        named = set(re.findall(r"`(test_\w+)`", row)) if files else set()
-        assert named <= {
-            n for file in files for n in re.findall(r"def (test_\w+)", file.read_text())
-        }
 
 
 def sessions(text: str) -> list[tuple[str, str]]:
