@@ -3,9 +3,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 APPLICATIONS := .venv-applications
+OPENAPI := .venv-openapi
 SOURCES := *.py services postgres server wire migrations
 
-.PHONY: run test bench faults faults-cluster fuzz install check audit applications applications-light
+.PHONY: run test bench faults faults-cluster fuzz install check audit applications applications-light openapi
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
@@ -67,4 +68,15 @@ $(APPLICATIONS)/.all: tests/applications/requirements.txt tests/applications/req
 $(APPLICATIONS)/.light $(APPLICATIONS)/.all:
 	$(PYTHON) -m venv $(APPLICATIONS)
 	$(APPLICATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# Linters of docs/openapi.yaml, and clients that are made of it; npm is needed.
+openapi: $(DEVELOPED) $(OPENAPI)/.installed
+	$(BIN)/python -m pytest tests/openapi
+
+$(OPENAPI)/.installed: tests/openapi/requirements.txt tests/openapi/package.json
+	$(PYTHON) -m venv $(OPENAPI)
+	$(OPENAPI)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/openapi/requirements.txt
+	cp tests/openapi/package.json $(OPENAPI)
+	npm install --prefix $(OPENAPI) --silent --no-audit --no-fund --no-package-lock
 	@touch $@
