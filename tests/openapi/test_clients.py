@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ SAID = [
 
 def run(*command: Any, cwd: Path) -> str:
     """What a tool prints; AssertionError with that where it fails."""
-    path = f"{TOOLS}/node_modules/.bin:{TOOLS}/bin:/usr/local/bin:/usr/bin:/bin"
+    path = f"{TOOLS}/node_modules/.bin:{TOOLS}/bin:{os.environ['PATH']}"
     environ = {"PATH": path, "HOME": str(cwd), "REDOCLY_TELEMETRY": "off"}
     done = subprocess.run(
         [*map(str, command)],
