@@ -17,7 +17,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -47,9 +46,11 @@ from server.systemd import Notifier
 from services import browser, inputs, transfer, users
 from services.health import Health
 from services.proxy import Proxy
-from services.values import new_id, valid_id
+from services.values import valid_id
 from settings import Settings
 from wire.fields import ANY, Field
+from wire.ids import request_id as usable_id
+from wire.refusal import own_fields, refusal
 from wire.request import Head
 
 VERSION = "1.0.0"
@@ -66,17 +67,10 @@ JSON = "application/json"
 BULK = (transfer.CSV, transfer.NDJSON)
 HTML = "text/html"
 LISTS = (JSON, *BULK, HTML)
-REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
 UNROUTABLE = re.compile(r"[^!-~]")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# On all that Gatehouse itself answers.
-OWN_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
-STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
-
-# A status line, header lines and a body.
-Reply = tuple[str, list[Field], Iterable[bytes]]
 
 
 def create_app(settings: Settings, board: Board | None = None) -> Application:
@@ -333,7 +327,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         """Answer a request (PEP 3333); the one place that turns exceptions into answers."""
         given = environ.get("gatehouse.request_id")
-        request_id = given or sane_request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        request_id = given or usable_id([environ.get("HTTP_X_REQUEST_ID", "")])
 
         def start(status: str, fields: list[Field]) -> Any:
             return start_response(status, fields + own_fields(request_id))
@@ -348,9 +342,9 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             if problem is not error:
                 log.exception("%s request_id=%s", environ["REQUEST_METHOD"], request_id)
             self.health.board.problem(problem.name)
-            status, fields, body = problem_reply(problem, request_id)
+            status, fields, body = refusal(problem, request_id)
             start(status, fields)
-            return [] if environ["REQUEST_METHOD"] == "HEAD" else body
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     def _guard(self, environ: dict[str, Any]) -> None:
         path = environ.get("PATH_INFO", "")
@@ -415,23 +409,6 @@ def asked_for(path: str, method: str, content_type: str | None, accept: str | No
         return ""
     kind = inputs.preferred(accept, *LISTS)
     return "page" if kind == HTML else "bulk" if kind in BULK else ""
-
-
-def own_fields(request_id: str) -> list[Field]:
-    """The header lines of every answer that Gatehouse itself makes."""
-    return [*OWN_FIELDS, ("X-Request-Id", request_id)]
-
-
-def sane_request_id(given: str) -> str:
-    """The X-Request-Id that a caller sent, or a new one where that is none to put into a log."""
-    return given if REQUEST_ID.fullmatch(given) else new_id()
-
-
-def problem_reply(problem: Problem, request_id: str) -> Reply:
-    """The answer that tells of a problem, without the lines that all answers have."""
-    body = problem.document(request_id)
-    fields = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(body)))]
-    return STATUS_LINES[problem.status], [*fields, *problem.headers], [body]
 
 
 class Gatehouse:

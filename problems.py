@@ -6,9 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-# On all that Gatehouse itself answers.
-OWN_FIELDS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
-
 
 class Problem(Exception):
     """An error that a caller is told about, as `application/problem+json`.

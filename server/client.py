@@ -10,16 +10,16 @@ import logging
 import time
 from email.utils import formatdate
 from functools import lru_cache
-from http import HTTPStatus
 from typing import Any, Protocol
 
-from problems import OWN_FIELDS, BadRequest, Problem
+from problems import BadRequest, Problem
 from server.logs import quoted
 from server.loop import LEAVING, NEVER, Loop, Timer
 from server.stream import Stream
 from wire.chunks import LAST_CHUNK, chunk
 from wire.fields import Field
 from wire.ids import request_id
+from wire.refusal import own_fields, refusal
 from wire.request import Head, end_of_head
 
 log = logging.getLogger("gatehouse")
@@ -35,8 +35,6 @@ READER_SECONDS, READER_LOOK_SECONDS = 60.0, 15.0
 LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 2.0
 # What a client may send ahead of the answer that it waits for.
 AHEAD_BYTES = 65536
-
-STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
 class Responder(Protocol):
@@ -239,8 +237,8 @@ class Client(Stream):
             if problem or head.problem:
                 raise problem or head.problem or BadRequest
             self._desk.respond(self, head)
-        except Problem as refusal:
-            self.refuse(refusal)
+        except Problem as refused:
+            self.refuse(refused)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
             self._timer.set(self._patience())
@@ -407,19 +405,12 @@ class Client(Stream):
         head, responder = self.head, self.responder
         assert head is not None
         self._desk.refused(problem)
-        body = problem.document(head.id)
-        fields = [
-            ("Content-Type", "application/problem+json"),
-            ("Content-Length", str(len(body))),
-            *problem.headers,
-            *OWN_FIELDS,
-            ("X-Request-Id", head.id),
-        ]
+        status, fields, body = refusal(problem, head.id)
+        fields += own_fields(head.id)
         # Where the framing is in doubt, or bytes of a body are to come that nobody reads, what
         # follows cannot be told from a request.
         to_come = responder.wants_body if responder is not None else head.chunked or head.length
         self._unread = bool(to_come) or isinstance(problem, BadRequest) or head.problem is not None
-        status = STATUS_LINES[problem.status]
         self.begin(status, fields, length=len(body), dated=False, close=self._unread)
         self.write(body)
         self.flush()

@@ -20,8 +20,8 @@ from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, L
 
 # One read takes so much; and so much from a side that has filled it before.
 READ_BYTES, LARGE_READ_BYTES = 65536, 262144
-# A side that has so much to send asks the other to wait, and to go on below the second.
-HIGH_WATER, LOW_WATER = 262144, 65536
+# A side that has more than this to send asks the other to wait, until all of it is taken.
+HIGH_WATER = 262144
 
 # What splice(2) moves: pages rather than copies of them, and never waiting.
 SPLICES = hasattr(os, "splice")

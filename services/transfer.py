@@ -28,7 +28,8 @@ from problems import (
 )
 from services import inputs, users
 from services.users import FIELDS, MADE_HERE, NAMES, Search
-from services.values import Object, new_id, valid_id
+from services.values import Object, valid_id
+from wire.ids import new_id
 
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 COLUMNS = ["id", *NAMES, *MADE_HERE]

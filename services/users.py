@@ -30,13 +30,13 @@ from services.merge import Merge
 from services.values import (
     CONTROL,
     SURROGATE,
-    new_id,
     valid_email,
     valid_id,
     valid_metadata,
     valid_name,
 )
 from wire.fields import ANY
+from wire.ids import new_id
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500

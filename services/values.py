@@ -7,9 +7,7 @@ for the caller to read.
 from __future__ import annotations
 
 import math
-import os
 import re
-import time
 from typing import Any
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -34,16 +32,6 @@ class Object(dict[str, Any]):
     """A JSON object that knows how it was written."""
 
     text = ""
-
-
-def new_id() -> str:
-    """A UUID version 7 (RFC 9562 section 5.7): milliseconds since 1970, then random bits."""
-    milliseconds = f"{time.time_ns() // 1_000_000:012x}"
-    random = os.urandom(10).hex()
-    variant = "89ab"[int(random[18], 16) % 4]
-    return (
-        f"{milliseconds[:8]}-{milliseconds[8:]}-7{random[:3]}-{variant}{random[3:6]}-{random[6:18]}"
-    )
 
 
 def valid_id(value: Any) -> str:
