@@ -429,8 +429,8 @@ class Gatehouse:
         )
         self.caller = self.proxy.caller
         self.request_head = self.proxy.request_head
-        self.answer_fields = self.proxy.answer_fields
-        self.interim_fields = self.proxy.interim_fields
+        self.answer_lines = self.proxy.answer_lines
+        self.interim_lines = self.proxy.interim_lines
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer a request that is not proxied."""

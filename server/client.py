@@ -17,7 +17,7 @@ from server.logs import quoted
 from server.loop import LEAVING, NEVER, Loop, Timer
 from server.stream import Stream
 from wire.chunks import LAST_CHUNK, chunk
-from wire.fields import Field
+from wire.fields import text_of
 from wire.ids import request_id
 from wire.refusal import own_fields, refusal
 from wire.request import Head, end_of_head
@@ -261,26 +261,26 @@ class Client(Stream):
         """Send the 100 that a client may wait for before it sends a body."""
         if self.head is not None and self.head.expects:
             self.head.expects = False
-            self.interim("100 Continue", [])
+            self.interim("100 Continue", b"")
 
-    def interim(self, status: str, fields: list[Field]) -> None:
+    def interim(self, status: str, lines: bytes) -> None:
         """Pass on an interim answer; HTTP/1.0 has none."""
         if self.head is not None and self.head.version == "1.1":
-            self._send(lines_of(status, fields))
+            self._send(status_line(status) + lines + b"\r\n")
 
     # What goes out.
 
     def begin(
         self,
         status: str,
-        fields: list[Field],
+        lines: bytes,
         *,
         length: int | None,
         dated: bool,
         close: bool = False,
     ) -> None:
-        """Begin an answer with a status ("200 OK") and header lines, to which this hop's framing is
-        added; it leaves with the first piece of the body, or with `flush`.
+        """Begin an answer with a status ("200 OK") and header lines, each with its end, to which
+        this hop's framing is added; it leaves with the first piece of the body, or with `flush`.
 
         `length` is the body's in bytes, as the header lines have it, None where they do not;
         `dated` says whether there is a Date among them, `close` that the connection ends with this
@@ -292,25 +292,25 @@ class Client(Stream):
         self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
         if close or self.ended_reading or self._desk.closing or not head.persistent:
             self._close = True
-        lines = [f"HTTP/1.1 {status}", *[f"{name}: {value}" for name, value in fields]]
+        out = status_line(status) + lines
         if head.method == "HEAD" or status.startswith(("204", "304")):
             self._body_left = 0
         elif length is not None:
             self._body_left = length
         elif head.version == "1.1":
             self._chunked = True
-            lines.append("Transfer-Encoding: chunked")
+            out += b"Transfer-Encoding: chunked\r\n"
         else:
             self._close = True
         if self._close:
-            lines.append("Connection: close")
+            out += b"Connection: close\r\n"
         elif head.version == "1.0":
-            lines.append("Connection: keep-alive")
+            out += b"Connection: keep-alive\r\n"
         if not dated:
-            lines.append(f"Date: {http_date(int(time.time()))}")  # RFC 9110 section 6.6.1
-        self._head_out = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+            out += date_line(int(time.time()))  # RFC 9110 section 6.6.1
+        self._head_out = out + b"\r\n"
 
-    def switch(self, status: str, fields: list[Field]) -> None:
+    def switch(self, status: str, lines: bytes) -> None:
         """Answer that the protocol is switched: what is written from here on is not framed."""
         head = self.head
         assert head is not None
@@ -318,7 +318,7 @@ class Client(Stream):
         self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
         self._close = self._tunnel = True
         self._began = NEVER  # What comes now is no request, and may take as long as it likes.
-        self._send(lines_of(status, fields))
+        self._send(status_line(status) + lines + b"\r\n")
 
     @property
     def closing(self) -> bool:
@@ -411,7 +411,7 @@ class Client(Stream):
         # follows cannot be told from a request.
         to_come = responder.wants_body if responder is not None else head.chunked or head.length
         self._unread = bool(to_come) or isinstance(problem, BadRequest) or head.problem is not None
-        self.begin(status, fields, length=len(body), dated=False, close=self._unread)
+        self.begin(status, text_of(fields), length=len(body), dated=False, close=self._unread)
         self.write(body)
         self.flush()
         self._go_on()
@@ -588,13 +588,13 @@ class Client(Stream):
         return self._began or (NEVER if self.served else self.idle_since)
 
 
-def lines_of(status: str, fields: list[Field]) -> bytes:
-    """The head of an answer."""
-    lines = [f"HTTP/1.1 {status}", *[f"{name}: {value}" for name, value in fields]]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+@lru_cache(64)
+def status_line(status: str) -> bytes:
+    """The first line of an answer."""
+    return b"HTTP/1.1 %b\r\n" % status.encode("latin-1")
 
 
 @lru_cache(2)
-def http_date(now: int) -> str:
-    """Seconds since 1970 as RFC 9110 section 5.6.7 has them."""
-    return formatdate(now, usegmt=True)
+def date_line(now: int) -> bytes:
+    """Seconds since 1970 as a header line (RFC 9110 section 5.6.7)."""
+    return b"Date: %b\r\n" % formatdate(now, usegmt=True).encode()

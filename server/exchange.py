@@ -23,7 +23,7 @@ from server.stream import HIGH_WATER, SPLICES, WAIT, Stream
 from server.upstream import Connection, Upstream
 from wire.answer import EVENT_ENDS, Answer, end_of_head
 from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk
-from wire.fields import Field, authenticates_connection, field_values
+from wire.fields import authenticates_connection
 from wire.request import Head
 from wire.websocket import Frames, close_frame
 
@@ -60,14 +60,14 @@ class Asker(Protocol):
     def begin(
         self,
         status: str,
-        fields: list[Field],
+        lines: bytes,
         *,
         length: int | None,
         dated: bool,
         close: bool = False,
     ) -> None: ...
-    def switch(self, status: str, fields: list[Field]) -> None: ...
-    def interim(self, status: str, fields: list[Field]) -> None: ...
+    def switch(self, status: str, lines: bytes) -> None: ...
+    def interim(self, status: str, lines: bytes) -> None: ...
     def ask_for_body(self) -> None: ...
     def write(self, piece: bytes) -> None: ...
     def comment(self, data: bytes) -> None: ...
@@ -90,11 +90,11 @@ class Rules(Protocol):
         """The head to send to the upstream; `length` frames a body that came in chunks and has been
         gathered, None keeps the framing that it came with."""
 
-    def answer_fields(self, answer: Answer, head: Head) -> list[Field]:
-        """The header lines to give back."""
+    def answer_lines(self, answer: Answer, head: Head) -> bytes:
+        """The header lines to give back, each with its end."""
 
-    def interim_fields(self, answer: Answer) -> list[Field]:
-        """The header lines of an interim answer to give back."""
+    def interim_lines(self, answer: Answer) -> bytes:
+        """Those of an interim answer."""
 
 
 @dataclass(frozen=True)
@@ -417,7 +417,7 @@ class Exchange:
             elif answer.status == 100:
                 self.client.ask_for_body()
             elif answer.status == 103:
-                self.client.interim(status, self._rules.interim_fields(answer))
+                self.client.interim(status, self._rules.interim_lines(answer))
         if self.state is State.ASKING and self.body is not None and not self.body.complete:
             self._asked()  # After a 100 it is the client's turn.
 
@@ -430,7 +430,7 @@ class Exchange:
         connection = self._connection
         assert connection is not None
         if answer.status == 401 and authenticates_connection(
-            field_values(answer.fields, "www-authenticate")
+            value for key, value, _ in answer.lines if key == "www-authenticate"
         ):
             # From here on the upstream takes all that comes on this connection for this client's,
             # and the next request of its log-in for part of it on this connection only.
@@ -438,12 +438,12 @@ class Exchange:
         unsent = self.body is not None and not self.body.complete
         self.client.begin(
             status,
-            self._rules.answer_fields(answer, head),
+            self._rules.answer_lines(answer, head),
             length=answer.length,
             dated=answer.dated,
             close=unsent,
         )
-        answer.fields = []
+        answer.lines = []
         if not unsent:
             self._head = None  # It is not needed any more, and a stream may last for long.
             self._gathered = b""
@@ -694,7 +694,7 @@ class Exchange:
         self.state = State.TUNNELLING
         self._count_stream()
         self._to_client, self._to_upstream = Frames(), Frames()
-        self.client.switch(status, self._rules.answer_fields(answer, head))
+        self.client.switch(status, self._rules.answer_lines(answer, head))
         self._head = None
         self._hear_tunnel()
         first, self._in = self._in, b""

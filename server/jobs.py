@@ -20,7 +20,7 @@ from waitress.task import WSGITask
 from problems import BadRequest, BodyTooLarge, Problem
 from server.loop import Loop
 from server.stream import HIGH_WATER
-from wire.fields import Field, lowered
+from wire.fields import Field, lowered, text_of
 from wire.request import Head
 
 log = logging.getLogger("gatehouse")
@@ -120,9 +120,7 @@ class Asker(Protocol):
     @property
     def queued(self) -> int: ...
 
-    def begin(
-        self, status: str, fields: list[Field], *, length: int | None, dated: bool
-    ) -> None: ...
+    def begin(self, status: str, lines: bytes, *, length: int | None, dated: bool) -> None: ...
     def write(self, piece: bytes) -> None: ...
     def finish(self) -> None: ...
     def refuse(self, problem: Problem) -> None: ...
@@ -336,7 +334,7 @@ class Job:
                 dated = True
         if length is not None and status.startswith("204"):  # RFC 9110 section 8.6
             fields = [field for field in fields if lowered(field[0]) != "content-length"]
-        self.client.begin(status, fields, length=length, dated=dated)
+        self.client.begin(status, text_of(fields), length=length, dated=dated)
 
     def give_piece(self, piece: bytes) -> None:
         self.client.write(piece)

@@ -63,7 +63,7 @@ class Output:
     def _keep(self, data: bytes) -> None:
         with self._lock:
             if self._size + len(data) > PENDING_BYTES:
-                self._dropped += 1
+                self._dropped += data.count(b"\n")
                 return
             self._pending.append(data)
             self._size += len(data)

@@ -23,7 +23,6 @@ from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer, give_memory_back
 from server.upstream import Connector, Upstream
 from wire.answer import Answer
-from wire.fields import Field
 from wire.request import Head
 
 log = logging.getLogger("gatehouse")
@@ -81,10 +80,10 @@ class Application(Protocol):
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
         """The head that is sent to the upstream; see server.exchange.Rules."""
 
-    def answer_fields(self, answer: Answer, head: Head) -> list[Field]:
+    def answer_lines(self, answer: Answer, head: Head) -> bytes:
         """The header lines that are given back."""
 
-    def interim_fields(self, answer: Answer) -> list[Field]:
+    def interim_lines(self, answer: Answer) -> bytes:
         """Those of an interim answer."""
 
 
@@ -343,10 +342,16 @@ class Server:
             give_memory_back()
 
     def _write_log(self) -> None:
+        """Write the lines of this turn, as many at once as a pipe takes whole."""
         lines, self._lines = self._lines, []
         assert self._log is not None
-        for line in lines:
-            self._log.write(line)
+        at = size = 0
+        for number, line in enumerate(lines):
+            size += len(line)
+            if size > select.PIPE_BUF:
+                self._log.write("".join(lines[at:number]))
+                at, size = number, len(line)
+        self._log.write("".join(lines[at:]))
 
     def _see_to_logs(self, seconds: float = 0.0) -> None:
         for name, output in self._outputs.items():

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from problems import LoopDetected, MethodNotAllowed
 from wire.answer import Answer
-from wire.fields import Field, listed, lowered
+from wire.fields import listed
 from wire.request import Head
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -44,7 +44,7 @@ FRAMING = frozenset({"content-length", "transfer-encoding"})
 OURS = HOP_BY_HOP | SET | BELIEVED | FRAMING
 # Alt-Svc names ports of the upstream's own, where there is no Gatehouse.
 NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
-UPGRADE = [("Connection", "upgrade"), ("Upgrade", "websocket")]
+UPGRADE = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
 
 # What Allow says for a target of the upstream's, whose methods Gatehouse does not know.
 METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
@@ -104,28 +104,28 @@ class Proxy:
         if "connection" in values:
             # Connection may name what ends here; what frames the message does anyhow.
             ending = ending.union(option.lower() for option in listed(values["connection"]))
-        lines = []
-        for name, value in head.fields:
-            key = lowered(name)
+        lines: list[bytes] = []
+        for key, _, text in head.lines:
             if key in SET or key in ending:
                 if key == "content-length" and head.length is not None:
-                    lines.append(f"{name}: {head.length}")  # One spelling of a number goes out.
+                    # One spelling of a number goes out.
+                    lines.append(b"%b: %d\r\n" % (text.partition(b":")[0], head.length))
             elif "_" in key and self._is_ours(key, ending):
                 pass
             elif trusted or not (key in BELIEVED or key.startswith(FORWARDED)):
-                lines.append(f"{name}: {value}")
+                lines.append(text)
         if length is not None:
-            lines.append(f"Content-Length: {length}")
+            lines.append(b"Content-Length: %d\r\n" % length)
         elif head.chunked:
-            lines.append("Transfer-Encoding: chunked")
+            lines.append(b"Transfer-Encoding: chunked\r\n")
         if head.upgrade:
-            lines += [f"{name}: {value}" for name, value in UPGRADE]
+            lines.append(UPGRADE)
 
         host = head.host
         forwarded_for, proto, forwarded_host = peer, "http", host
         if trusted:
-            before = filter(None, listed(values.get("x-forwarded-for", [])))
-            forwarded_for = ", ".join([*before, peer])
+            hops = filter(None, listed(values.get("x-forwarded-for", [])))
+            forwarded_for = ", ".join([*hops, peer])
             forwarded_host = values.get("x-forwarded-host", [host])[0]
             if listed(values.get("x-forwarded-proto", []))[:1] and (
                 listed(values["x-forwarded-proto"])[0].lower() == "https"
@@ -135,40 +135,39 @@ class Proxy:
         if "via" in values:
             via = ", ".join([*filter(None, values["via"]), via])
         target = head.origin if head.origin == "*" else self.prefix + head.origin
-        return "\r\n".join(
-            (
-                f"{head.method} {target} HTTP/1.1",
-                f"Host: {host if self.preserve_host and host else self.host}",
-                *lines,
-                f"X-Forwarded-For: {forwarded_for}",
-                f"X-Forwarded-Proto: {proto}",
-                *([f"X-Forwarded-Host: {forwarded_host}"] if forwarded_host else ()),
-                f"Via: {via}",
-                f"X-Request-Id: {head.id}\r\n\r\n",
-            )
-        ).encode("latin-1")
+        named = f"X-Forwarded-Host: {forwarded_host}\r\n" if forwarded_host else ""
+        before = (
+            f"{head.method} {target} HTTP/1.1\r\n"
+            f"Host: {host if self.preserve_host and host else self.host}\r\n"
+        )
+        after = (
+            f"X-Forwarded-For: {forwarded_for}\r\n"
+            f"X-Forwarded-Proto: {proto}\r\n"
+            f"{named}"
+            f"Via: {via}\r\n"
+            f"X-Request-Id: {head.id}\r\n\r\n"
+        )
+        return before.encode("latin-1") + b"".join(lines) + after.encode("latin-1")
 
     def _is_ours(self, key: str, ending: frozenset[str]) -> bool:
         spelled = key.replace("_", "-")
         return spelled in OURS or spelled in ending or spelled.startswith(FORWARDED)
 
-    def answer_fields(self, answer: Answer, head: Head) -> list[Field]:
+    def answer_lines(self, answer: Answer, head: Head) -> bytes:
         """The header lines that go back to the client: the upstream's in their order, less those
         for its own hop only, and the request's id."""
-        fields = self.interim_fields(answer)
-        if answer.status == 101:
-            fields += UPGRADE
-        fields.append(("X-Request-Id", head.id))
-        return fields
+        upgrade = UPGRADE if answer.status == 101 else b""
+        own = b"X-Request-Id: %b\r\n" % head.id.encode()
+        return self.interim_lines(answer) + upgrade + own
 
-    def interim_fields(self, answer: Answer) -> list[Field]:
+    def interim_lines(self, answer: Answer) -> bytes:
         """The same for an interim answer, which is not the one to the request."""
         ending = NOT_RETURNED
         if answer.options and not ending.issuperset(answer.options):
             ending = ending.union(answer.options) - {"content-length"}
         if answer.status == 204 or answer.status < 200:
             ending = ending | {"content-length"}  # RFC 9110 section 8.6
-        return [field for field in answer.fields if lowered(field[0]) not in ending]
+        return b"".join([text for key, _, text in answer.lines if key not in ending])
 
     def _trusts(self, peer: str) -> bool:
         """Whether what `peer` says of the client is believed."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from problems import UpstreamBroken
 from wire.chunks import Chunks, Sized, UntilClose
-from wire.fields import Field, listed, lowered, stripped
+from wire.fields import Line, line, listed, remembering
 
 MAX_HEAD_BYTES = 262144
-STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r]*))?")
+STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r]*))?")
 # White space before the colon is taken away, as RFC 9112 section 5.1 tells a proxy; whoever sends
 # it is not trusted with another request on that connection.
-HEADER_LINE = re.compile(r"(?<=\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++)[ \t]*+:[ \t]*+([^\0\r\n]*)\n")
-SPACED = re.compile(r"\n[^ \t\n:]+[ \t]+:")
-FOLD = re.compile(r"\n[ \t]++")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++)[ \t]*+:([^\0\r\n]*)")
+SPACED = re.compile(rb"\n[^ \t\n:]+[ \t]+:")
+FOLD = re.compile(rb"\n[ \t]++")
 LENGTH = re.compile(r"[0-9]{1,18}")
 # The header lines that say something to a proxy.
 TOLD = frozenset(
@@ -37,7 +38,7 @@ EVENT_STREAM = "text/event-stream"
 class Answer:
     """The head of one answer.
 
-    `status`, `reason` and `fields` are as they came, but for what RFC 9112 tells a proxy to mend.
+    `status`, `reason` and `lines` are as they came, but for what RFC 9112 tells a proxy to mend.
     `length` is the body's in bytes, None where no length frames it; `body` takes the body apart,
     None where there is none. `options` are the members of Connection, `switches` those of Upgrade,
     in lower case. `reusable` says whether the connection may carry another request after it,
@@ -50,8 +51,8 @@ class Answer:
         "coded",
         "dated",
         "events",
-        "fields",
         "length",
+        "lines",
         "options",
         "reason",
         "reusable",
@@ -62,46 +63,28 @@ class Answer:
     def __init__(self, head: bytes, method: str) -> None:
         """Take apart a head, without its last empty line; `method` is the request's. Raises
         UpstreamBroken."""
-        text = head.decode("latin-1").replace("\r\n", "\n") + "\n"
-        end = text.index("\n")
-        # A line that begins with white space goes on from the one before (RFC 9112 section 5.2),
-        # but for the first, which would go on from the status line.
-        if ("\n " in text or "\n\t" in text) and text[end + 1] not in " \t":
-            text = text[:end] + FOLD.sub(" ", text[end:])
-        line = STATUS_LINE.fullmatch(text, 0, end)
-        if line is None:
-            raise UpstreamBroken("The status line of the upstream's answer is malformed.")
-        lines = HEADER_LINE.findall(text, end)
-        if len(lines) != text.count("\n", end) - 1:
-            raise UpstreamBroken("A header line of the upstream's answer is malformed.")
-        self.status = int(line[2])
-        self.reason = line[3] or ""
-        self.fields: list[Field] = stripped(text, lines)
-        self.events = self.coded = self.dated = False
-        self.options: list[str] = []
-        self.switches: list[str] = []
-        lengths: list[str] = []
-        codings: list[str] = []
-        for name, value in self.fields:
-            if (key := lowered(name)) not in TOLD:
-                continue
-            match key:
-                case "date":
-                    self.dated = True
-                case "content-length":
-                    lengths.append(value)
-                case "transfer-encoding":
-                    codings.append(value.lower())
-                case "connection":
-                    self.options += listed([value.lower()]) if "," in value else [value.lower()]
-                case "content-type":
-                    self.events = value.partition(";")[0].strip().lower() == EVENT_STREAM
-                case "content-encoding":
-                    self.coded = value.strip().lower() not in ("", "identity")
-                case "upgrade":
-                    self.switches += listed([value.lower()])
-        self._frame(line[1], method, lengths, codings)
-        if (" :" in text or "\t:" in text) and SPACED.search(text):
+        raw = head.split(b"\r\n")
+        if b"\n " in head or b"\n\t" in head or head.count(b"\n") >= len(raw):
+            raw = mended_lines(head)
+        version, self.status, self.reason = status_of(raw[0])
+        del raw[0]
+        self.lines = lines_of(raw)
+        told: dict[str, list[str]] = {}
+        for key, value, _ in self.lines:
+            if key in TOLD:
+                told.setdefault(key, []).append(value.lower())
+        self.dated = "date" in told
+        kind = told["content-type"][-1] if "content-type" in told else ""
+        self.events = (
+            kind.startswith(EVENT_STREAM) and kind.partition(";")[0].strip() == EVENT_STREAM
+        )
+        self.coded = told.get("content-encoding", [""])[-1].strip() not in ("", "identity")
+        self.options = listed(told["connection"]) if "connection" in told else []
+        self.switches = listed(told["upgrade"]) if "upgrade" in told else []
+        self._frame(
+            version, method, told.get("content-length", []), told.get("transfer-encoding", [])
+        )
+        if (b" :" in head or b"\t:" in head) and SPACED.search(head):
             self.reusable = False
 
     def _frame(self, version: str, method: str, lengths: list[str], codings: list[str]) -> None:
@@ -139,20 +122,49 @@ class Answer:
 
     def _say_length(self, length: str | None) -> None:
         """Leave one Content-Length line with this value, or none."""
-        fields = [field for field in self.fields if lowered(field[0]) != "content-length"]
+        said = [one for one in self.lines if one.key == "content-length"]
+        lines = [one for one in self.lines if one not in said]
         if length is not None:
-            at = next(
-                at for at, (name, _) in enumerate(self.fields) if lowered(name) == "content-length"
-            )
-            fields.insert(at, (self.fields[at][0], length))
-        self.fields = fields
+            name = said[0].text.partition(b":")[0]
+            lines.insert(self.lines.index(said[0]), line(name, length.encode()))
+        self.lines = lines
+
+
+def mended_lines(head: bytes) -> list[bytes]:
+    """The lines of a head that has them ended by line feeds alone, or folded. A line that begins
+    with white space goes on from the one before (RFC 9112 section 5.2), but for the first, which
+    would go on from the status line."""
+    head = head.replace(b"\r\n", b"\n")
+    end = head.find(b"\n")
+    if head[end + 1 : end + 2] not in (b" ", b"\t"):
+        head = head[:end] + FOLD.sub(b" ", head[end:])
+    return head.split(b"\n")
+
+
+@lru_cache(64)
+def status_of(raw: bytes) -> tuple[str, int, str]:
+    """The version, status and reason of a status line. Raises UpstreamBroken."""
+    found = STATUS_LINE.fullmatch(raw)
+    if found is None:
+        raise UpstreamBroken("The status line of the upstream's answer is malformed.")
+    version, status, reason = found.groups(b"")
+    return version.decode(), int(status), reason.decode("latin-1")
+
+
+@remembering
+def lines_of(raw: bytes) -> Line:
+    """One header line. Raises UpstreamBroken."""
+    found = HEADER_LINE.fullmatch(raw)
+    if found is None:
+        raise UpstreamBroken("A header line of the upstream's answer is malformed.")
+    return line(found[1], found[2])
 
 
 def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
     """Where the head of an answer ends in `data`, and where what follows begins; -1 and 0 while
     the end is not there. The first `scanned` bytes have been looked at before. Raises
     UpstreamBroken where the head is too large."""
-    start = max(0, scanned - 3)
+    start = scanned - 3 if scanned > 3 else 0
     end = data.find(b"\r\n\r\n", start)
     begin = end + 4
     # Lone line feeds are taken for line ends (RFC 9112 section 2.2); the earlier end wins.

@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
 from wire.chunks import Chunks, Sized
-from wire.fields import Field, listed, lowered, stripped
+from wire.fields import Line, line, listed, remembering
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADER_LINES = 200
@@ -21,12 +21,7 @@ MAX_HEADER_LINES = 200
 REQUEST_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])"
 )
-# One header line, from its beginning to its end: a line that is anything else is not found. Nothing
-# is given back of the white space (`*+`), or a long run of it would be gone through again from each
-# of its characters.
-HEADER_LINE = re.compile(
-    r"(?<=\r\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*)\r\n"
-)
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # RFC 3986 section 3.2.2 host, with an optional port.
 HOST = re.compile(
     r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})++)(?::[0-9]*)?"
@@ -41,7 +36,7 @@ ABSURD_BYTES = 1 << 60
 class Head:
     """The head of one request.
 
-    `method`, `target` and `fields` are as they came, `values` are the header lines by lower-case
+    `method`, `target` and `lines` are as they came, `values` are the header lines by lower-case
     name; `version` is "1.0" or "1.1". `origin` is the target in origin form (RFC 9112 section 3.2),
     otherwise byte for byte; `path` is its path, percent-decoded, as latin-1 text, and `query` what
     follows the first `?`. `host` is the authority that is asked for. A body is framed by `chunked`
@@ -55,10 +50,10 @@ class Head:
     __slots__ = (
         "chunked",
         "expects",
-        "fields",
         "host",
         "id",
         "length",
+        "lines",
         "method",
         "origin",
         "path",
@@ -74,37 +69,33 @@ class Head:
         """Take apart a head, without its last empty line."""
         self.method = self.target = self.origin = self.path = self.query = self.host = self.id = ""
         self.version = "1.1"
-        self.fields: list[Field] = []
+        self.lines: list[Line] = []
         self.values: dict[str, list[str]] = {}
         self.length: int | None = None
         self.chunked = self.persistent = self.expects = False
         self.problem: Problem | None = None
         try:
-            self._parse(head.decode("latin-1") + "\r\n")
+            self._parse(head.split(b"\r\n"))
         except Problem as problem:
             self.problem = problem
             if head.startswith(b"HEAD "):
                 self.method = "HEAD"  # Whatever else is wrong with it, its answer has no body.
 
-    def _parse(self, text: str) -> None:
-        end = text.index("\r\n")
-        line = REQUEST_LINE.fullmatch(text, 0, end)
-        if line is None:
+    def _parse(self, raw: list[bytes]) -> None:
+        first = REQUEST_LINE.fullmatch(raw[0].decode("latin-1"))
+        if first is None:
             raise BadRequest("The request line is malformed.")
-        self.method, self.target, major, minor = line.groups()
+        self.method, self.target, major, minor = first.groups()
         if major != "1":
             raise HttpVersionNotSupported
         if minor == "0":
             self.version = "1.0"
-        lines = HEADER_LINE.findall(text, end + 2)
-        if len(lines) != text.count("\r\n", end + 2):
-            raise BadRequest("A header line is malformed.")
+        del raw[0]
+        lines = self.lines = lines_of(raw)
         if len(lines) > MAX_HEADER_LINES:
             raise BadRequest(f"There are more than {MAX_HEADER_LINES} header lines.")
-        self.fields = stripped(text, lines)
         values = self.values
-        for name, value in self.fields:
-            key = lowered(name)
+        for key, value, _ in lines:
             if key in values:
                 values[key].append(value)
             else:
@@ -191,6 +182,15 @@ class Head:
         if self.chunked:
             return Chunks(exact=True)
         return Sized(self.length) if self.length else None
+
+
+@remembering
+def lines_of(raw: bytes) -> Line:
+    """One header line. Raises BadRequest."""
+    found = HEADER_LINE.fullmatch(raw)
+    if found is None:
+        raise BadRequest("A header line is malformed.")
+    return line(found[1], found[2])
 
 
 @lru_cache(256)

@@ -61,13 +61,13 @@ class Client:
         self.slow = slow
         self.exchange: Any = None
 
-    def begin(self, status: str, fields: Any, *, length: int | None, dated: bool, close: bool = False) -> None:  # fmt: skip
+    def begin(self, status: str, lines: bytes, *, length: int | None, dated: bool, close: bool = False) -> None:  # fmt: skip
         self.told.append(("begin", status, length, close))
 
-    def switch(self, status: str, fields: Any) -> None:
+    def switch(self, status: str, lines: bytes) -> None:
         self.told.append(("switch", status))
 
-    def interim(self, status: str, fields: Any) -> None:
+    def interim(self, status: str, lines: bytes) -> None:
         self.told.append(("interim", status))
 
     def ask_for_body(self) -> None:
@@ -207,11 +207,11 @@ class Rules:
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
         return f"[{head.method} {length}]".encode()
 
-    def answer_fields(self, answer: Any, head: Head) -> list[Any]:
-        return []
+    def answer_lines(self, answer: Any, head: Head) -> bytes:
+        return b""
 
-    def interim_fields(self, answer: Any) -> list[Any]:
-        return []
+    def interim_lines(self, answer: Any) -> bytes:
+        return b""
 
 
 class World:

@@ -52,13 +52,13 @@ class Responder:
         self.told.append("settled")
 
     def answer(self, body: bytes = b"ok") -> None:
-        self.client.begin("200 OK", [("Content-Length", str(len(body)))], length=len(body), dated=True)  # fmt: skip
+        self.client.begin("200 OK", b"Content-Length: %d\r\n" % len(body), length=len(body), dated=True)  # fmt: skip
         self.client.write(body)
         self.client.finish()
 
     def switch(self) -> None:
         self.tunnel = True
-        self.client.switch("101 Switching Protocols", [])
+        self.client.switch("101 Switching Protocols", b"")
 
 
 class Desk:
@@ -256,7 +256,7 @@ def test_a_failure_while_a_client_is_read_ends_it_and_no_other(
     desk.turn(lambda: len(desk.responders) == 2)
     failing, fine = sorted(desk.responders, key=lambda one: one.client is good)
     failing.fails = True
-    failing.client.begin("200 OK", [], length=None, dated=True)
+    failing.client.begin("200 OK", b"", length=None, dated=True)
     failing.client.write(b"half of an answer")
     for far in (bad_far, good_far):
         far.send(b"hello")

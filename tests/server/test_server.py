@@ -49,12 +49,12 @@ class Rules:
             lines.append(f"Content-Length: {head.length if length is None else length}")
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
-    def answer_fields(self, answer: Any, head: Head) -> Any:
-        self._check("answer_fields", head)
-        return [field for field in answer.fields if field[0] != "Transfer-Encoding"]
+    def answer_lines(self, answer: Any, head: Head) -> bytes:
+        self._check("answer_lines", head)
+        return b"".join(line.text for line in answer.lines if line.key != "transfer-encoding")
 
-    def interim_fields(self, answer: Any) -> Any:
-        return answer.fields
+    def interim_lines(self, answer: Any) -> bytes:
+        return b"".join(line.text for line in answer.lines)
 
 
 class Running:
@@ -111,7 +111,7 @@ class Lines:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("rule", ["admit", "request_head", "answer_fields", "caller"])
+@pytest.mark.parametrize("rule", ["admit", "request_head", "answer_lines", "caller"])
 def test_a_failure_in_one_exchange_ends_it_on_both_sides_and_no_other(
     running: Running,
     upstream: ScriptedUpstream,

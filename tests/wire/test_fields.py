@@ -10,14 +10,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.fields import authenticates_connection, field_values, listed
+from wire.fields import (
+    SHORT_BYTES,
+    Line,
+    authenticates_connection,
+    line,
+    listed,
+    remembering,
+)
 from wire.ids import new_id, request_id
 
 
-def test_the_values_of_a_name_are_found_in_their_order_whatever_its_case() -> None:
-    fields = [("Accept", "a"), ("B", "x"), ("ACCEPT", "b, c"), ("accept", "")]
-    assert field_values(fields, "accept") == ["a", "b, c", ""]
-    assert field_values(fields, "c") == []
+def test_a_short_line_is_read_once_and_one_that_cannot_be_read_is_refused_each_time() -> None:
+    read: list[bytes] = []
+
+    @remembering
+    def lines_of(raw: bytes) -> Line:
+        read.append(raw)
+        name, colon, value = raw.partition(b":")
+        if not colon:
+            raise ValueError
+        return line(name, value)
+
+    long = b"Cookie: " + b"c" * SHORT_BYTES
+    for _ in range(3):
+        accept, cookie = lines_of([b"ACCEPT:\t\xe4 b ", long])
+        assert accept == ("accept", "\xe4 b", b"ACCEPT: \xe4 b\r\n")
+        assert cookie.text == long + b"\r\n"
+        with pytest.raises(ValueError):
+            lines_of([b"malformed"])
+    assert read.count(b"ACCEPT:\t\xe4 b ") == 1
+    assert read.count(b"malformed") == read.count(long) == 3
 
 
 @pytest.mark.parametrize(
