@@ -310,12 +310,14 @@ class Client(Stream):
             out += date_line(int(time.time()))  # RFC 9110 section 6.6.1
         self._head_out = out + b"\r\n"
 
-    def switch(self, status: str, lines: bytes) -> None:
-        """Answer that the protocol is switched: what is written from here on is not framed."""
+    def switch(self, status: str, lines: bytes, tunnel: Responder) -> None:
+        """Answer that the protocol is switched: what is written from here on is not framed, and
+        `tunnel` takes over."""
         head = self.head
         assert head is not None
         self.status = status
         self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
+        self.responder = tunnel
         self._close = self._tunnel = True
         self._began = NEVER  # What comes now is no request, and may take as long as it likes.
         self._send(status_line(status) + lines + b"\r\n")

@@ -18,14 +18,14 @@ from problems import (
     UpstreamBroken,
     UpstreamTimeout,
 )
-from server.loop import NEVER, Loop, Timer
+from server.loop import NEVER
 from server.stream import HIGH_WATER, SPLICES, WAIT, Stream
+from server.tunnel import Talker, Tunnel
 from server.upstream import Connection, Upstream
 from wire.answer import EVENT_ENDS, Answer, end_of_head
 from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk
 from wire.fields import authenticates_connection
 from wire.request import Head
-from wire.websocket import Frames, close_frame
 
 log = logging.getLogger("gatehouse")
 
@@ -41,22 +41,14 @@ RETRY_SECONDS = 0.25
 # A client that waits for a 100 before it sends a large body is told to go on after so many seconds
 # where the upstream says nothing: many do not know of it.
 CONTINUE_SECONDS = 1.0
-# A tunnel that is told to end has so many seconds for that.
-GOODBYE_SECONDS = 1.0
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class Asker(Protocol):
+class Asker(Talker, Protocol):
     """The client's side, as far as an exchange is concerned."""
 
-    loop: Loop
-    deadline: Timer
     head: Head | None
-    queued: int
-    ended_reading: bool
 
-    @property
-    def closing(self) -> bool: ...
     def begin(
         self,
         status: str,
@@ -66,21 +58,15 @@ class Asker(Protocol):
         dated: bool,
         close: bool = False,
     ) -> None: ...
-    def switch(self, status: str, lines: bytes) -> None: ...
+    def switch(self, status: str, lines: bytes, tunnel: Tunnel) -> None: ...
     def interim(self, status: str, lines: bytes) -> None: ...
     def ask_for_body(self) -> None: ...
-    def write(self, piece: bytes) -> None: ...
     def comment(self, data: bytes) -> None: ...
     def pass_from(self, source: Stream) -> tuple[int, bytes] | None: ...
     def flush(self) -> None: ...
     def finish(self, *, more: bool = False) -> None: ...
     def refuse(self, problem: Problem) -> None: ...
     def cut(self, why: str = "") -> None: ...
-    def end(self) -> None: ...
-    def hang_up(self, *, reset: bool = False) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def take_ahead(self) -> bytes: ...
 
 
 class Rules(Protocol):
@@ -118,10 +104,8 @@ class State(enum.Enum):
     ASKING = "the request is on its way, and the head of the answer has yet to come"
     ANSWERING = "the body of the answer passes"
     DELIVERING = "the answer is complete, the rest of the request is still on its way"
-    TUNNELLING = "bytes pass in both directions until either side ends"
-    PARTING = "a tunnel says goodbye to both sides"
     FAILED = "no more comes of the answer, and the client is being told"
-    ENDED = "all is over"
+    ENDED = "all is over, or a tunnel has taken its place"
 
 
 class Exchange:
@@ -150,8 +134,6 @@ class Exchange:
         "_streams",
         "_tail",
         "_timer",
-        "_to_client",
-        "_to_upstream",
         "_upgrades",
         "_upstream",
         "body",
@@ -195,8 +177,6 @@ class Exchange:
         self._answer: Answer | None = None
         self._tail = b"\n\n"  # the last bytes of an event stream; its beginning is an event's end
         self._silent_since = 0.0
-        self._to_client: Frames | None = None  # of a tunnel, each direction's
-        self._to_upstream: Frames | None = None
         self._timer = client.deadline
         self._timer.action = self._expired
         self._deadline = NEVER  # when the upstream is late
@@ -222,19 +202,11 @@ class Exchange:
 
     @property
     def wants_body(self) -> bool:
-        """Whether more of the body, or of a tunnel, is to come from the client."""
-        if self.state is State.TUNNELLING or self.state is State.PARTING:
-            return True
+        """Whether more of the body is to come from the client."""
         return self.body is not None and not self.body.complete and self.state is not State.ENDED
 
     def from_client(self, data: bytes) -> bytes:
         """Bytes from the client; returns those that follow the request's body."""
-        if self.state is State.TUNNELLING:
-            self._through_to_upstream(data)
-            return b""
-        if self.state is State.PARTING:
-            self._part_towards_upstream(data)
-            return b""
         assert self.body is not None
         if data and self._head is not None:
             self._head.expects = False  # It does not wait to be asked.
@@ -371,20 +343,15 @@ class Exchange:
         """The upstream has taken all that was sent to it."""
         self.upstream_progressed()
         self._end_if_delivered()
-        self._tunnel_drained()
         if self.state is not State.ENDED:
             self.client.resume()
 
     # The answer.
 
     def from_upstream(self, data: bytes) -> None:
-        """Bytes of the answer, or of the tunnel."""
-        if self.state is State.TUNNELLING:
-            self._through_to_client(data)
-        elif self.state is State.ANSWERING:
+        """Bytes of the answer."""
+        if self.state is State.ANSWERING:
             self._answer_on(data)
-        elif self.state is State.PARTING:
-            self._part_towards_client(data)
         elif self.state is State.DELIVERING:
             self._give_up_delivering()  # It is out of step.
         elif self.state is State.ASKING:
@@ -421,12 +388,28 @@ class Exchange:
         if self.state is State.ASKING and self.body is not None and not self.body.complete:
             self._asked()  # After a 100 it is the client's turn.
 
+    def _switch(self, answer: Answer, status: str, head: Head) -> None:
+        """The upstream agrees to go on as a WebSocket: a tunnel takes over. Raises UpstreamBroken
+        where nobody asked."""
+        if not self._upgrades or answer.switches != ["websocket"]:
+            raise UpstreamBroken("The upstream switched protocols unasked.")
+        self._upstream.outcome(up=True)
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        self.state = State.ENDED
+        self._head = None
+        first, self._in = self._in, b""
+        tunnel = Tunnel(self.client, connection, self._upstream, self._patience.stream)
+        self.client.switch(status, self._rules.answer_lines(answer, head), tunnel)
+        tunnel.begin(first)
+
     def _begin_answer(self, answer: Answer, status: str, head: Head) -> None:
         self._upstream.outcome(up=True)
         self._answer = answer
         self.state = State.ANSWERING
         if answer.events:
-            self._count_stream()
+            self._streams = True
+            self._upstream.stream(1)
         connection = self._connection
         assert connection is not None
         if answer.status == 401 and authenticates_connection(
@@ -534,7 +517,6 @@ class Exchange:
 
     def client_drained(self) -> None:
         """The client has taken all that was written: more may come."""
-        self._tunnel_drained()
         connection = self._connection
         if connection is not None and connection.paused:
             if self.state is State.ANSWERING:
@@ -581,15 +563,7 @@ class Exchange:
     def upstream_ended(self) -> None:
         """The upstream sends no more."""
         connection, answer = self._connection, self._answer
-        if self.state is State.TUNNELLING or self.state is State.PARTING:
-            if connection is not None and connection.refused:
-                self._end_tunnel()  # It was reset, which was seen when something was sent to it.
-                return
-            self.client.end()
-            self._to_client = None
-            self._parted()
-            self._end_tunnel_if_over()
-        elif self.state is State.ANSWERING and answer is not None and connection is not None:
+        if self.state is State.ANSWERING and answer is not None and connection is not None:
             # An end of a request that the upstream would not take is no end of its answer.
             if isinstance(answer.body, UntilClose) and not connection.refused:
                 self._end_answer(keep=False)
@@ -608,8 +582,6 @@ class Exchange:
             self._break("the connection to the upstream was broken in the answer's body")
         elif self.state is State.DELIVERING:
             self._give_up_delivering()
-        elif self.state is State.TUNNELLING or self.state is State.PARTING:
-            self._end_tunnel()
 
     def _lost(self) -> None:
         """The connection ended before there was an answer: send the request again, once, where that
@@ -653,16 +625,8 @@ class Exchange:
     # The client ends.
 
     def client_ended(self) -> None:
-        """The client sends no more. In a tunnel that is passed on; elsewhere it has gone, or looks
-        just like it, as proxies take it."""
-        if self.state is State.TUNNELLING or self.state is State.PARTING:
-            if self._connection is not None:
-                self._connection.end()
-            self._to_upstream = None
-            self._parted()
-            self._end_tunnel_if_over()
-        else:
-            self.client.cut()
+        """The client sends no more: it has gone, or looks just like it, as proxies take it."""
+        self.client.cut()
 
     def settled(self) -> None:
         """The client has all of its answer, or is gone: nothing is left to be done."""
@@ -683,121 +647,6 @@ class Exchange:
             self.client.hang_up(reset=True)
         finally:
             self.settled()
-
-    # Tunnels.
-
-    def _switch(self, answer: Answer, status: str, head: Head) -> None:
-        """The upstream agrees to go on as a WebSocket. Raises UpstreamBroken where nobody asked."""
-        if not self._upgrades or answer.switches != ["websocket"]:
-            raise UpstreamBroken("The upstream switched protocols unasked.")
-        self._upstream.outcome(up=True)
-        self.state = State.TUNNELLING
-        self._count_stream()
-        self._to_client, self._to_upstream = Frames(), Frames()
-        self.client.switch(status, self._rules.answer_lines(answer, head))
-        self._head = None
-        self._hear_tunnel()
-        first, self._in = self._in, b""
-        if first:
-            self._through_to_client(first)
-        ahead = self.client.take_ahead()
-        if ahead:
-            self._through_to_upstream(ahead)
-        self.client.resume()
-        if self.client.closing:
-            self.part()
-
-    def _count_stream(self) -> None:
-        self._streams = True
-        self._upstream.stream(1)
-
-    def _hear_tunnel(self) -> None:
-        self._deadline = self.loop.now + self._patience.stream
-        self._wait()
-
-    def _through_to_upstream(self, data: bytes) -> None:
-        connection = self._connection
-        assert connection is not None and self._to_upstream is not None
-        self._to_upstream.feed(data)
-        self._hear_tunnel()
-        connection.send(data)
-        if connection.queued > HIGH_WATER:
-            self.client.pause()
-
-    def _through_to_client(self, data: bytes) -> None:
-        assert self._to_client is not None
-        self._to_client.feed(data)
-        self._hear_tunnel()
-        self.client.write(data)
-        if self.client.queued > HIGH_WATER and self._connection is not None:
-            self._connection.pause()
-
-    def _tunnel_drained(self) -> None:
-        """What was sent to one side of a tunnel has been taken."""
-        if self.state is State.TUNNELLING:
-            self._hear_tunnel()
-            self._end_tunnel_if_over()
-        elif self.state is State.PARTING:
-            self._parted()
-            self._end_tunnel_if_over()
-
-    def _end_tunnel(self) -> None:
-        """The upstream has gone: the client gets what it has sent before, and its end."""
-        self._let_go()
-        self.client.finish()
-
-    def _end_tunnel_if_over(self) -> None:
-        """End a tunnel that both sides have ended, when what they sent has been taken."""
-        connection = self._connection
-        if connection is None or not (self.client.ended_reading and connection.ended_reading):
-            return
-        if not (self.client.queued or connection.queued):
-            self.client.hang_up()
-
-    def part(self) -> None:
-        """The service stops: end a tunnel in order, with a Close frame to each side where a frame
-        ends. Its application sees an orderly end, and a browser connects again."""
-        if self.state is State.TUNNELLING and self._connection is not None:
-            self.state = State.PARTING
-            self._deadline = NEVER
-            self._part_towards_client(b"")
-            self._part_towards_upstream(b"")
-            self._parted()
-
-    def _part_towards_client(self, data: bytes) -> None:
-        frames = self._to_client
-        if frames is not None:
-            rest = data[: frames.until_boundary(data)]
-            self.client.write(rest)
-            if frames.at_boundary:
-                self._to_client = None
-                self.client.write(close_frame(masked=False))
-                self.client.end()
-                self._parted()
-            elif self.client.queued > HIGH_WATER and self._connection is not None:
-                self._connection.pause()
-
-    def _part_towards_upstream(self, data: bytes) -> None:
-        frames, connection = self._to_upstream, self._connection
-        if frames is not None and connection is not None:
-            rest = data[: frames.until_boundary(data)]
-            connection.send(rest)
-            if frames.at_boundary:
-                self._to_upstream = None
-                connection.send(close_frame(masked=True))
-                self._parted()
-            elif connection.queued > HIGH_WATER:
-                self.client.pause()
-
-    def _parted(self) -> None:
-        """When both sides have been told, and have taken it, they have a moment to end."""
-        connection = self._connection
-        if self.state is not State.PARTING or connection is None or self._deadline < NEVER:
-            return
-        told = self._to_client is None and self._to_upstream is None
-        if told and not (self.client.queued or connection.queued):
-            self._deadline = self.loop.now + GOODBYE_SECONDS
-            self._wait()
 
     # Time.
 

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
 from problems import BodyTooLarge, Problem
 from server.client import Client
-from server.exchange import Exchange, Patience, State
+from server.exchange import Exchange, Patience
 from server.jobs import Job, Lane
 from server.listener import connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer, give_memory_back
+from server.tunnel import Tunnel
 from server.upstream import Connector, Upstream
 from wire.answer import Answer
 from wire.request import Head
@@ -380,7 +381,7 @@ class Server:
         self._listener.close()
         for client in list(self._clients):
             responder = client.responder
-            if isinstance(responder, Exchange) and responder.state is State.TUNNELLING:
+            if isinstance(responder, Tunnel):
                 self.loop.attempt(responder.part)
         goodbye = Timer(self.loop, self._close_idle)
         goodbye.set(now + min(IDLE_SECONDS, self.options.shutdown_timeout))

@@ -37,9 +37,9 @@ FRESH_SECONDS = 1.0
 SAY_SECONDS = 10.0
 
 
-class Carried(Protocol):
-    """An exchange, as far as its connection to the upstream is concerned; `over` once it has
-    ended, which a helper thread may look at too."""
+class Waiting(Protocol):
+    """An exchange that waits for a connection; `over` once it has ended, which a helper thread may
+    look at too."""
 
     @property
     def over(self) -> bool: ...
@@ -49,6 +49,10 @@ class Carried(Protocol):
 
     def unconnected(self, problem: Problem, refused: bool) -> None:
         """There is none, and why; `refused` says that nobody listens there."""
+
+
+class Carried(Protocol):
+    """An exchange or a tunnel, as far as its connection to the upstream is concerned."""
 
     def from_upstream(self, data: bytes) -> None:
         """Bytes of the answer."""
@@ -236,7 +240,7 @@ class Upstream:
             return connection
         return None
 
-    def connect(self, exchange: Carried) -> None:
+    def connect(self, exchange: Waiting) -> None:
         """Make a connection for an exchange, which is told when it is there."""
         self.make_room()
         self._lane.add(lambda: self._connect(exchange))
@@ -248,7 +252,7 @@ class Upstream:
         if self._lane.relieve():
             self._relief.set(self.loop.now + STALLED_SECONDS)
 
-    def _connect(self, exchange: Carried) -> None:
+    def _connect(self, exchange: Waiting) -> None:
         """On a helper thread: the socket, or why there is none, is a value for the loop."""
         if exchange.over:
             return
@@ -259,7 +263,7 @@ class Upstream:
             return
         self.loop.call(self._connected, sock, exchange)
 
-    def _connected(self, sock: Any, exchange: Carried) -> None:
+    def _connected(self, sock: Any, exchange: Waiting) -> None:
         connection = Connection(self.loop, sock, self)
         self._connections.add(connection)
         self.loop.attempt(exchange.connected, connection)

@@ -9,6 +9,7 @@ from typing import Any
 from problems import Problem, UpstreamBusy
 from server.exchange import Exchange, Patience
 from server.loop import Timer
+from server.tunnel import Tunnel
 from tests.harness import request
 from wire.request import Head
 
@@ -64,8 +65,9 @@ class Client:
     def begin(self, status: str, lines: bytes, *, length: int | None, dated: bool, close: bool = False) -> None:  # fmt: skip
         self.told.append(("begin", status, length, close))
 
-    def switch(self, status: str, lines: bytes) -> None:
+    def switch(self, status: str, lines: bytes, tunnel: Any) -> None:
         self.told.append(("switch", status))
+        self.exchange = tunnel
 
     def interim(self, status: str, lines: bytes) -> None:
         self.told.append(("interim", status))
@@ -259,8 +261,15 @@ class World:
         return connection
 
     @property
+    def tunnel(self) -> Tunnel:
+        """What has taken the exchange's place."""
+        tunnel = self.client.exchange
+        assert isinstance(tunnel, Tunnel)
+        return tunnel
+
+    @property
     def connection(self) -> Connection | None:
-        """The one that is the exchange's now."""
-        held = [one for one in self.connections if one.exchange is self.exchange]
+        """The one that is the exchange's now, or the tunnel's."""
+        held = [one for one in self.connections if one.exchange is self.client.exchange]
         assert len(held) <= 1
         return held[0] if held else None

@@ -58,7 +58,7 @@ class Responder:
 
     def switch(self) -> None:
         self.tunnel = True
-        self.client.switch("101 Switching Protocols", b"")
+        self.client.switch("101 Switching Protocols", b"", self)
 
 
 class Desk:

@@ -55,19 +55,6 @@ def delivering() -> World:
     return world
 
 
-def tunnelling() -> World:
-    world = World(b"GET / HTTP/1.1", *UPGRADE, slow=True).start()
-    world.connect()
-    world.exchange.from_upstream(SWITCHES)
-    return world
-
-
-def parting() -> World:
-    world = tunnelling()
-    world.exchange.part()
-    return world
-
-
 def failed() -> World:
     world = connecting()
     world.exchange.unconnected(UpstreamUnreachable(), False)
@@ -118,7 +105,6 @@ EVENTS: dict[str, Callable[[World], None]] = {
     "connected": lambda world: world.connect() and None,
     "unconnected": lambda world: world.exchange.unconnected(UpstreamTimeout(), False),
     "time": lambda world: world.clock.pass_time(10_000),
-    "part": lambda world: world.exchange.part(),
     "abandon": lambda world: world.exchange.abandon(),
     "settled": lambda world: world.client.settle(),
 }
@@ -146,8 +132,6 @@ LEFT: dict[Callable[[], World], dict[str, State]] = {
         "time": State.ENDED,
     },
     delivering: {"client ends": State.ENDED},
-    tunnelling: {"time": State.ENDED, "part": State.PARTING},
-    parting: {"time": State.ENDED},
     failed: {"client ends": State.ENDED},
     ended: {},
 }
@@ -158,8 +142,6 @@ BEGUN = {
     asking: State.ASKING,
     answering: State.ANSWERING,
     delivering: State.DELIVERING,
-    tunnelling: State.TUNNELLING,
-    parting: State.PARTING,
     failed: State.FAILED,
     ended: State.ENDED,
 }
@@ -198,7 +180,7 @@ def test_every_event_in_every_state(state: Callable[[], World], event: str) -> N
     assert (world.upstream.in_flight, world.upstream.streams) == (0, 0)
 
 
-@pytest.mark.parametrize("state", [asking, answering, delivering, tunnelling, parting])
+@pytest.mark.parametrize("state", [asking, answering, delivering])
 @pytest.mark.parametrize("event", ["client ends", "abandon", "settled"])
 def test_a_connection_in_the_middle_of_something_is_not_kept(
     state: Callable[[], World], event: str
@@ -652,166 +634,6 @@ def test_no_comment_waits_behind_what_the_client_does_not_take() -> None:
     world.exchange.client_drained()
     world.clock.pass_time(15.1)
     assert comments(world) == 1
-
-
-# Tunnels.
-
-HELLO, MASKED = b"\x81\x05hello", b"\x81\x85\0\0\0\0hello"
-AWAY = b"\x88\x02\x03\xe9"
-
-
-def test_what_came_with_the_handshakes_comes_first() -> None:
-    world = World(b"GET / HTTP/1.1", *UPGRADE).start()
-    connection = world.connect()
-    world.client.ahead = MASKED
-    world.client.paused = True  # It had sent as much ahead as it may.
-    world.exchange.from_upstream(SWITCHES + HELLO)
-    assert world.client.told == [("switch", "101 Switching Protocols"), ("write", HELLO)]
-    assert connection.pieces[1:] == [MASKED] and not world.client.paused
-
-
-def test_a_tunnel_waits_for_the_slower_side_both_ways() -> None:
-    world = tunnelling()
-    connection = world.connection
-    assert connection is not None
-    world.client.queued = HIGH_WATER + 1
-    world.exchange.from_upstream(HELLO)
-    assert connection.paused and not world.client.paused
-    connection.queued = HIGH_WATER + 1
-    world.exchange.from_client(MASKED)
-    assert world.client.paused
-    world.client.queued = connection.queued = 0
-    world.exchange.client_drained()
-    world.exchange.upstream_drained()
-    assert not connection.paused and not world.client.paused
-
-
-def test_either_direction_keeps_a_tunnel_and_so_does_what_is_taken() -> None:
-    world = tunnelling()
-    for happens in (
-        lambda: world.exchange.from_client(MASKED),
-        lambda: world.exchange.from_upstream(HELLO),
-        world.exchange.client_drained,
-        world.exchange.upstream_drained,
-    ):
-        world.clock.pass_time(99)
-        assert world.exchange.state is State.TUNNELLING
-        happens()
-    world.clock.pass_time(99.9)
-    assert world.exchange.state is State.TUNNELLING
-    world.clock.pass_time(0.2)
-    assert world.client.told[-1] == ("hang up",)
-
-
-def test_the_end_of_a_side_is_passed_on_and_both_are_the_tunnels() -> None:
-    world = tunnelling()
-    connection = world.connection
-    assert connection is not None
-    client_ends(world)
-    assert connection.ending and world.exchange.state is State.TUNNELLING
-    world.exchange.from_upstream(HELLO)
-    world.client.queued = 7
-    upstream_ends(world)
-    assert ("end",) in world.client.told
-    assert world.exchange.state is State.TUNNELLING  # It has yet to take what was said before.
-    world.client.queued = 0
-    world.exchange.client_drained()
-    assert world.exchange.state is State.ENDED and connection.released == [False]
-
-
-def test_what_an_upstream_said_before_it_was_gone_is_still_the_clients() -> None:
-    for refused, event in ((False, "upstream fails"), (True, "upstream ends")):
-        world = tunnelling()
-        assert world.connection is not None
-        world.connection.refused = refused
-        world.exchange.from_upstream(HELLO)
-        EVENTS[event](world)
-        assert world.client.told[-1] == ("finish", False)
-        assert world.connections[0].released == [False]
-
-
-def test_both_sides_get_a_close_and_a_moment() -> None:
-    world = tunnelling()
-    connection = world.connection
-    assert connection is not None
-    world.exchange.part()
-    assert world.client.told[-2:] == [("write", AWAY), ("end",)]
-    assert connection.pieces[-1][:2] == b"\x88\x82"
-    # What they still say is nobody's any more.
-    world.exchange.from_client(MASKED)
-    world.exchange.from_upstream(HELLO)
-    assert world.client.written == AWAY and connection.pieces[-1][:2] == b"\x88\x82"
-    world.clock.pass_time(0.9)
-    assert world.exchange.state is State.PARTING
-    world.clock.pass_time(0.2)
-    assert world.client.told[-1] == ("hang up",)
-
-
-def test_a_frame_that_has_begun_is_let_through_before_the_close() -> None:
-    world = tunnelling()
-    connection = world.connection
-    assert connection is not None
-    world.exchange.from_client(MASKED[:1])
-    world.exchange.from_upstream(HELLO[:4])
-    world.exchange.part()
-    assert world.client.written == HELLO[:4] and connection.pieces[-1] == MASKED[:1]
-    world.clock.pass_time(1000)
-    assert world.exchange.state is State.PARTING  # The service's own time is what ends it.
-    world.exchange.from_upstream(HELLO[4:] + HELLO)
-    assert world.client.written == HELLO + AWAY
-    world.clock.pass_time(1000)
-    world.exchange.from_client(MASKED[1:] + MASKED)
-    assert connection.sent.endswith(MASKED + connection.pieces[-1]) and connection.pieces[-1][:2] == b"\x88\x82"  # fmt: skip
-    world.clock.pass_time(1.1)
-    assert world.exchange.state is State.ENDED
-
-
-def test_a_long_frame_that_is_let_through_waits_for_a_slow_side_too() -> None:
-    world = tunnelling()
-    connection = world.connection
-    assert connection is not None
-    long = b"\x82\x7f" + (1 << 30).to_bytes(8, "big")
-    world.exchange.from_upstream(long)
-    world.exchange.from_client(b"\x82\xff" + (1 << 30).to_bytes(8, "big") + b"mask")
-    world.exchange.part()
-    world.client.queued = connection.queued = HIGH_WATER + 1
-    world.exchange.from_upstream(b"x")
-    world.exchange.from_client(b"x")
-    assert connection.paused and world.client.paused
-    world.client.queued = connection.queued = 0
-    world.exchange.client_drained()
-    world.exchange.upstream_drained()
-    assert not connection.paused and not world.client.paused
-
-
-def test_the_moment_begins_when_what_was_sent_is_taken() -> None:
-    world = tunnelling()
-    world.client.queued = 4
-    world.exchange.part()
-    world.clock.pass_time(30)
-    assert world.exchange.state is State.PARTING
-    world.client.queued = 0
-    world.exchange.client_drained()
-    world.clock.pass_time(1.1)
-    assert world.exchange.state is State.ENDED
-
-
-def test_a_side_that_ends_in_the_middle_of_its_frame_is_not_waited_for() -> None:
-    for begun, ends in ((lambda w: w.exchange.from_client(b"\x82"), client_ends), (lambda w: w.exchange.from_upstream(b"\x82"), upstream_ends)):  # fmt: skip
-        world = tunnelling()
-        begun(world)
-        world.exchange.part()
-        ends(world)
-        world.clock.pass_time(1.1)
-        assert world.exchange.state is State.ENDED
-
-
-def test_a_tunnel_that_begins_while_the_service_stops_parts_at_once() -> None:
-    world = World(b"GET / HTTP/1.1", *UPGRADE).start()
-    world.connect()
-    world.client.closing = True
-    world.exchange.from_upstream(SWITCHES)
-    assert world.exchange.state is State.PARTING and world.client.written == AWAY
 
 
 def test_an_exchange_that_cannot_be_ended_by_its_client_ends_all_the_same() -> None:

@@ -1,0 +1,246 @@
+"""A tunnel: what a request becomes when both sides agree to go on as a WebSocket.
+
+It takes the exchange's place with the client and with the connection. Bytes pass in both directions
+as they come, until either side ends; frames are looked at for where they end, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol
+
+from server.loop import NEVER, Loop, Timer
+from server.stream import HIGH_WATER
+from server.upstream import Connection, Upstream
+from wire.websocket import Frames, close_frame
+
+# A tunnel that is told to end has so many seconds for that.
+GOODBYE_SECONDS = 1.0
+
+
+class Talker(Protocol):
+    """The client's side, as far as a tunnel is concerned."""
+
+    loop: Loop
+    deadline: Timer
+    queued: int
+    ended_reading: bool
+
+    @property
+    def closing(self) -> bool: ...
+    def write(self, piece: bytes) -> None: ...
+    def finish(self) -> None: ...
+    def end(self) -> None: ...
+    def hang_up(self, *, reset: bool = False) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def take_ahead(self) -> bytes: ...
+
+
+class State(enum.Enum):
+    """What a tunnel is about."""
+
+    TUNNELLING = "bytes pass in both directions until either side ends"
+    PARTING = "the tunnel says goodbye to both sides"
+    ENDED = "all is over"
+
+
+class Tunnel:
+    """`silence` is how many seconds it may be silent. The tunnel counts as a request that is with
+    the upstream, as which its exchange has entered, and as a stream."""
+
+    __slots__ = (
+        "_connection",
+        "_silence",
+        "_to_client",
+        "_to_upstream",
+        "_upstream",
+        "client",
+        "state",
+    )
+
+    wants_body = True  # Whatever comes from the client, to its end.
+
+    def __init__(
+        self, client: Talker, connection: Connection, upstream: Upstream, silence: float
+    ) -> None:
+        self.client = client
+        self.state = State.TUNNELLING
+        self._connection: Connection | None = connection
+        self._upstream = upstream
+        self._silence = silence
+        self._to_client: Frames | None = Frames()  # None when nothing more may be said there
+        self._to_upstream: Frames | None = Frames()
+        connection.exchange = self
+        client.deadline.action = client.hang_up
+        upstream.stream(1)
+
+    def begin(self, first: bytes) -> None:
+        """Go on with what the upstream has sent behind its handshake, and with what the client has
+        sent ahead."""
+        self._heard()
+        if first:
+            self.from_upstream(first)
+        ahead = self.client.take_ahead()
+        if ahead:
+            self.from_client(ahead)
+        self.client.resume()
+        if self.client.closing:
+            self.part()
+
+    def _heard(self) -> None:
+        self.client.deadline.set(self.client.loop.now + self._silence)
+
+    # Bytes.
+
+    def from_client(self, data: bytes) -> bytes:
+        """Bytes from the client; none of them is a request's."""
+        connection, frames = self._connection, self._to_upstream
+        if connection is None or frames is None:
+            return b""
+        if self.state is State.TUNNELLING:
+            frames.feed(data)
+            self._heard()
+            connection.send(data)
+        else:
+            self._part_from_upstream(connection, frames, data)
+        if connection.queued > HIGH_WATER:
+            self.client.pause()
+        return b""
+
+    def from_upstream(self, data: bytes) -> None:
+        """Bytes from the upstream."""
+        connection, frames = self._connection, self._to_client
+        if connection is None or frames is None:
+            return
+        if self.state is State.TUNNELLING:
+            frames.feed(data)
+            self._heard()
+            self.client.write(data)
+        else:
+            self._part_from_client(frames, data)
+        if self.client.queued > HIGH_WATER:
+            connection.pause()
+
+    def pass_straight(self, connection: Connection) -> bool:
+        """Frames are looked at."""
+        return False
+
+    # One side has taken all that was sent to it.
+
+    def client_drained(self) -> None:
+        """The client has."""
+        self._drained()
+        if self._connection is not None:
+            self._connection.resume()
+
+    def upstream_progressed(self) -> None:
+        """Some of it."""
+
+    def upstream_drained(self) -> None:
+        """The upstream has."""
+        self._drained()
+        self.client.resume()
+
+    def _drained(self) -> None:
+        if self.state is State.TUNNELLING:
+            self._heard()
+        self._parted()
+        self._end_if_over()
+
+    # One side ends.
+
+    def client_ended(self) -> None:
+        """The client sends no more: its end is passed on."""
+        if self._connection is not None:
+            self._connection.end()
+        self._to_upstream = None
+        self._parted()
+        self._end_if_over()
+
+    def upstream_ended(self) -> None:
+        """The upstream sends no more."""
+        if self._connection is not None and self._connection.refused:
+            self.upstream_failed()  # It was reset, which was seen when something was sent to it.
+            return
+        self.client.end()
+        self._to_client = None
+        self._parted()
+        self._end_if_over()
+
+    def upstream_failed(self) -> None:
+        """The upstream has gone: the client gets what it has sent before, and its end."""
+        self._let_go()
+        self.client.finish()
+
+    def _end_if_over(self) -> None:
+        """End when both sides have ended, and what they sent has been taken."""
+        connection = self._connection
+        if connection is None or not (self.client.ended_reading and connection.ended_reading):
+            return
+        if not (self.client.queued or connection.queued):
+            self.client.hang_up()
+
+    # The service stops.
+
+    def part(self) -> None:
+        """End in order, with a Close frame to each side where a frame ends. The application sees an
+        orderly end, and a browser connects again."""
+        connection = self._connection
+        if self.state is not State.TUNNELLING or connection is None:
+            return
+        self.state = State.PARTING
+        self.client.deadline.cancel()
+        if self._to_client is not None:
+            self._part_from_client(self._to_client, b"")
+        if self._to_upstream is not None:
+            self._part_from_upstream(connection, self._to_upstream, b"")
+        self._parted()
+
+    def _part_from_client(self, frames: Frames, data: bytes) -> None:
+        self.client.write(data[: frames.until_boundary(data)])
+        if frames.at_boundary:
+            self._to_client = None
+            self.client.write(close_frame(masked=False))
+            self.client.end()
+            self._parted()
+
+    def _part_from_upstream(self, connection: Connection, frames: Frames, data: bytes) -> None:
+        connection.send(data[: frames.until_boundary(data)])
+        if frames.at_boundary:
+            self._to_upstream = None
+            connection.send(close_frame(masked=True))
+            self._parted()
+
+    def _parted(self) -> None:
+        """When both sides have been told, and have taken it, they have a moment to end."""
+        connection, moment = self._connection, self.client.deadline
+        if self.state is not State.PARTING or connection is None or moment.when < NEVER:
+            return
+        told = self._to_client is None and self._to_upstream is None
+        if told and not (self.client.queued or connection.queued):
+            moment.set(self.client.loop.now + GOODBYE_SECONDS)
+
+    # The end.
+
+    def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        self.client.deadline.cancel()
+        if connection is not None:
+            connection.release(keep=False)
+
+    def settled(self) -> None:
+        """The client has all that was sent to it, or is gone."""
+        self._let_go()
+        if self.state is not State.ENDED:
+            self.state = State.ENDED
+            self.client.deadline.action = None
+            self._upstream.stream(-1)
+            self._upstream.leave()
+
+    def abandon(self) -> None:
+        """Something of it has failed as it never should: end it. The loop calls it."""
+        try:
+            self.client.hang_up(reset=True)
+        finally:
+            self.settled()
