@@ -384,9 +384,13 @@ def test_an_upstream_that_waits_for_its_client_is_not_late(
     body = bytes(range(256)) * 80_000
     head = {"length": [b"Content-Length: %d" % len(body)], "chunked": [CHUNKED], "close": []}
 
+    pieces = chunked(*[body[at : at + 50_000] for at in range(0, len(body), 50_000)])
+    whole = message(OK, *head[framing], body=pieces if framing == "chunked" else body)
+
     def answer(sock: socket.socket, seen: Seen) -> bool:
-        data = chunked(*[body[at : at + 50_000] for at in range(0, len(body), 50_000)])
-        sock.sendall(message(OK, *head[framing], body=data if framing == "chunked" else body))
+        sock.sendall(
+            whole
+        )  # It is made before: on a busy machine that takes as long as a piece may.
         return framing != "close"
 
     upstream.script(answer)
