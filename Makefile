@@ -43,6 +43,8 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@# The user that it runs as may not write here, and would compile all of it at each start.
+	$(BIN)/python -m compileall -q $(SOURCES)
 	@touch $@
 
 $(DEVELOPED): $(INSTALLED) requirements-dev.txt

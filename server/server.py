@@ -158,7 +158,6 @@ class Server:
         board = self.application.board
         board.set(LIMIT, self.upstream.limit)
         # What is here now stays: the collector need not look through it in the middle of a turn.
-        gc.collect()
         gc.freeze()
         # A thread of a job that computes lets the loop's go on within this time. The interpreter's
         # own five milliseconds would be added to each request that comes meanwhile.
