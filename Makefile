@@ -6,7 +6,7 @@ APPLICATIONS := .venv-applications
 OPENAPI := .venv-openapi
 SOURCES := *.py services postgres server wire migrations
 
-.PHONY: run test bench faults faults-cluster fuzz install check audit applications applications-light openapi
+.PHONY: run test bench bench-full faults faults-cluster fuzz install check audit applications applications-light openapi
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
@@ -18,8 +18,13 @@ test: $(DEVELOPED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
 		|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
+# Eight minutes, and twenty-five; bench/run.py --help says more. Node, nginx, Caddy and Debian's
+# PostgreSQL, which has pg_trgm, take part where they are installed. AGAINST is a commit.
 bench: $(DEVELOPED)
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py --quick
+
+bench-full: $(DEVELOPED)
+	$(BIN)/python bench/run.py --full $(if $(AGAINST),--against $(AGAINST))
 
 faults: $(DEVELOPED)
 	GENERATIONS=50 $(BIN)/python -m pytest tests/operating/test_restarts.py

@@ -1,4 +1,4 @@
-"""The services that Gatehouse is measured against: their environments and how each is started."""
+"""Who is measured: Gatehouse and the servers beside it, their environments, how each is started."""
 
 from __future__ import annotations
 
@@ -13,24 +13,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stage import BENCH, Command, Server, Stage, cpus, free_port, nginx_command
+from stage import BENCH, Command, Server, Site, free_port, gatehouse, nginx
 
 SOURCES = BENCH / "peers"
 INSTALLED = BENCH / ".peers"
 # In each process, as Gatehouse has by default.
 POOL_SIZE = 8
-# Flask's; with 32, Gatehouse's default, it is slower.
+# Flask's, as many as Gatehouse has by default.
 THREADS = 16
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One peer: what it is made of, and whether it has /users or only proxies."""
+    """One server: what it is made of, how it is started, and in which scenes it has a part."""
 
     name: str
     made_of: str
-    start: Callable[[Stage, str, str, bool], Server]
-    users: bool = True
+    start: Callable[[Site], Server]
+    scenes: frozenset[str]
+
+
+USERS, PROXY, LARGE = frozenset({"users"}), frozenset({"proxy"}), frozenset({"large"})
+TUNNELS, START = frozenset({"tunnels"}), frozenset({"start"})
+FRAMEWORK = USERS | PROXY | LARGE | START
+SERVER = PROXY | LARGE | TUNNELS | START
+
+OURS = "Gatehouse"
+GATEHOUSE = Contender(OURS, "itself", gatehouse, FRAMEWORK | SERVER)
 
 
 def install(name: str, steps: Callable[[Path], None]) -> Path:
@@ -81,70 +90,55 @@ def pinned(name: str, *packages: str) -> str:
     return ", ".join(f"{package} {versions[package]}" for package in packages)
 
 
-def start_fastapi(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
+def start_fastapi(site: Site) -> Server:
     folder = install("fastapi", install_python)
     port = free_port()
     command: Command = [
-        str(folder / "venv/bin/uvicorn"),
-        "main:app",
-        *("--host", "127.0.0.1", "--port", str(port), "--workers", str(cpus())),
-        "--access-log" if log else "--no-access-log",
+        *(str(folder / "venv/bin/uvicorn"), "main:app", "--no-access-log"),
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", str(site.processes)),
     ]
-    environ = {"POSTGRES_URI": uri, "UPSTREAM_URL": upstream, "POOL_SIZE": POOL_SIZE}
-    return stage.start("FastAPI", command, environ, port, folder)
+    environ = {"POSTGRES_URI": site.uri, "UPSTREAM_URL": site.upstream, "POOL_SIZE": POOL_SIZE}
+    return site.stage.start("FastAPI", command, environ, port, folder)
 
 
-def start_flask(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
+def start_flask(site: Site) -> Server:
     folder = install("flask", install_python)
     port = free_port()
     command: Command = [
         *(str(folder / "venv/bin/gunicorn"), "main:app", "--bind", f"127.0.0.1:{port}"),
-        *("--worker-class", "gthread", "--workers", str(cpus()), "--threads", str(THREADS)),
-        *(("--access-logfile", "-") if log else ()),
+        *("--worker-class", "gthread", "--workers", str(site.processes)),
+        *("--threads", str(THREADS)),
     ]
     environ = {
-        "POSTGRES_URI": uri,
-        "UPSTREAM_URL": upstream,
+        "POSTGRES_URI": site.uri,
+        "UPSTREAM_URL": site.upstream,
         "POOL_SIZE": POOL_SIZE,
         "THREADS": THREADS,
     }
-    return stage.start("Flask", command, environ, port, folder)
+    return site.stage.start("Flask", command, environ, port, folder)
 
 
-def start_hono(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
+def start_hono(site: Site) -> Server:
     folder = install("hono", install_node)
     port = free_port()
     environ = {
         "NODE_ENV": "production",
         "PORT": port,
-        "WORKERS": cpus(),
-        "POSTGRES_URI": uri,
-        "UPSTREAM_URL": upstream,
+        "WORKERS": site.processes,
+        "POSTGRES_URI": site.uri,
+        "UPSTREAM_URL": site.upstream,
         "POOL_SIZE": POOL_SIZE,
-        "ACCESS_LOG": "on" if log else "off",
     }
-    return stage.start("Hono", ["node", "server.mjs"], environ, port, folder)
+    return site.stage.start("Hono", ["node", "server.mjs"], environ, port, folder)
 
 
-def start_nginx(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
-    return run_nginx(stage, "nginx", upstream, log, "")
-
-
-def start_tuned_nginx(stage: Stage, uri: str, upstream: str, log: bool) -> Server:
-    tuned = (
-        "proxy_buffer_size 64k; proxy_buffers 8 64k; proxy_busy_buffers_size 128k;"
-        " proxy_max_temp_file_size 0;"
-    )
-    return run_nginx(stage, "nginx-tuned", upstream, log, tuned)
-
-
-def run_nginx(stage: Stage, name: str, upstream: str, log: bool, buffers: str) -> Server:
+def start_nginx(site: Site, name: str = "nginx", buffers: str = "") -> Server:
     port = free_port()
     http = f"""
-  access_log {f"{stage.folder}/{name}-access.log" if log else "off"};
   {buffers}
+  map $http_upgrade $connection_upgrade {{ default upgrade; "" ""; }}
   upstream application {{
-    server {upstream.removeprefix("http://")};
+    server {site.upstream.removeprefix("http://")};
     keepalive 256;
     keepalive_requests 1000000000;
   }}
@@ -153,49 +147,101 @@ def run_nginx(stage: Stage, name: str, upstream: str, log: bool, buffers: str) -
     location / {{
       proxy_pass http://application;
       proxy_http_version 1.1;
-      proxy_set_header Connection "";
+      proxy_read_timeout 3600s;
+      proxy_set_header Upgrade $http_upgrade;
+      proxy_set_header Connection $connection_upgrade;
       proxy_set_header X-Forwarded-For $remote_addr;
     }}
+    location = /events {{
+      proxy_pass http://application;
+      proxy_read_timeout 3600s;
+      proxy_buffering off;
+    }}
   }}"""
-    return stage.start(name, nginx_command(stage, name, http), {}, port)
+    return nginx(site, name, port, http)
+
+
+def start_tuned_nginx(site: Site) -> Server:
+    tuned = (
+        "proxy_buffer_size 64k; proxy_buffers 8 64k; proxy_busy_buffers_size 128k;"
+        " proxy_max_temp_file_size 0;"
+    )
+    return start_nginx(site, "nginx-tuned", tuned)
+
+
+def start_caddy(site: Site) -> Server:
+    port = free_port()
+    configuration = site.stage.folder / f"Caddyfile-{port}"
+    configuration.write_text(f"""{{
+  admin off
+  auto_https off
+}}
+http://:{port} {{
+  bind 127.0.0.1
+  reverse_proxy {site.upstream} {{
+    transport http {{
+      keepalive_idle_conns_per_host 256
+    }}
+  }}
+}}
+""")
+    command = ["caddy", "run", "--adapter", "caddyfile", "--config", str(configuration)]
+    # It would keep what it learns in the home of whoever runs this.
+    folders = {"XDG_DATA_HOME": site.stage.folder, "XDG_CONFIG_HOME": site.stage.folder}
+    return site.stage.start("Caddy", command, folders, port)
+
+
+def start_bare(site: Site) -> Server:
+    port = free_port()
+    command = [sys.executable, str(SOURCES / "bare/main.py")]
+    return site.stage.start("bare", command, {"PORT": port, "UPSTREAM_URL": site.upstream}, port)
+
+
+BARE = Contender("bare", "bottle, requests and waitress and nothing else", start_bare, START)
+
+
+def version(*command: str) -> str:
+    """What a program says of its version, without the words around it."""
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
+    return found[0] if found else "of an unknown version"
 
 
 def contenders() -> list[Contender]:
-    """Those that can run here, each with what a reader must know of how it is set up."""
+    """Gatehouse and those that can run here beside it."""
     found = [
+        GATEHOUSE,
         Contender(
             "FastAPI",
             pinned("fastapi", "fastapi", "asyncpg", "httpx", "uvicorn", "uvloop"),
             start_fastapi,
+            FRAMEWORK,
         ),
         Contender(
             "Flask",
             pinned("flask", "Flask", "SQLAlchemy", "psycopg2-binary", "requests", "gunicorn")
             + f", {THREADS} threads a worker",
             start_flask,
+            FRAMEWORK,
         ),
     ]
     if shutil.which("node") and shutil.which("npm"):
         package = json.loads((SOURCES / "hono/package.json").read_text())["dependencies"]
-        node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True)
-        found.append(
-            Contender(
-                "Hono",
-                f"hono {package['hono']}, Prisma {package['@prisma/client']} with its pg adapter,"
-                f" fetch, Node {node.stdout.strip().removeprefix('v')} in cluster mode",
-                start_hono,
-            )
+        made_of = (
+            f"hono {package['hono']}, Prisma {package['@prisma/client']} with its pg adapter,"
+            f" fetch, Node {version('node', '--version')} in cluster mode"
         )
+        found.append(Contender("Hono", made_of, start_hono, FRAMEWORK))
     if shutil.which("nginx"):
-        version = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True)
-        number = version.stderr.strip().rpartition("/")[2]
+        number = version("nginx", "-v")
+        tuned = "the same with buffers of 64 KiB and no temporary files, for large bodies"
         found += [
-            Contender("nginx", f"{number}, proxying only: the limit", start_nginx, users=False),
-            Contender(
-                "nginx, tuned",
-                "the same with buffers of 64 KiB and no temporary files, for large bodies",
-                start_tuned_nginx,
-                users=False,
-            ),
+            Contender("nginx", f"{number}, with 256 kept connections", start_nginx, SERVER),
+            Contender("nginx, tuned", tuned, start_tuned_nginx, LARGE),
         ]
+    if shutil.which("caddy"):
+        number = version("caddy", "version")
+        found.append(
+            Contender("Caddy", f"{number}, with 256 kept connections", start_caddy, SERVER)
+        )
     return found

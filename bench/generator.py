@@ -1,12 +1,16 @@
-"""A load generator for where wrk is not installed: `generator.py PORT CONNECTIONS SECONDS CALL ARG`.
+"""A load generator: `generator.py PORT CONNECTIONS SECONDS CALL ARG`, where wrk is not installed
+and for WebSockets.
 
-Keeps a request under way on each connection, without pipelining, and prints what load.lua prints.
+Keeps a request or a message under way on each connection, without pipelining, and prints what
+load.lua prints. CALL is get, with a file of targets; create, with a prefix of addresses; or echo,
+with the bytes of a message.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import selectors
 import socket
 import sys
@@ -18,6 +22,8 @@ HEADERS = "Host: 127.0.0.1\r\nAccept: */*\r\nUser-Agent: bench\r\n"
 
 
 class Connection:
+    """A connection on which one request is under way; `receive` says how far its answer is."""
+
     def __init__(self, port: int) -> None:
         self.sock = socket.create_connection(("127.0.0.1", port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -29,12 +35,15 @@ class Connection:
         self.buffer = b""
         self.sock.sendall(request)
 
-    def receive(self) -> int | None:
-        """Read what is there; the status once the answer is whole, None before."""
+    def received(self) -> bytes:
         data = self.sock.recv(1 << 18)
         if not data:
             raise ConnectionError("closed")
-        self.buffer += data
+        return data
+
+    def receive(self) -> int | None:
+        """Read what is there; the status once the answer is whole, None before."""
+        self.buffer += self.received()
         head, end, body = self.buffer.partition(b"\r\n\r\n")
         if not end:
             return None
@@ -47,8 +56,63 @@ class Connection:
         return int(head.split(b" ", 2)[1]) if whole else None
 
 
+class WebSocket(Connection):
+    """The same for a message that is sent back; the first one is compared byte for byte."""
+
+    def __init__(self, port: int, message: bytes) -> None:
+        super().__init__(port)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+        self.sock.sendall(HANDSHAKE)
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self.received()
+        if not head.startswith(b"HTTP/1.1 101 "):
+            raise ConnectionError(head.decode("latin-1"))
+        self.awaited = len(message) - 4
+        self.left = self.awaited
+        self.sock.sendall(message)
+        echo = b""
+        while len(echo) < self.awaited:
+            echo += self.received()
+        if echo != message[:1] + bytes([message[1] & 0x7F]) + without_mask(message):
+            raise ConnectionError("the message came back as another")
+
+    def receive(self) -> int | None:
+        self.left -= len(self.received())
+        if self.left > 0:
+            return None
+        ok = self.left == 0
+        self.left = self.awaited
+        return 200 if ok else 500
+
+
+HANDSHAKE = (
+    b"GET /echo HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+def frame(size: int) -> bytes:
+    """A message of random bytes, masked with zeros."""
+    if size < 126:
+        length = bytes([0x80 | size])
+    elif size < 1 << 16:
+        length = bytes([0x80 | 126]) + size.to_bytes(2, "big")
+    else:
+        length = bytes([0x80 | 127]) + size.to_bytes(8, "big")
+    return b"\x82" + length + bytes(4) + os.urandom(size)
+
+
+def without_mask(message: bytes) -> bytes:
+    """What follows the first two bytes of a frame, without its four bytes of mask."""
+    more = {126: 2, 127: 8}.get(message[1] & 0x7F, 0)
+    return message[2 : 2 + more] + message[6 + more :]
+
+
 def requests(call: str, argument: str) -> Callable[[], bytes]:
-    """The next request: from a file of targets, or a create with a new email."""
+    """The next request: from a file of targets, a create with a new email, or a message."""
+    if call == "echo":
+        return itertools.repeat(frame(int(argument))).__next__
     if call == "create":
         numbers = itertools.count()
 
@@ -71,11 +135,14 @@ def run(port: int, connections: int, seconds: float, call: str, argument: str) -
     waiting = selectors.DefaultSelector()
     latencies: list[float] = []
     failed = 0
-    start = time.perf_counter()
+    opened = []
     for _ in range(connections):
-        connection = Connection(port)
-        connection.send(following())
+        connection = WebSocket(port, following()) if call == "echo" else Connection(port)
+        opened.append(connection)
         waiting.register(connection.sock, selectors.EVENT_READ, connection)
+    start = time.perf_counter()
+    for connection in opened:
+        connection.send(following())
     while (now := time.perf_counter()) < start + seconds:
         for key, _ in waiting.select(timeout=0.1):
             connection = key.data

@@ -1,34 +1,108 @@
-"""The results as a table to read, a page for the documentation and a plot."""
+"""Makes docs/performance.md and its picture from bench/results.json, as `run.py` does.
+
+`report.py [DIR]` makes them anew, there or in docs/, after a change of their words. The page has no figure of its own, so that it cannot drift from what was measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from html import escape
+from pathlib import Path
 from textwrap import fill
+from typing import Any
 
-from contenders import POOL_SIZE, Contender
-from load import generator_name
-from scenes import Plan, Ratio, Row, Rows, Start, Streams, ratio
-from stage import cpus
+from contenders import OURS, POOL_SIZE
+from rounds import Ratio, Row, Rows, ratio
+from scenes import CALLS, FEW, MANY, MESSAGES, PAGE, SEARCHERS, Plan
+from stage import BENCH, ROOT
 
-OURS = "Gatehouse"
+RESULTS = BENCH / "results.json"
+DOCS = ROOT / "docs"
+BUSY_PERCENT = 10
 WORDS = {1: "one core", 2: "two cores", 4: "four cores", 8: "eight cores"}
 
 
-@dataclass(frozen=True)
+@dataclass
+class Made:
+    """How the results came about; `busy_percent` is the CPU that other work took at the start."""
+
+    command: str
+    plan: Plan
+    cpus: int
+    generator: str
+    busy_percent: float
+    made_of: dict[str, str]
+    minutes: float = 0
+    postgres: list[str] = field(default_factory=list)
+
+    @property
+    def cores(self) -> str:
+        return WORDS.get(self.cpus, f"{self.cpus} cores")
+
+    @property
+    def is_busy(self) -> bool:
+        return self.busy_percent > BUSY_PERCENT
+
+    def warning(self) -> str:
+        """Why the figures must not be believed; empty where they may."""
+        if self.plan.name == "smoke":
+            return "this run shows that everything works, and its figures say nothing"
+        if self.is_busy:
+            return (
+                f"other work took {self.busy_percent:.0f} % of the CPU, and not all servers suffer"
+                " from that alike, so the ratios are off"
+            )
+        return ""
+
+
+@dataclass
 class Results:
-    calls: dict[str, Rows]
-    large: Rows
-    memory: dict[str, int]
-    connections: dict[str, Rows]
-    sizes: Rows
-    streams: Streams
-    starts: dict[str, Start]
+    """The rows of each scene that was run."""
+
+    made: Made
+    scenes: dict[str, dict[str, Rows]]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(rounded(asdict(self)), indent=1) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> Results:
+        given = json.loads(path.read_text())
+        made = Made(**{**given["made"], "plan": Plan(**given["made"]["plan"])})
+        scenes = {
+            scene: {
+                what: {name: Row(**row) for name, row in rows.items()}
+                for what, rows in tables.items()
+            }
+            for scene, tables in given["scenes"].items()
+        }
+        return Results(made, scenes)
+
+    def rows(self, scene: str, what: str) -> Rows:
+        return self.scenes.get(scene, {}).get(what, {})
 
 
-def cores() -> str:
-    return WORDS.get(cpus(), f"{cpus()} cores")
+def rounded(value: Any) -> Any:
+    """With four digits of each figure, which is more than any is good for."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else value
+
+
+def write(path: Path, folder: Path) -> None:
+    """Make the page and its picture from a file of results."""
+    results = Results.read(path)
+    (folder / "performance.md").write_text(page(results))
+    (folder / "performance.svg").write_text(picture(results))
+
+
+# Tables
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -45,23 +119,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([text(lines[0]), "| " + " | ".join(rule) + " |", *map(text, lines[1:])])
 
 
-def wrapped(text: str) -> str:
-    """Markdown with its paragraphs filled to 100 columns; headings, lists, tables stay."""
-    parts = text.split("\n\n")
-    return (
-        "\n\n".join(
-            part if part[0] in "#-|!" else fill(part, 100, break_on_hyphens=False) for part in parts
-        ).rstrip()
-        + "\n"
-    )
-
-
 def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def mib(value: float) -> str:
-    return f"{value / (1 << 20):,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def times(value: Ratio | None) -> str:
@@ -70,228 +129,428 @@ def times(value: Ratio | None) -> str:
     return f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"
 
 
-def ratios(ours: Row, name: str, theirs: Row, figures: Sequence[str]) -> list[str]:
-    """Gatehouse over the other in each figure; blank in Gatehouse's own row."""
-    if name == OURS:
-        return [""] * len(figures)
-    return [times(ratio(ours, theirs, figure)) for figure in figures]
-
-
-def call_table(rows: Rows, with_database: bool) -> str:
-    figures = ["rate", "cpu_us", *(["database_us"] if with_database else []), "p50_ms", "p99_ms"]
-    heads = [
-        "",
-        "requests/s",
-        "CPU µs",
-        *(["PostgreSQL's CPU µs"] if with_database else []),
-        "p50 ms",
-        "p99 ms",
-        f"requests/s, {OURS} to it",
-        f"CPU, {OURS} to it",
-    ]
-    lines = []
-    for name, row in rows.items():
-        if row.void:
-            lines.append([name, f"void: {row.void}", *[""] * (len(heads) - 2)])
-            continue
-        medians = [number(row.median(figure)) for figure in figures]
-        lines.append([name, *medians, *ratios(rows[OURS], name, row, ("rate", "cpu_us"))])
-    return table(heads, lines)
-
-
-def large_table(rows: Rows) -> str:
-    lines = []
-    for name, row in rows.items():
-        if row.void:
-            lines.append([name, f"void: {row.void}", "", "", ""])
-            continue
-        medians = [number(row.median("rate")), number(row.median("cpu_us"))]
-        lines.append([name, *medians, *ratios(rows[OURS], name, row, ("rate", "cpu_us"))])
-    heads = ["", "MiB/s", "CPU µs a MiB", f"MiB/s, {OURS} to it", f"CPU, {OURS} to it"]
-    return table(heads, lines)
-
-
-def plain_table(what: str, rows: Rows, figures: Sequence[tuple[str, str]]) -> str:
-    lines = []
-    for name, row in rows.items():
-        if row.void:
-            lines.append([name, f"void: {row.void}", *[""] * (len(figures) - 1)])
-        else:
-            lines.append([name, *(number(row.median(figure)) for figure, _ in figures)])
-    return table([what, *(title for _, title in figures)], lines)
-
-
-def memory_table(memory: dict[str, int]) -> str:
-    return table(["", "MiB"], [[name, mib(value)] for name, value in memory.items()])
-
-
-def starts_table(starts: dict[str, Start]) -> str:
-    ours, bare = starts[OURS], starts["bare"]
-    return table(
-        ["", "Gatehouse", "bare", "ratio"],
-        [
-            [
-                "start to first answer, ms",
-                f"{ours.seconds * 1000:.0f}",
-                f"{bare.seconds * 1000:.0f}",
-                f"{ours.seconds / bare.seconds:.2f}",
-            ],
-            [
-                "memory after it, MiB",
-                mib(ours.memory_first),
-                mib(bare.memory_first),
-                f"{ours.memory_first / bare.memory_first:.2f}",
-            ],
-            [
-                "memory after a load, MiB",
-                mib(ours.memory_loaded),
-                mib(bare.memory_loaded),
-                f"{ours.memory_loaded / bare.memory_loaded:.2f}",
-            ],
-        ],
-    )
-
-
-def growth(results: Results) -> str:
-    latency = [
-        ("rate", "requests/s"),
-        ("cpu_us", "CPU µs"),
-        ("p50_ms", "p50 ms"),
-        ("p99_ms", "p99 ms"),
-    ]
-    pages = [*latency[:2], ("database_us", "PostgreSQL's CPU µs"), *latency[2:]]
-    streams = results.streams
-    kept = ratio(streams.rows["with"], streams.rows["without"], "rate")
-    each = (streams.memory_with - streams.memory_before) / streams.count / 1024
-    worker = results.memory[OURS] / streams.workers
-    parts = [
-        f"{call[0].upper()}{call[1:]}, by connections:\n\n{plain_table('connections', rows, latency)}"
-        for call, rows in results.connections.items()
-    ]
-    parts += [
-        "A page of 50, after an id drawn at random, by the size of the table:\n\n"
-        + plain_table("users", results.sizes, pages),
-        f"Users by id while {streams.count:,} idle event streams are open through the proxy:\n\n"
-        + plain_table("streams", streams.rows, latency),
-        f"With the streams open, {times(kept)} times the requests a second of without. A stream"
-        f" takes {each:.1f} KiB; the workers had {streams.threads_before} threads before and"
-        f" {streams.threads_with} with them. A worker, after the load of the four calls, has"
-        f" {mib(worker)} MiB.",
-    ]
-    return "\n\n".join(parts)
-
-
-def page(
-    results: Results, peers: Sequence[Contender], plan: Plan, command: str, peer_logs: bool
+def figures(
+    rows: Rows, columns: Mapping[str, str], ratios: Mapping[str, str], base: str, first: str = ""
 ) -> str:
-    """docs/performance.md."""
-    made_of = "\n".join(f"- **{peer.name}**: {peer.made_of}." for peer in peers)
-    logs = "Gatehouse writes its access log, as it does by default, to a file; " + (
-        "so do the others." if peer_logs else "the others write none."
-    )
-    calls = "\n\n".join(
-        f"### {call[0].upper()}{call[1:]}\n\n{call_table(rows, 'proxied' not in call)}"
-        for call, rows in results.calls.items()
-    )
-    return wrapped(f"""# Performance
-
-Made by `{command}`. Run it on a machine of your own: the ratios are what to look at, and they will
-differ.
-
-![Requests a second of Gatehouse and of what else a team might run](performance.svg)
-
-## What is compared
-
-{cores().capitalize()} run everything at once: the server that is measured, PostgreSQL, the upstream
-and the load generator ({generator_name()}). So the requests a second are lower than the same server
-would reach with the machine to itself, and none says what your machine does. Everything takes turns
-in {plan.rounds} rounds of {plan.seconds} s each, beginning with another server each time; figures are
-medians of the rounds, a ratio is that of one round, and its median stands before the lowest and
-the highest. A ratio whose range spans 1 is a draw. One failed request voids a row.
-
-Each has {cpus()} processes and {POOL_SIZE} database connections in each. {logs} Gatehouse runs with
-`WORKERS=auto`, and all else as it is by default.
-
-{made_of}
-
-The peers do the same four calls on the same table, check what they are given, and stream what they
-proxy. They do not do the rest of what Gatehouse does (entity tags, problem documents, forwarding
-headers, request ids, deadlines), so they have less work. A commit does not wait for the disk, and
-nothing is vacuumed meanwhile, for any of them. "CPU µs" is the server's own time a request, in all its processes; PostgreSQL's stands
-beside it, since work can be moved there, and Gatehouse has PostgreSQL make the JSON. Latencies are
-those of 64 connections that always have a request under way: under such a load they say who is
-saturated, not how long a lone request takes.
-
-## Four calls
-
-{calls}
-
-## 64 MiB through the proxy
-
-Four at a time.
-
-{large_table(results.large)}
-
-## Start and memory
-
-One process of Gatehouse beside one that has nothing but bottle, requests and waitress, and answers
-`/health/live` and a proxied GET (`bench/peers/bare`). Memory is the proportional set size.
-
-{starts_table(results.starts)}
-
-Memory of all processes after the load of the four calls:
-
-{memory_table(results.memory)}
-
-## As work grows
-
-{growth(results)}
-""")
+    """Medians of the columns; then, of the figures in `ratios`, the base's over each other's."""
+    lines = []
+    for name, row in rows.items():
+        if row.void:
+            cells = [f"void: {row.void}", *[""] * (len(columns) + len(ratios) - 1)]
+        else:
+            cells = [number(row.median(figure)) for figure in columns]
+            same = name == base or base not in rows
+            cells += ["" if same else times(ratio(rows[base], row, figure)) for figure in ratios]
+        lines.append([name, *cells])
+    return table([first, *columns.values(), *ratios.values()], lines)
 
 
-WIDTH, LABEL, BAR, STEP, GAP = 760, 110, 18, 24, 34
+RATE = {"rate": "a second"}
+CPU = {"cpu_us": "CPU µs"}
+DATABASE = {"database_us": "PostgreSQL's CPU µs"}
+LATENCY = {"p50_ms": "p50 ms", "p99_ms": "p99 ms"}
+TO_IT = {"rate": f"a second, {OURS} to it", "cpu_us": f"CPU, {OURS} to it"}
 
 
-def plot(results: Results) -> str:
-    """docs/performance.svg: bars of requests a second, each panel to its own scale."""
-    panels = [(f"{call}, requests/s", rows) for call, rows in results.calls.items()]
-    panels.append(("64 MiB through the proxy, MiB/s", results.large))
-    parts = []
-    y = 20
-    for title, rows in panels:
-        rates = {name: 0 if row.void else row.median("rate") for name, row in rows.items()}
-        # Where it proxies small answers the limit would make all else look the same.
-        to_scale = {
-            name: rate
-            for name, rate in rates.items()
-            if "1 KB" not in title or not name.startswith("nginx")
-        }
-        top = max([*to_scale.values(), 1.0])
-        parts.append(f'<text x="16" y="{y}" class="title">{escape(title)}</text>')
-        y += 10
-        for name, rate in rates.items():
-            room = WIDTH - LABEL - 110
-            length = to_scale.get(name, 0) / top * room
-            value = f"{rate:,.0f}" if rate else "void"
-            if name not in to_scale:
-                value += ", the limit, not to this scale"
-            kind = "ours" if name == OURS else "theirs"
-            parts += [
-                f'<text x="{LABEL - 8}" y="{y + 14}" class="name">{escape(name)}</text>',
-                f'<rect x="{LABEL}" y="{y}" width="{length:.1f}" height="{BAR}" class="{kind}"/>',
-                f'<text x="{LABEL + length + 6:.1f}" y="{y + 14}">{value}</text>',
-            ]
-            y += STEP
-        y += GAP - 10
+# At a glance
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of the picture: which figure, and whether less of it is better."""
+
+    name: str
+    scene: str
+    what: str
+    figure: str = "rate"
+    less: bool = False
+
+    def lead(self, results: Results, peer: str) -> Ratio | None:
+        """How many times as good Gatehouse is; None where that was not measured."""
+        rows = results.rows(self.scene, self.what)
+        if OURS not in rows or peer not in rows:
+            return None
+        ours, theirs = rows[OURS], rows[peer]
+        return ratio(theirs, ours, self.figure) if self.less else ratio(ours, theirs, self.figure)
+
+
+MEASURES = [
+    *(Measure(call, "calls", call) for call in CALLS[:3]),
+    Measure("1 KB proxied", "calls", CALLS[3]),
+    Measure("64 MiB proxied", "large", "64 MiB"),
+    *(Measure(f"WebSocket messages {what}", "websockets", what) for what in MESSAGES),
+    Measure("memory of an idle stream", "idle", "event streams", "kib_each", less=True),
+    Measure("memory of an idle tunnel", "idle", "WebSocket tunnels", "kib_each", less=True),
+    Measure("start", "start", "start", "start_ms", less=True),
+    Measure("memory after a load", "start", "start", "loaded_mib", less=True),
+]
+
+
+NOTHING = Row(void="it was not measured")
+
+
+def glance(results: Results) -> str:
+    """A line for each of the others: in what Gatehouse is ahead of it, and in what behind."""
+    lines = []
+    for peer in results.made.made_of:
+        sides: dict[str, list[str]] = {"ahead in": [], "a draw in": [], "behind in": []}
+        for measure in MEASURES:
+            lead = measure.lead(results, peer)
+            if lead is not None:
+                side = "a draw in" if lead.is_draw else "ahead in" if lead.low > 1 else "behind in"
+                sides[side].append(measure.name)
+        told = [f"{side} {', '.join(names)}" for side, names in sides.items() if names]
+        if told:
+            lines.append(f"- **{peer}**: {'; '.join(told)}.")
+    return "\n".join(lines)
+
+
+def alone(results: Results) -> str:
+    """What only Gatehouse does here, in a line each."""
+    plan = results.made.plan
+    lines = []
+    for kind in ("event streams", "WebSocket tunnels"):
+        row = results.rows("idle", kind).get(OURS, NOTHING)
+        if not row.void:
+            kept = times(ratio(row, row, "rate", "rate_without"))
+            lines.append(
+                f"{row.median('count'):,.0f} idle {kind} take {number(row.median('kib_each'))} KiB"
+                f" each. With them there are {kept} times as many proxied answers a second as"
+                " without."
+            )
+    row = results.rows("import", "import").get("import", NOTHING)
+    if not row.void:
+        lines.append(
+            f"{plan.rows:,} users are imported in {number(plan.rows / row.median('rate'))} s."
+        )
+    rows = results.rows("search", "search")
+    for name in (FEW, MANY):
+        if rows and (slower := ratio(rows[name], rows[PAGE], "p50_ms")):
+            lines.append(
+                f"{name[0].upper()}{name[1:]}, of {plan.users:,} users, takes {times(slower)} times"
+                " as long as a page without a search."
+            )
+    row = results.rows("export", "export").get("CSV", NOTHING)
+    if not row.void:
+        lines.append(
+            f"{number(row.median('rate'))} users a second are exported as CSV, for which memory"
+            f" rises by {number(row.median('memory_mib'))} MiB."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+LABEL, CELL, LINE, TOP = 210, 116, 26, 58
+OCTAVE, CENTRE = 9, 30  # pixels for a factor of two; where in a cell the line of 1 is
+LEAST, MOST = 1 / 8, 32.0
+
+
+def picture(results: Results) -> str:
+    """docs/performance.svg: a column for each of the others, a line for each measure. A bar to the
+    right is how many times as good Gatehouse is, one to the left how many times the other is."""
+    leads = {
+        peer: {measure.name: measure.lead(results, peer) for measure in MEASURES}
+        for peer in results.made.made_of
+    }
+    leads = {peer: each for peer, each in leads.items() if any(each.values())}
+    shown = [one for one in MEASURES if any(each[one.name] for each in leads.values())]
+    width, height = LABEL + CELL * len(leads) + 8, TOP + LINE * len(shown) + 12
+    parts = [
+        f'<text x="12" y="20" class="head">{OURS} beside others on {results.made.cores}</text>'
+        '<text x="300" y="20"><tspan class="ahead">■</tspan> ahead <tspan class="behind">■</tspan>'
+        ' behind <tspan class="draw">■</tspan> a draw. Times as good; a step of a bar is a factor'
+        " of two.</text>"
+    ]
+    for row, measure in enumerate(shown):
+        y = TOP + LINE * row
+        if row % 2 == 0:
+            parts.append(f'<rect x="0" y="{y}" width="{width}" height="{LINE}" class="band"/>')
+        parts.append(f'<text x="12" y="{y + 17}">{escape(measure.name)}</text>')
+    for column, (peer, each) in enumerate(leads.items()):
+        x = LABEL + CELL * column
+        one = x + CENTRE
+        parts.append(f'<text x="{x}" y="46" class="head">{escape(peer)}</text>')
+        parts.append(f'<path d="M{one} {TOP}V{TOP + LINE * len(shown)}" class="one"/>')
+        for row, measure in enumerate(shown):
+            if lead := each[measure.name]:
+                parts.append(bar(lead, one, TOP + LINE * row))
     style = (
-        "text { font: 13px sans-serif; fill: #222 } .title { font-weight: bold }"
-        " .name { text-anchor: end } .ours { fill: #1f6f54 } .theirs { fill: #b9c2c9 }"
+        "text { font: 13px sans-serif; fill: #222 } .head { font-weight: bold }"
+        " .band { fill: #f3f5f6 } .one { stroke: #9aa4ab } .ahead { fill: #1f7a55 }"
+        " .behind { fill: #c2571a } .draw { fill: #9aa4ab } .step { stroke: #fff }"
     )
     body = "\n".join(parts)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - 10}" role="img">
-<title>Gatehouse beside other servers on {cores()}</title>
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
+<title>How many times as good {OURS} is as other servers on {results.made.cores}</title>
 <style>{style}</style>
 <rect width="100%" height="100%" fill="#fff"/>
 {body}
 </svg>
 """
+
+
+def bar(lead: Ratio, one: float, y: int) -> str:
+    """The bar of a ratio from the line of 1, with a gap at each factor of two, and its figure."""
+    kind = "draw" if lead.is_draw else "ahead" if lead.low > 1 else "behind"
+    octaves = math.log2(min(max(lead.median, LEAST), MOST))
+    left, right = sorted((one, one + octaves * OCTAVE))
+    steps = "".join(
+        f"M{one + math.copysign(step * OCTAVE, octaves):.1f} {y + 5}v16"
+        for step in range(1, math.ceil(abs(octaves)))
+    )
+    digits = 0 if lead.median >= 20 else 1 if lead.median >= 2 else 2
+    return (
+        f'<rect x="{left:.1f}" y="{y + 5}" width="{max(right - left, 1):.1f}" height="16"'
+        f' class="{kind}"/><path d="{steps}" class="step"/>'
+        f'<text x="{max(right, one) + 5:.1f}" y="{y + 17}" class="{kind}">{lead.median:.{digits}f}×</text>'
+    )
+
+
+# The page
+
+
+def wrapped(text: str) -> str:
+    """Markdown with its paragraphs filled to 100 columns; headings, lists, tables stay."""
+    parts = [part.strip("\n") for part in text.split("\n\n")]
+    return (
+        "\n\n".join(
+            part if part[0] in "#-|!" else fill(part, 100, break_on_hyphens=False)
+            for part in parts
+            if part
+        )
+        + "\n"
+    )
+
+
+def page(results: Results) -> str:
+    """docs/performance.md: what was measured, without the scenes that were not run."""
+    made = results.made
+    warning = f"\n\n**Do not use these figures: {made.warning()}.**" if made.warning() else ""
+    sections = [section(results) for section in SECTIONS]
+    return wrapped(f"""# Performance
+
+Made by `{made.command}` on {made.cores} in {made.minutes:.0f} min. Run it on a machine of your
+own: the ratios are what to look at, and they will differ.{warning}
+
+![In what Gatehouse is ahead of other servers, and in what behind](performance.svg)
+
+{listed("Gatehouse beside each:", glance(results))}
+
+{listed("Gatehouse by itself:", alone(results))}
+
+{compared(made)}
+
+{"".join(text for text in sections if text)}""")
+
+
+def listed(title: str, items: str) -> str:
+    return f"{title}\n\n{items}" if items else ""
+
+
+def compared(made: Made) -> str:
+    plan = made.plan
+    made_of = "\n".join(f"- **{name}**: {text}." for name, text in made.made_of.items())
+    return f"""## What is compared
+
+{made.cores.capitalize()} run everything at once: the server that is measured, PostgreSQL
+{" and ".join(made.postgres)}, the upstream and the load generator ({made.generator}). So the
+requests a second are lower than the same server would reach with the machine to itself, and none
+says what your machine does. Everything takes turns in {plan.rounds} rounds of {plan.seconds} s
+each, beginning with another server each time. Figures are medians of the rounds. A ratio is that of
+one round, and its median stands before the lowest and the highest. A ratio whose range spans 1 is a
+draw. One failed request voids a row, and so does a generator that was busy for nine tenths of the
+time.
+
+Search, export and tables of several sizes are with the system's PostgreSQL where there is one,
+since the embedded one, which serves all else, has no pg_trgm.
+
+Each has {made.cpus} processes and {POOL_SIZE} database connections in each, where no other number
+is told. Gatehouse writes its access log, as it does by default, to a file; the others write none.
+Gatehouse runs with `WORKERS={made.cpus}`, and all else as it is by default.
+
+{made_of}
+
+The peers do the same four calls on the same table, check what they are given, and stream what they
+proxy. They do not do the rest of what Gatehouse does (entity tags, metadata, problem documents,
+forwarding headers, request ids, deadlines), so they have less work. nginx and Caddy only proxy. A
+commit does not wait for the disk, and nothing is vacuumed meanwhile, for any of them.
+
+"CPU µs" is the server's own time for each, in all its processes. PostgreSQL's stands beside it,
+since work can be moved there, and Gatehouse has PostgreSQL make the JSON. Latencies are those of 64
+connections that always have a request under way: under such a load they say who is saturated, not
+how long a lone request takes.
+
+"""
+
+
+def four_calls(results: Results) -> str:
+    if "calls" not in results.scenes:
+        return ""
+    parts = []
+    for call in CALLS:
+        database = {} if call == CALLS[3] else DATABASE
+        rows = figures(results.rows("calls", call), RATE | CPU | database | LATENCY, TO_IT, OURS)
+        parts.append(f"### {call[0].upper()}{call[1:]}\n\n{rows}\n\n")
+    memory = figures(results.rows("calls", "memory"), {"memory_mib": "MiB"}, {}, OURS)
+    parts.append(f"Memory of all processes after these (proportional set size):\n\n{memory}\n\n")
+    return "## Four calls\n\n" + "".join(parts)
+
+
+def large(results: Results) -> str:
+    if not (rows := results.rows("large", "64 MiB")):
+        return ""
+    columns = {"rate": "MiB/s", "cpu_us": "CPU µs a MiB"}
+    ratios = {"rate": f"MiB/s, {OURS} to it", "cpu_us": f"CPU, {OURS} to it"}
+    text = figures(rows, columns, ratios, OURS)
+    return f"## 64 MiB through the proxy\n\nFour at a time.\n\n{text}\n\n"
+
+
+def websockets(results: Results) -> str:
+    if "websockets" not in results.scenes:
+        return ""
+    parts = [
+        "## WebSocket messages\n\nMessages that the upstream sends back, one under way on each of"
+        " 64 connections. The generator, the upstream and the proxy share the cores, so that the"
+        " requests a second hide a part of the difference, and the CPU time shows all of it. The"
+        " last row has no proxy at all: it is the limit here.\n\n"
+    ]
+    for what in MESSAGES:
+        rows = figures(results.rows("websockets", what), RATE | CPU | LATENCY, TO_IT, OURS)
+        parts.append(f"Messages {what}:\n\n{rows}\n\n")
+    return "".join(parts)
+
+
+def idle(results: Results) -> str:
+    if "idle" not in results.scenes:
+        return ""
+    parts = [
+        "## Idle streams and tunnels\n\nProxied answers of 1 KB while as many connections are open"
+        " as descriptors allow, and without them. A connection's memory is what the server's"
+        " processes have grown by; the kernel's buffers are not in it.\n\n"
+    ]
+    columns = {
+        "count": "open",
+        "kib_each": "KiB each",
+        "threads": "threads with them",
+        "rate": "answers/s with them",
+        "rate_without": "answers/s without",
+        "p99_ms": "p99 ms with them",
+        "p99_ms_without": "p99 ms without",
+    }
+    for kind in ("event streams", "WebSocket tunnels"):
+        rows = results.rows("idle", kind)
+        kept = [
+            f"{name} {times(ratio(row, row, 'rate', 'rate_without'))}"
+            for name, row in rows.items()
+            if not row.void
+        ]
+        parts.append(
+            f"Idle {kind}:\n\n{figures(rows, columns, {}, OURS)}\n\n"
+            f"Answers a second with them to those without: {'; '.join(kept)}.\n\n"
+        )
+    return "".join(parts)
+
+
+def start(results: Results) -> str:
+    if not (rows := results.rows("start", "start")):
+        return ""
+    columns = {
+        "start_ms": "start to first proxied answer, ms",
+        "first_mib": "memory after it, MiB",
+        "loaded_mib": "memory after a load, MiB",
+    }
+    ratios = {
+        "start_ms": f"start, {OURS} to it",
+        "loaded_mib": f"memory after a load, {OURS} to it",
+    }
+    return (
+        "## Start and memory\n\nOne process of each; Caddy's has threads for all cores. One that"
+        " has nothing but bottle, requests and waitress, and does no more than proxy a GET, shows"
+        " what is left for Gatehouse to save (`bench/peers/bare`). Memory is the proportional set"
+        f" size.\n\n{figures(rows, columns, ratios, OURS)}\n\n"
+    )
+
+
+def imports(results: Results) -> str:
+    if not (rows := results.rows("import", "import")):
+        return ""
+    text = figures(rows, RATE | CPU | DATABASE, {}, OURS)
+    quicker = ratio(rows["import"], rows["creates"], "rate")
+    seconds = ""
+    if not rows["import"].void:
+        whole = results.made.plan.rows / rows["import"].median("rate")
+        risen = rows["import"].median("memory_mib")
+        seconds = (
+            f" All of them take {number(whole)} s, {times(quicker)} times as many a second as"
+            f" creates of one user each. Gatehouse's memory rises by {number(risen)} MiB meanwhile."
+        )
+    return (
+        f"## Import\n\n{results.made.plan.rows:,} new users in one CSV, and creates over 64"
+        f" connections.{seconds}\n\n{text}\n\n"
+    )
+
+
+def growth(results: Results) -> str:
+    if "growth" not in results.scenes:
+        return ""
+    parts = ["## As work grows\n\n"]
+    for call in (CALLS[0], CALLS[3]):
+        rows = results.rows("growth", call)
+        text = figures(rows, RATE | CPU | LATENCY, {}, OURS, "connections")
+        parts.append(f"{call[0].upper()}{call[1:]}, by connections:\n\n{text}\n\n")
+    rows = results.rows("growth", "a page of so many users")
+    text = figures(rows, RATE | CPU | DATABASE | LATENCY, {}, OURS, "users")
+    parts.append(f"A page of 50, after an id drawn at random, by the size of the table:\n\n{text}")
+    return "".join(parts) + "\n\n"
+
+
+def search(results: Results) -> str:
+    if not (rows := results.rows("search", "search")):
+        return ""
+    columns = RATE | CPU | DATABASE | LATENCY
+    slower = "; ".join(
+        f"{name} {times(ratio(rows[name], rows[PAGE], 'p50_ms'))}" for name in (FEW, MANY)
+    )
+    return (
+        f"## Search\n\nPages of 50 in a table of {results.made.plan.users:,} users, over"
+        f" {SEARCHERS} connections. One search is for a last name that one user has, or few. The other"
+        " is for a text that is in each address.\n\n"
+        f"{figures(rows, columns, {}, OURS)}\n\n"
+        f"Median time to that of a page without a search: {slower}.\n\n"
+    )
+
+
+def export(results: Results) -> str:
+    if not (rows := results.rows("export", "export")):
+        return ""
+    columns = {
+        "rate": "users/s",
+        **CPU,
+        **DATABASE,
+        "memory_mib": "memory rises by, MiB",
+    }
+    return (
+        f"## Export\n\nAll {results.made.plan.users:,} users of that table in one answer.\n\n"
+        f"{figures(rows, columns, {}, OURS)}\n\n"
+    )
+
+
+def against(results: Results) -> str:
+    tables = results.scenes.get("against", {})
+    if not tables:
+        return ""
+    parts = ["## Beside an earlier version\n\nThe four calls beside Gatehouse at a commit.\n\n"]
+    for call, rows in tables.items():
+        database = {} if call == CALLS[3] else DATABASE
+        ratios = {
+            figure: f"{title}, now to then" for figure, title in (RATE | CPU | database).items()
+        }
+        text = figures(rows, RATE | CPU | database | LATENCY, ratios, OURS)
+        parts.append(f"{call[0].upper()}{call[1:]}:\n\n{text}\n\n")
+    return "".join(parts)
+
+
+SECTIONS = (four_calls, large, websockets, idle, start, imports, growth, search, export, against)
+
+
+if __name__ == "__main__":
+    write(RESULTS, Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)

@@ -1,86 +1,116 @@
 """Measures Gatehouse side by side with what else a team might run: `make bench`.
 
-Starts all that it needs on this machine, prints a line for each measurement and then the page that
-it writes, docs/performance.md, with its plot, docs/performance.svg.
+Starts all that it needs on this machine, on 127.0.0.1, and stops it. A line is printed for each
+measurement, then the page. A run of all scenes that is no smoke run also writes bench/results.json,
+docs/performance.md and its picture; `--out` writes the three elsewhere, of any run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 
-import meter
+import crowds
+import load
 import psutil
 import report
-import scenes
 import stage
-from contenders import contenders
-from scenes import Plan, Targets
+from contenders import OURS, contenders
+from rounds import Rows
+from scenes import SCENES, Bench, Plan
 
-DEFAULT = Plan(rounds=5, seconds=5, warm_up=3, sizes=(1_000, 100_000))
-QUICK = Plan(rounds=3, seconds=1, warm_up=1, sizes=(1_000, 100_000))
-SEEDED = 10_000
-BUSY_PERCENT = 10
+PLANS = {
+    "full": Plan("full", 5, 3, 1, users=5_000_000, rows=100_000, idle=20_000),
+    "quick": Plan("quick", 3, 1, 1, users=1_000_000, rows=100_000, idle=4_000),
+    "smoke": Plan("smoke", 2, 1, 1, users=20_000, rows=2_000, idle=200),
+}
+HELP = {
+    "full": "5 rounds of 3 s, 5 million users, as many idle connections as descriptors allow:"
+    " about 25 minutes on two quiet cores",
+    "quick": "3 rounds of 1 s, a million users, 4,000 idle connections: about 8 minutes; the"
+    " default",
+    "smoke": "2 rounds of 1 s, all of it small: shows that each scene works, and nothing else",
+}
 
 
-def measure(plan: Plan, peer_logs: bool) -> report.Results:
-    with stage.stage() as everything, stage.postgres() as database:
-        uri = database.create("bench", SEEDED)
-        targets = Targets(everything.folder, database, uri)
-        upstream = stage.upstream(everything)
-        url = f"http://127.0.0.1:{upstream.port}"
-        servers = scenes.set_up(everything, contenders(), uri, upstream, targets, peer_logs)
-        calls = scenes.calls(servers, targets, database, plan)
-        memory = {name: meter.memory_bytes(server.pid) for name, (server, _) in servers.items()}
-        large = scenes.large(servers, plan)
-        ours = servers["Gatehouse"][0]
-        for server, _ in servers.values():
-            if server is not ours:
-                everything.stop(server)
-        connections = scenes.connections(ours, targets, plan)
-        everything.stop(ours)
-        return report.Results(
-            calls,
-            large,
-            memory,
-            connections,
-            scenes.sizes(everything, database, url, plan),
-            scenes.streams(everything, uri, targets, plan),
-            scenes.starts(everything, uri, url, targets, plan),
-        )
+def measure(
+    plan: Plan, names: list[str], commit: str | None, made: report.Made
+) -> dict[str, dict[str, Rows]]:
+    with contextlib.ExitStack() as stack:
+        bench = Bench(stack, plan, contenders(), commit)
+        found = {}
+        for name in names:
+            begun = time.monotonic()
+            try:
+                found[name] = SCENES[name](bench)
+            except Exception:  # the others have been measured, or can be
+                traceback.print_exc()
+                print(f"{name} failed", file=sys.stderr)
+            print(f"{name}: took {time.monotonic() - begun:.0f} s", flush=True)
+        made.postgres = sorted({database.version for database in bench.databases})
+        return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three minutes, for a first look")
-    parser.add_argument("--full", action="store_true", help="also a table of 5 million users")
-    parser.add_argument("--peer-logs", action="store_true", help="have the others log too")
-    parser.add_argument("--out", type=Path, default=stage.ROOT / "docs", metavar="DIR")
-    arguments = parser.parse_args()
+    told = "".join(f"  {name:12}{scene.__doc__}\n" for name, scene in SCENES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"scenes:\n{told}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    amount = parser.add_mutually_exclusive_group()
+    for name, text in HELP.items():
+        amount.add_argument(
+            f"--{name}", dest="plan", action="store_const", const=PLANS[name], help=text
+        )
+    parser.add_argument(
+        "--only", action="append", choices=SCENES, metavar="SCENE",
+        help="this scene alone; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="COMMIT",
+        help="also the four calls beside Gatehouse as it was at a commit: two minutes more",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write them there")
+    parser.set_defaults(plan=PLANS["quick"])
+    given = parser.parse_args()
+    if given.only == ["against"] and not given.against:
+        parser.error("--only against needs --against COMMIT")
+    commit = stage.hash_of(given.against) if given.against else None
     # As Ctrl-C does, it ends what was started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    plan = QUICK if arguments.quick else DEFAULT
-    if arguments.full:
-        plan = Plan(plan.rounds, plan.seconds, plan.warm_up, (*plan.sizes, 5_000_000))
-    busy = psutil.cpu_percent(interval=2)
-    if busy > BUSY_PERCENT:
-        print(
-            f"warning: other work takes {busy:.0f}% of the CPU here, and not all servers suffer"
-            " from that alike: the ratios will be off",
-            file=sys.stderr,
-        )
-    results = measure(plan, arguments.peer_logs)
-    given = [argument for argument in sys.argv[1:] if argument.startswith("--")]
-    options = " ".join(option for option in given if not option.startswith("--out"))
-    command = f".venv/bin/python bench/run.py {options}" if options else "make bench"
-    page = report.page(results, contenders(), plan, command, arguments.peer_logs)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "performance.md").write_text(page)
-    (arguments.out / "performance.svg").write_text(report.plot(results))
-    print(f"\n{page}")
-    return 0
+    crowds.most()  # so that all that is started may have as many descriptors
+    options = [f"--{given.plan.name}", *(f"--only {name}" for name in given.only or ())]
+    options += [f"--against {commit}"] if commit else []
+    begun = time.monotonic()
+    made = report.Made(
+        f"bench/run.py {' '.join(options)}",
+        given.plan,
+        stage.cpus(),
+        load.generator_name(),
+        psutil.cpu_percent(interval=2),
+        {peer.name: peer.made_of for peer in contenders() if peer.name != OURS},
+    )
+    if made.is_busy:
+        print(f"warning: {made.warning()}", file=sys.stderr)
+    scenes = measure(given.plan, given.only or list(SCENES), commit, made)
+    made.minutes = (time.monotonic() - begun) / 60
+    results = report.Results(made, scenes)
+    whole = len(scenes) == len(SCENES)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        results.write(given.out / "results.json")
+        report.write(given.out / "results.json", given.out)
+    elif whole and given.plan is not PLANS["smoke"]:
+        results.write(report.RESULTS)
+        report.write(report.RESULTS, report.DOCS)
+    print(f"\n{report.page(results)}")
+    return 0 if len(scenes) == len(given.only or SCENES) else 1
 
 
 if __name__ == "__main__":

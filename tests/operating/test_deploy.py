@@ -477,7 +477,9 @@ def test_make_install_is_production_only() -> None:
 
 
 @needs("make")
-@pytest.mark.parametrize("target", ["run", "test", "check", "bench", "faults", "fuzz", "audit"])
+@pytest.mark.parametrize(
+    "target", ["run", "test", "check", "bench", "bench-full", "faults", "fuzz", "audit"]
+)
 def test_the_other_targets_add_what_they_need(target: str) -> None:
     text = recipe(target)
     assert text.index("-r requirements.txt") < text.index("-r requirements-dev.txt")

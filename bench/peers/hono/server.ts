@@ -5,7 +5,6 @@ import process from "node:process";
 import { serve } from "@hono/node-server";
 import { PrismaPg } from "@prisma/adapter-pg";
 import { Hono } from "hono";
-import { logger } from "hono/logger";
 import { z } from "zod";
 import { Prisma, PrismaClient } from "./generated/client.ts";
 
@@ -27,7 +26,6 @@ function application(): Hono {
   });
   const prisma = new PrismaClient({ adapter });
   const app = new Hono();
-  if (process.env.ACCESS_LOG === "on") app.use(logger());
 
   app.get("/users/:id", async (c) => {
     const id = z.uuid().safeParse(c.req.param("id"));
