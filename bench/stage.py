@@ -319,8 +319,8 @@ def nginx(site: Site, name: str, port: int, http: str) -> Server:
     folder = site.stage.folder
     # Without a `user` line nginx started by root gives its workers to one who may not read here.
     user = "user root;" if os.geteuid() == 0 else ""
-    unused = "".join(
-        f"  {module}_temp_path {folder}/{name}-{module.replace('client_body', 'body')};\n"
+    folders = "".join(
+        f"  {module}_temp_path {folder}/{name}-{module};\n"
         for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     configuration = folder / f"{name}-{port}.conf"
@@ -331,7 +331,7 @@ pid {folder}/{name}-{port}.pid;
 error_log stderr warn;
 events {{ worker_connections {site.connections}; }}
 http {{
-{unused}  access_log off;
+{folders}  access_log off;
   keepalive_requests 1000000000;
   keepalive_timeout 600s;
 {http}
