@@ -31,7 +31,7 @@ PLANS = {
 }
 HELP = {
     "full": "5 rounds of 3 s, 5 million users, as many idle connections as descriptors allow:"
-    " about 25 minutes on two quiet cores",
+    " about 25 minutes on two quiet cores, and 10 GB below TMPDIR",
     "quick": "3 rounds of 1 s, a million users, 4,000 idle connections: about 8 minutes; the"
     " default",
     "smoke": "2 rounds of 1 s, all of it small: shows that each scene works, and nothing else",
