@@ -142,6 +142,7 @@ def start_nginx(site: Site, name: str = "nginx", buffers: str = "") -> Server:
     keepalive 256;
     keepalive_requests 1000000000;
   }}
+  access_log {site.stage.folder}/{name}-{port}-access.log;
   server {{
     listen 127.0.0.1:{port} backlog=1024;
     location / {{

@@ -364,8 +364,8 @@ Search, export and tables of several sizes are with the system's PostgreSQL wher
 since the embedded one, which serves all else, has no pg_trgm.
 
 Each has {made.cpus} processes and {POOL_SIZE} database connections in each, where no other number
-is told. Gatehouse writes its access log, as it does by default, to a file; the others write none.
-Gatehouse runs with `WORKERS={made.cpus}`, and all else as it is by default.
+is told. Gatehouse and nginx write their access logs, as they do by default, to a file; the others
+write none. Gatehouse runs with `WORKERS={made.cpus}`, and all else as it is by default.
 
 {made_of}
 

@@ -331,8 +331,7 @@ pid {folder}/{name}-{port}.pid;
 error_log stderr warn;
 events {{ worker_connections {site.connections}; }}
 http {{
-{folders}  access_log off;
-  keepalive_requests 1000000000;
+{folders}  keepalive_requests 1000000000;
   keepalive_timeout 600s;
 {http}
 }}
@@ -351,6 +350,7 @@ def upstream(stage: Stage) -> Server:
     http = f"""
   sendfile on;
   tcp_nopush on;
+  access_log off;
   default_type text/plain;
   server {{
     listen 127.0.0.1:{port} backlog=1024;
