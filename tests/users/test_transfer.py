@@ -68,6 +68,14 @@ def test_a_spreadsheet_is_imported_and_found(service: Service) -> None:
     assert service.call("GET", f"/users/{lines[1]['id']}").json()["metadata"] == {}
 
 
+def test_users_are_listed_in_the_order_of_the_file(alone: Service) -> None:
+    names = [f"User {number:04}" for number in range(1200)]
+    body = "name,email\n" + "".join(f"{name},u{name[5:]}@example.com\n" for name in names)
+    told(send(alone, body))
+    rows = csv.DictReader(io.StringIO(export(alone, CSV).body.decode()))
+    assert [row["name"] for row in rows] == names
+
+
 def test_lines_of_json_are_imported(service: Service) -> None:
     known, email = str(uuid.uuid4()), new_email()
     rows = [{"email": new_email(), "name": "Ann"}, {"id": known, "email": email, "name": "Bob"}]

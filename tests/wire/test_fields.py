@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -76,6 +77,29 @@ def test_a_new_id_is_a_uuid_that_begins_with_the_time() -> None:
         assert str(one) == text
         assert one.version == 7 and one.variant == uuid.RFC_4122
         assert before <= one.int >> 80 <= after
+    assert ids == sorted(ids)
+
+
+def test_a_new_id_comes_after_the_last_one_though_the_clock_is_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = new_id()
+    an_hour_ago = time.time_ns() - 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: an_hour_ago)
+    ids = [first, *(new_id() for _ in range(500))]
+    assert ids == sorted(ids) and len(set(ids)) == len(ids)
+    monkeypatch.undo()
+    assert new_id() > ids[-1]
+
+
+def test_threads_never_make_the_same_id_nor_an_older_one() -> None:
+    def make(_: int) -> list[str]:
+        return [new_id() for _ in range(2000)]
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(make, range(8)))
+    assert all(ids == sorted(ids) for ids in made)
+    assert len({one[:18] for ids in made for one in ids}) == 16000  # before what is random
 
 
 @pytest.mark.parametrize("given", ["a", "0123-abc", "Root=1-5759", "a" * 128, "/+~:@._="])
