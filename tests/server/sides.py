@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import types
+from collections.abc import Callable
 from typing import Any
 
 from problems import Problem, UpstreamBusy
@@ -273,3 +274,24 @@ class World:
         held = [one for one in self.connections if one.exchange is self.client.exchange]
         assert len(held) <= 1
         return held[0] if held else None
+
+
+def client_ends(world: World) -> None:
+    world.client.ended_reading = True
+    world.client.exchange.client_ended()
+
+
+def of_the_upstream(event: Callable[[World], None]) -> Callable[[World], None]:
+    """An event of a connection comes only to the exchange, or the tunnel, that has one."""
+
+    def happen(world: World) -> None:
+        if world.connection is not None:
+            event(world)
+
+    return happen
+
+
+def upstream_ends(world: World) -> None:
+    assert world.connection is not None
+    world.connection.ended_reading = True
+    world.client.exchange.upstream_ended()

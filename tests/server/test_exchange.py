@@ -10,7 +10,7 @@ from problems import UpstreamTimeout, UpstreamUnreachable
 from server.exchange import GATHERED_BYTES, KEEP_ALIVE, Patience, State
 from server.stream import HIGH_WATER
 from tests.harness import chunked, message
-from tests.server.sides import PATIENCE, World
+from tests.server.sides import PATIENCE, World, client_ends, of_the_upstream, upstream_ends
 
 OK = b"HTTP/1.1 200 OK"
 SWITCHES = message(b"HTTP/1.1 101 Switching Protocols", b"Upgrade: websocket")
@@ -70,27 +70,6 @@ def ended() -> World:
 def body(world: World) -> None:
     if world.exchange.wants_body:
         world.exchange.from_client(b"l")
-
-
-def client_ends(world: World) -> None:
-    world.client.ended_reading = True
-    world.exchange.client_ended()
-
-
-def of_the_upstream(event: Callable[[World], None]) -> Callable[[World], None]:
-    """An event of a connection comes only to the exchange that has one."""
-
-    def happen(world: World) -> None:
-        if world.connection is not None:
-            event(world)
-
-    return happen
-
-
-def upstream_ends(world: World) -> None:
-    assert world.connection is not None
-    world.connection.ended_reading = True
-    world.exchange.upstream_ended()
 
 
 EVENTS: dict[str, Callable[[World], None]] = {

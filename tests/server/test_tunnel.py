@@ -9,7 +9,7 @@ import pytest
 from server.stream import HIGH_WATER
 from server.tunnel import State
 from tests.harness import message
-from tests.server.sides import World
+from tests.server.sides import World, client_ends, of_the_upstream, upstream_ends
 
 SWITCHES = message(b"HTTP/1.1 101 Switching Protocols", b"Upgrade: websocket")
 UPGRADE = (b"Connection: upgrade", b"Upgrade: websocket")
@@ -35,27 +35,6 @@ def ended() -> World:
     world = tunnelling()
     world.client.settle()
     return world
-
-
-def client_ends(world: World) -> None:
-    world.client.ended_reading = True
-    world.tunnel.client_ended()
-
-
-def of_the_upstream(event: Callable[[World], None]) -> Callable[[World], None]:
-    """An event of a connection comes only to the tunnel that has one."""
-
-    def happen(world: World) -> None:
-        if world.connection is not None:
-            event(world)
-
-    return happen
-
-
-def upstream_ends(world: World) -> None:
-    assert world.connection is not None
-    world.connection.ended_reading = True
-    world.tunnel.upstream_ended()
 
 
 EVENTS: dict[str, Callable[[World], object]] = {
