@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.harness import (
@@ -507,6 +508,55 @@ def test_bytes_after_an_answer_never_reach_the_next_caller(
             assert (reply.status, reply.body, reply.get("X-Poison")) == (200, b"clean", None)
     # More of it may be on its way: the connection is as little to be trusted as the bytes.
     assert upstream.seen[1].connection != upstream.seen[0].connection
+
+
+# So large that Gatehouse reads exactly the answer at once; and that it is moved by the kernel.
+READ_AT_ONCE = 65536 - len(message(b"HTTP/1.1 200 OK", b"Content-Length: 12345"))
+
+
+@pytest.mark.parametrize("size", [READ_AT_ONCE, 300_000, 3_000_000])
+def test_bytes_after_a_large_answer_never_reach_the_request_behind_it(
+    service: Service, upstream: ScriptedUpstream, size: int
+) -> None:
+    """What follows such an answer was not read with it, so the connection was kept, given to the
+    request that waited behind this one, and answered that."""
+    length = message(b"HTTP/1.1 200 OK", b"Content-Length: %d" % size)
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        clean = message(b"HTTP/1.1 200 OK", b"Content-Length: 5", body=b"clean")
+        sock.sendall(length + b"x" * size + POISON if seen.target == b"/large" else clean)
+
+    upstream.script(answer)
+    with service.client() as client:
+        client.send(request(b"GET /large HTTP/1.1") + request(b"GET /next HTTP/1.1"))
+        assert client.reply().body == b"x" * size
+        assert client.reply().body == b"clean"
+    assert upstream.seen[0].connection != upstream.seen[1].connection
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"408 Request Timeout"])
+def test_an_answer_to_nothing_that_comes_with_a_request_is_not_the_answer_to_that(
+    start: Callable[..., Service], status: bytes
+) -> None:
+    """Some servers say 408 before they close an idle connection. Where that came in the same turn
+    of the loop as a request, it was given to that client."""
+    upstream = ScriptedUpstream()
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=1)
+    process = psutil.Process(service.process.pid)
+    with service.client() as client:
+        client.send(request(b"GET /first HTTP/1.1"))
+        assert client.reply().body == b"ok"
+        processes = [process, *process.children(recursive=True)]
+        for one in processes:
+            one.suspend()
+        client.send(request(b"GET /second HTTP/1.1"))
+        [idle] = upstream.open
+        idle.sendall(message(b"HTTP/1.1 " + status, b"Content-Length: 6", body=b"poison"))
+        for one in processes:
+            one.resume()
+        assert client.reply().body == b"ok"
+    assert [seen.connection for seen in upstream.seen] == [0, 1]
+    upstream.close()
 
 
 def test_each_of_many_callers_gets_the_answer_to_its_own_request(
