@@ -138,6 +138,8 @@ class Head:
     def _connection(self) -> None:
         options = self.values.get("connection")
         named = [option.lower() for option in listed(options)] if options else []
+        if self.method == "CONNECT":
+            return  # A client that does not wait for the answer sends what is meant for its tunnel.
         if self.version == "1.1":
             self.persistent = "close" not in named
         else:

@@ -189,6 +189,20 @@ def test_connect_is_405(service: Service, upstream: ScriptedUpstream, target: by
     assert upstream.seen == []
 
 
+@pytest.mark.parametrize("target", [b"other.example:443", b"/a", b"/users", b"/health/live"])
+def test_what_follows_a_connect_is_no_request(
+    service: Service, upstream: ScriptedUpstream, target: bytes
+) -> None:
+    """A client that does not wait for its tunnel sends what others may have given it to send."""
+    upstream.script(ok)
+    with service.client() as client:
+        client.send(request(b"CONNECT %s HTTP/1.1" % target) + request(b"GET /b HTTP/1.1"))
+        reply = client.reply()
+        problem(reply, 405, "method-not-allowed")
+        assert reply.get("Connection") == "close" and client.closed()
+    assert upstream.seen == []
+
+
 @pytest.mark.parametrize(
     "line",
     [
