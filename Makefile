@@ -4,9 +4,10 @@ INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 APPLICATIONS := .venv-applications
 OPENAPI := .venv-openapi
+SMUGGLING := .venv-smuggling
 SOURCES := *.py services postgres server wire migrations
 
-.PHONY: run test bench bench-full faults faults-cluster fuzz install check audit applications applications-light openapi
+.PHONY: run test bench bench-full faults faults-cluster fuzz smuggling install check audit applications applications-light openapi
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
@@ -41,6 +42,16 @@ faults-cluster: $(DEVELOPED)
 # A quarter of an hour.
 fuzz: $(DEVELOPED)
 	FUZZ_CASES=200000 $(BIN)/python -m pytest tests/proxy/test_fuzz.py
+
+# Other servers behind Gatehouse and in front of it. Needs Debian's packages nginx, caddy, haproxy, nodejs
+# and golang-go; a quarter of an hour.
+smuggling: $(DEVELOPED) $(SMUGGLING)/.installed
+	SMUGGLING_CASES=5000 $(BIN)/python -m pytest tests/smuggling tests/proxy/test_smuggling.py
+
+$(SMUGGLING)/.installed: tests/smuggling/requirements.txt
+	$(PYTHON) -m venv $(SMUGGLING)
+	$(SMUGGLING)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 # What production needs, and nothing else; the other targets add what they need themselves.
 install: $(INSTALLED)
