@@ -34,8 +34,9 @@ PIPE_BYTES = 1 << 20
 READ, WRITE, BROKEN = 1, 4, 8 | 16  # EPOLLIN, EPOLLOUT, EPOLLERR | EPOLLHUP
 LEAVING = getattr(select, "EPOLLRDHUP", 0)
 # What is watched for where nothing but BROKEN is of interest: epoll tells of that whatever it is
-# asked for, but it has to be asked for something.
-BROKEN_ONLY = getattr(select, "EPOLLPRI", 0)
+# asked for, but it has to be asked for something. No socket is ever EPOLLMSG; one that has urgent
+# data, which any client can send, is EPOLLPRI at every turn.
+BROKEN_ONLY = getattr(select, "EPOLLMSG", 0)
 
 
 class Watched(Protocol):

@@ -181,6 +181,22 @@ def test_an_end_behind_bytes_that_are_not_read_is_told_of_once_and_is_read_in_it
     assert stream.data == b"hello"
 
 
+def test_urgent_data_before_an_end_does_not_spin(loop: Loop, connect: Callable[..., Pair]) -> None:
+    """A client that sent one urgent byte behind what was not read, and ended, had the loop turn as
+    fast as it could until somebody read on."""
+    stream, far = connect(LEAVING)
+    stream.pause()
+    far.sendall(b"abc")
+    far.send(b"!", socket.MSG_OOB)
+    far.shutdown(socket.SHUT_WR)
+    turn(loop, lambda: stream.told == ["leaving"])
+    quiet(loop, stream)
+    stream.resume()
+    turn(loop, lambda: "ended" in stream.told)
+    assert stream.data == b"abc"
+    quiet(loop, stream)
+
+
 def test_a_reset_is_told_of_at_every_stage(loop: Loop, connect: Callable[..., Pair]) -> None:
     for paused in (False, True):
         for ended in (False, True):

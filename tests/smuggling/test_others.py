@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from collections import Counter
@@ -62,14 +63,14 @@ class Program:
         with socket.socket() as sock:
             return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def close(self) -> None:
-        self.process.terminate()
+    def close(self, how: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(how)
         self.process.wait(30)
         self._output.close()
 
     def lines(self, name: str = "output") -> list[Any]:
         text = (self.folder / name).read_text(errors="replace")
-        return [json.loads(line) for line in text.splitlines() if line[:1] in "[{"]
+        return [json.loads(line) for line in text.split("\n") if line.startswith(("[", "{"))]
 
 
 def go(folder: Path, port: int) -> list[Any]:
@@ -147,13 +148,16 @@ def made(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         program.close()
 
 
-def through(made: Callable[..., Program], file: str, *command: Any) -> tuple[Logged, Program]:
-    """What Gatehouse has logged of all that was sent to a server in front of it, which has ended."""
+def through(
+    made: Callable[..., Program], how: signal.Signals, file: str, *command: Any
+) -> tuple[Logged, Program]:
+    """What Gatehouse has logged of all that was sent to a server in front of it, which has ended:
+    `how` lets it write its last lines."""
     upstream = ScriptedUpstream(say_which)
     with Service(UPSTREAM_URL=upstream.url, TRUSTED_PROXIES="127.0.0.1", WORKERS=2) as service:
         front = made(file, service.port, *command)
         held = hold(front.port)
-        front.close()
+        front.close(how)
         assert service.stop() == 0
         log = logged(service)
     check_seen(sights(upstream), log, {})
@@ -168,21 +172,25 @@ def understood(log: Logged) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_gatehouse_sees_what_nginx_saw(made: Callable[..., Program]) -> None:
-    log, front = through(made, "nginx.conf", "nginx", "-e", "stderr", "-g", "daemon off;", "-c")
+    log, front = through(
+        made, signal.SIGQUIT, "nginx.conf", "nginx", "-e", "stderr", "-g", "daemon off;", "-c"
+    )
     asked = {identity: method for identity, method, *_ in front.lines("requests")}
     for identity, line in understood(log):
         assert asked.get(identity) == line["method"], line
 
 
 def test_gatehouse_sees_what_haproxy_saw(made: Callable[..., Program]) -> None:
-    log, front = through(made, "haproxy.cfg", "haproxy", "-db", "-f")
+    log, front = through(made, signal.SIGUSR1, "haproxy.cfg", "haproxy", "-db", "-f")
     asked = {identity: method for identity, method, *_ in front.lines()}
     for identity, line in understood(log):
         assert asked.get(identity) == line["method"], line
 
 
 def test_gatehouse_sees_what_caddy_saw(made: Callable[..., Program]) -> None:
-    log, front = through(made, "Caddyfile", "caddy", "run", "--adapter", "caddyfile", "--config")
+    log, front = through(
+        made, signal.SIGTERM, "Caddyfile", "caddy", "run", "--adapter", "caddyfile", "--config"
+    )
 
     def told(method: str, target: str) -> tuple[str, str]:
         # Caddy encodes what is beyond ASCII, and has other signs for it in its log.
