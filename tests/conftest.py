@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.harness import Databases, ScriptedUpstream, Service
+
+# How long one example takes says nothing on a machine that does other things too.
+hypothesis.settings.register_profile("gatehouse", deadline=None)
+hypothesis.settings.load_profile("gatehouse")
 
 BESIDE = pytest.StashKey[Future[None]]()
 
