@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import re
 import time
 from email.utils import formatdate
 from functools import lru_cache
@@ -33,6 +34,7 @@ READER_SECONDS, READER_LOOK_SECONDS = 60.0, 15.0
 # comes so often: closing a socket with unread bytes resets it, which may destroy the answer
 # before the client has read it (RFC 9112 section 9.6).
 LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 2.0
+EMPTY_LINES = re.compile(rb"\A(?:\r?\n)++")
 # What a client may send ahead of the answer that it waits for.
 AHEAD_BYTES = 65536
 
@@ -212,10 +214,12 @@ class Client(Stream):
     def _read_head(self) -> bool:
         """Begin the next request; False where its head is not whole yet."""
         data = self._ahead
-        if not self._scanned:
-            # Empty lines before a request are ignored (RFC 9112 section 2.2).
-            data = data.lstrip(b"\r\n") if data[0] in b"\r\n" else data
-        if not self._began and data:
+        if data[0] in b"\r\n":
+            # Empty lines before a request are ignored, but no CR alone (RFC 9112 section 2.2).
+            data, self._scanned = EMPTY_LINES.sub(b"", data), 0
+        if not data:
+            self._began = 0.0
+        elif not self._began:
             self._began, self._received = self.loop.now, len(data)
         problem: Problem | None = None
         end = -1

@@ -710,6 +710,30 @@ def test_blank_lines_before_a_request_are_ignored(
         assert client.reply().status == 200
 
 
+def test_a_blank_line_may_arrive_in_two_pieces(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    with service.client() as client:
+        for piece in (b"\r", b"\n\r", b"\n" + request(b"GET /1 HTTP/1.1")):
+            client.send(piece)
+            assert service.call("GET", "/health/live").status == 200  # it has been read
+        assert client.reply().status == 200
+    assert [seen.target for seen in upstream.seen] == [b"/1"]
+
+
+@pytest.mark.parametrize("before", [b"\r", b"\r\r", b"\r\n\r", b"\n\r\r\n"])
+def test_a_carriage_return_alone_before_a_request_is_no_blank_line(
+    service: Service, upstream: ScriptedUpstream, before: bytes
+) -> None:
+    upstream.script(ok)
+    with service.client() as client:
+        client.send(before + request(b"GET /1 HTTP/1.1"))
+        problem(client.reply(), 400, "bad-request")
+        assert client.closed()
+    assert upstream.seen == []
+
+
 def test_an_http_1_0_request_is_forwarded_as_http_1_1(
     service: Service, upstream: ScriptedUpstream
 ) -> None:
