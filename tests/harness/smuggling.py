@@ -17,7 +17,7 @@ from typing import Any
 
 import h11
 
-from tests.harness.client import RawClient, chunked, message
+from tests.harness.client import RawClient, Reply, chunked, message
 from tests.harness.service import Service
 from tests.harness.upstream import ScriptedUpstream, Seen
 
@@ -315,11 +315,9 @@ PIECES = [
 ]
 
 
-def changed(seed: int) -> tuple[str, bytes]:
-    """A case with some of its bytes changed, the same for the same seed."""
-    chance = random.Random(seed)
-    name, data = chance.choice(odd())
-    for _ in range(chance.randint(1, 4)):
+def mutated(data: bytes, chance: random.Random, times: int) -> bytes:
+    """A message with some of its bytes changed."""
+    for _ in range(times):
         # Most changes are in the head, where most is decided.
         reach = len(data) if chance.random() < 0.4 else data.find(b"\r\n\r\n") + 4
         at = chance.randrange(max(1, reach))
@@ -332,7 +330,73 @@ def changed(seed: int) -> tuple[str, bytes]:
                 data = data[:at] + bytes((chance.randrange(256),)) + data[at + 1 :]
             case _:
                 data = data[: at + chance.randint(1, 30)] + data[at:]
+    return data
+
+
+def changed(seed: int) -> tuple[str, bytes]:
+    """A case with some of its bytes changed, the same for the same seed."""
+    chance = random.Random(seed)
+    name, data = chance.choice(odd())
+    data = mutated(data, chance, chance.randint(1, 4))
     return f"{name}, changed by {seed}", surrounded(500_000 + seed, data)
+
+
+POISON = message(b"HTTP/1.1 200 OK", b"X-Poison: 1", b"Content-Length: 6", body=b"poison")
+OK = b"HTTP/1.1 200 OK"
+TWO = b"Content-Length: 2"
+# Answers that two readers may end at different places, or take for a different number of them.
+ANSWERS = [
+    message(OK, TWO, body=b"ok"),
+    message(OK, CHUNKED, body=chunked(b"ok")),
+    message(OK, body=b"ok"),
+    message(OK, CHUNKED, b"Content-Length: 3", body=chunked(b"ok")),
+    message(OK, b"Content-Length: 0", CHUNKED, body=chunked(b"ok")),
+    message(OK, CHUNKED, b"Content-Length: x", body=chunked(b"ok")),
+    message(OK, TWO, TWO, body=b"ok"),
+    message(OK, b"Content-Length: 0", TWO, body=b"ok"),
+    message(OK, b"Content-Length: 2, 2", body=b"ok"),
+    message(OK, b"Content-Length: 02", body=b"ok"),
+    message(OK, b"Content-Length: +2", body=b"ok"),
+    message(OK, b"Content-Length : 2", body=b"ok"),
+    message(OK, b"Content-Length:\r\n 2", body=b"ok"),
+    message(OK, b"Content_Length: 200", TWO, body=b"ok"),
+    message(OK, b"Transfer_Encoding: chunked", TWO, body=b"ok"),
+    message(OK, b"Transfer-Encoding : chunked", body=chunked(b"ok")),
+    message(OK, b"Transfer-Encoding:\r\n chunked", body=chunked(b"ok")),
+    message(OK, b"Transfer-Encoding: xchunked", body=chunked(b"ok")),
+    message(OK, b"Transfer-Encoding: gzip, chunked", body=chunked(b"ok")),
+    message(OK, CHUNKED, CHUNKED, body=chunked(b"ok")),
+    message(OK, b"X: a\nContent-Length: 0", TWO, body=b"ok"),
+    message(OK, b"X: a\rContent-Length: 0", TWO, body=b"ok"),
+    message(OK, b"X: a\x00b", TWO, body=b"ok"),
+    message(OK, b"Connection: content-length", TWO, body=b"ok"),
+    message(OK, CHUNKED, body=b"2  \r\nok\r\n0\r\n\r\n"),
+    message(OK, CHUNKED, body=b"2\nok\n0\n\n"),
+    message(OK, CHUNKED, body=b"2\r\nokXX0\r\n\r\n"),
+    message(OK, CHUNKED, body=b"-2\r\nok\r\n0\r\n\r\n"),
+    message(OK, CHUNKED, body=b"10000000000000002\r\nok\r\n0\r\n\r\n"),
+    message(b"HTTP/1.0 200 OK", CHUNKED, body=chunked(b"ok")),
+    message(b"HTTP/1.0 200 OK", b"Connection: keep-alive", TWO, body=b"ok"),
+    message(b"HTTP/1.1 100 Continue") * 5 + message(OK, TWO, body=b"ok"),
+    message(b"HTTP/1.1 103 Early Hints", b"Link: </a>") * 3 + message(OK, TWO, body=b"ok"),
+    message(b"HTTP/1.1 103 Early Hints", b"Content-Length: 19") + message(OK, TWO, body=b"ok"),
+    message(b"HTTP/1.1 102 Processing", CHUNKED) + message(OK, TWO, body=b"ok"),
+    message(b"HTTP/1.1 101 Switching Protocols", b"Upgrade: websocket", b"Connection: upgrade"),
+    message(b"HTTP/1.1 204 No Content", b"Content-Length: 6", body=b"poison"),
+    message(b"HTTP/1.1 204 No Content", CHUNKED, body=chunked(b"poison")),
+    message(b"HTTP/1.1 304 Not Modified", b"Content-Length: 6", body=b"poison"),
+    message(b"HTTP/1.1 205 Reset Content", b"Content-Length: 0"),
+    message(b"HTTP/1.1 2000 OK", TWO, body=b"ok"),
+    message(b"HTTP/2 200 OK", TWO, body=b"ok"),
+]
+
+
+def changed_answer(seed: int) -> tuple[bytes, bool]:
+    """An answer with some of its bytes changed, and perhaps another behind it; and whether the
+    connection is ended after it."""
+    chance = random.Random(seed)
+    data = mutated(chance.choice(ANSWERS), chance, chance.randrange(4))
+    return data + chance.choice([b"", POISON]), chance.random() < 0.6
 
 
 def converse(port: int, data: bytes, seconds: float) -> bytes:
@@ -441,6 +505,20 @@ REQUEST_ID = re.compile(rb"\r\nX-Request-Id: ([^\r]*)\r\n", re.IGNORECASE)
 REFUSED = (400, 505)
 
 
+def answers(received: bytes, log: Logged, story: str) -> Iterator[tuple[dict[str, Any], Reply]]:
+    """The answers that a client has read, each with the line that the log has of it."""
+    recorded = Recorded(received)
+    while recorded.buffer:
+        identity = REQUEST_ID.search(recorded.buffer)
+        assert identity is not None, story
+        line = log.get(identity[1].decode())
+        assert line is not None, story
+        reply = recorded.reply(line["method"])
+        assert reply.status == line["status"], story
+        assert reply.get("X-Request-Id") == line["request_id"], story
+        yield line, reply
+
+
 def check_answers(held: Iterable[tuple[str, bytes, bytes]], log: Logged) -> dict[str, int]:
     """What clients have read: whole answers, in their order, each to a request that the log has;
     where the upstream made it, to that one: it answers with the id that it was asked by. And these
@@ -450,22 +528,15 @@ def check_answers(held: Iterable[tuple[str, bytes, bytes]], log: Logged) -> dict
     for name, data, received in held:
         story = f"{name}\n{data!r}\n{received!r}"
         found, refused = read_by_h11(data)
-        recorded = Recorded(received)
         number = 0
-        while recorded.buffer:
-            identity = REQUEST_ID.search(recorded.buffer)
-            assert identity is not None, story
-            line = log.get(identity[1].decode())
-            assert line is not None, story
-            reply = recorded.reply(line["method"])
-            assert reply.complete and reply.status == line["status"], story
-            assert reply.get("X-Request-Id") == line["request_id"], story
+        for line, reply in answers(received, log, story):
+            assert reply.complete, story
             owned = re.match("(http://[^/]*)?/(users|health)", line["target"])
             assert reply.status < 500 or reply.status == 505 or owned, story
             # Some servers answer `OPTIONS *` for themselves.
             own = owned or line["target"] == "*" or line["method"] == "HEAD"
             if reply.status == 200 and not own:
-                assert reply.body == identity[1], story
+                assert reply.body == line["request_id"].encode(), story
             if reply.status in REFUSED and reply.get("Content-Type") == "application/problem+json":
                 continue  # by Gatehouse, whatever it said
             if number < len(found):
