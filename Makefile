@@ -39,7 +39,7 @@ faults-cluster: $(DEVELOPED)
 	$(BIN)/python bench/cluster.py --failovers 6 --through pgbouncer
 	$(BIN)/python bench/cluster.py --failovers 6 --asynchronous
 
-# A quarter of an hour.
+# A quarter of an hour, on a machine that does nothing else.
 fuzz: $(DEVELOPED)
 	FUZZ_CASES=200000 $(BIN)/python -m pytest tests/proxy/test_fuzz.py
 

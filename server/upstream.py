@@ -367,11 +367,23 @@ class Connector(HTTPAdapter):
         except (HTTPError, OSError, ValueError) as error:
             raise UpstreamUnreachable from error
         sock, connection.sock = connection.sock, None
+        if is_to_itself(sock):
+            sock.close()
+            raise UpstreamUnreachable from ConnectionRefusedError(errno.ECONNREFUSED, "refused")
         if isinstance(sock, ssl.SSLSocket):
             # An end of file without TLS's own would pass for the end of the body.
             sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         sock.setblocking(False)
         return sock
+
+
+def is_to_itself(sock: Any) -> bool:
+    """Whether a socket is connected to itself: the kernel may give this end of a connection the
+    very port that it knocks on, where nobody listens, and the application could not come back."""
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:
+        return False  # The other end has gone already, which whoever sends something finds out.
 
 
 def was_refused(problem: Problem) -> bool:

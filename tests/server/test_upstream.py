@@ -299,3 +299,15 @@ def test_no_more_are_with_the_upstream_than_may_be_and_the_log_says_so_once(
     place.upstream.leave()
     place.upstream.enter()
     assert place.upstream.in_flight == 2
+
+
+def test_a_connection_that_is_made_to_itself_is_a_refused_one() -> None:
+    """Where the upstream's port is one that outgoing connections are given, and nobody listens: one
+    knock in 28,000 was answered by itself, with the request for an answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    connector = Connector(f"http://127.0.0.1:{port}")
+    connector._pool.conn_kw["source_address"] = ("127.0.0.1", port)
+    with pytest.raises(UpstreamUnreachable) as caught:
+        connector.connect(5.0)
+    assert was_refused(caught.value)
