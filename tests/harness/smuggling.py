@@ -402,6 +402,9 @@ def changed_answer(seed: int) -> tuple[bytes, bool]:
 def converse(port: int, data: bytes, seconds: float) -> bytes:
     """Send `data` and read all that comes. One who waits for more of a body is told that there is
     none, after `seconds` of silence. AssertionError where the connection is not ended then."""
+    found, refused = read_by_h11(data)
+    if not refused and not any(size < 0 for *_, size in found):
+        seconds = 10  # Nobody waits for anything more of this one.
     received = b""
     with RawClient(port, seconds) as client, contextlib.suppress(ConnectionError):
         client.send(data)
@@ -420,10 +423,10 @@ def converse(port: int, data: bytes, seconds: float) -> bytes:
 
 
 def converse_all(
-    port: int, conversations: Iterable[tuple[str, bytes]], seconds: float = 0.05
+    port: int, conversations: Iterable[tuple[str, bytes]], seconds: float = 0.5
 ) -> list[tuple[str, bytes, bytes]]:
     """Hold them several at a time; each one's name, what was sent and what came."""
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         held = [
             (name, data, pool.submit(converse, port, data, seconds)) for name, data in conversations
         ]
