@@ -367,6 +367,7 @@ class Server:
         self._draining = self.closing = True
         now = self.loop.now
         self._deadline = now + self.options.shutdown_timeout
+        Timer(self.loop).set(self._deadline)  # Else the loop might sleep a second longer.
         # Also whose answer had begun before, and did not say that the connection ends with it.
         self.keepalive = min(self.keepalive, IDLE_SECONDS)
         if self.alone:

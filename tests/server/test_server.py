@@ -60,11 +60,17 @@ class Rules:
 class Running:
     """A worker in a thread of the test's own process."""
 
-    def __init__(self, upstream: ScriptedUpstream) -> None:
+    def __init__(self, upstream: ScriptedUpstream, shutdown_timeout: float = 30.0) -> None:
         self.rules = Rules()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        options = Options(upstream.url, {"bulk": 1}, Patience(10.0, 10.0, 0.0, 0.0), access_log=False)  # fmt: skip
+        options = Options(
+            upstream.url,
+            {"bulk": 1},
+            Patience(10.0, 10.0, 0.0, 0.0),
+            access_log=False,
+            shutdown_timeout=shutdown_timeout,
+        )
         self.server = Server(self.rules, self.listener, options)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
@@ -252,3 +258,22 @@ def test_an_exception_of_every_kind_of_call_is_survived(
         client.send(request())
         assert client.reply().body == b"ok"
     assert caplog.text.count("as it never should") >= 2
+
+
+def test_a_worker_that_stops_does_not_sleep_past_the_shutdown_timeout(
+    upstream: ScriptedUpstream,
+) -> None:
+    """It looked at the time only when something else woke it, which is once a second."""
+    upstream.script(
+        lambda sock, seen: sock.sendall(message(b"HTTP/1.1 200 OK", b"Content-Length: 9"))
+    )
+    with (
+        Running(upstream, shutdown_timeout=2.3).start() as running,
+        RawClient(running.port) as client,
+    ):
+        client.send(request())
+        client.head()
+        stopped = time.monotonic()
+        running.server.stop()
+        running.thread.join(10)
+        assert 2.3 <= time.monotonic() - stopped < 2.7
