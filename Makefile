@@ -44,7 +44,7 @@ fuzz: $(DEVELOPED)
 	FUZZ_CASES=200000 $(BIN)/python -m pytest tests/proxy/test_fuzz.py
 
 # Other servers behind Gatehouse and in front of it. Needs Debian's packages nginx, caddy, haproxy, nodejs
-# and golang-go; a quarter of an hour.
+# and golang-go; some minutes.
 smuggling: $(DEVELOPED) $(SMUGGLING)/.installed
 	SMUGGLING_CASES=5000 $(BIN)/python -m pytest tests/smuggling tests/proxy/test_smuggling.py
 
