@@ -383,7 +383,8 @@ class Exchange:
                 self._begin_answer(answer, status, head)
             elif answer.status == 100:
                 self.client.ask_for_body()
-            elif answer.status == 103:
+            elif answer.status == 103 and not self.client.queued:
+                # Who does not keep up does without hints, or they would pile up here.
                 self.client.interim(status, self._rules.interim_lines(answer))
         if self.state is State.ASKING and self.body is not None and not self.body.complete:
             self._asked()  # After a 100 it is the client's turn.

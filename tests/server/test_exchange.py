@@ -275,6 +275,17 @@ def test_interim_answers_are_skipped_but_for_early_hints() -> None:
     for status in (b"100 Continue", b"102 Processing", b"103 Early Hints", b"199 What"):
         world.exchange.from_upstream(message(b"HTTP/1.1 " + status))
     assert world.client.told == [("interim", "103 Early Hints")]
+
+
+def test_a_client_that_does_not_keep_up_does_without_hints() -> None:
+    world = asking()
+    hints = message(b"HTTP/1.1 103 Early Hints", b"Link: </a.css>; rel=preload")
+    world.client.queued = 1
+    world.exchange.from_upstream(hints * 1000)
+    assert world.client.told == []
+    world.client.queued = 0
+    world.exchange.from_upstream(hints)
+    assert world.client.told == [("interim", "103 Early Hints")]
     world.exchange.from_upstream(message(OK, b"Content-Length: 0"))
     assert ("begin", "200 OK", 0, False) in world.client.told
 
