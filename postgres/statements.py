@@ -102,8 +102,9 @@ PROBLEMS: dict[str, type[Problem]] = {
     "XX": DatabaseUnavailable,  # internal error
 }
 # Errors that a function in the server raises for an operator's rule, whatever their SQLSTATE: a
-# trigger's RAISE, and row-level security, which has that of a missing permission.
-RULES = frozenset({"exec_stmt_raise", "exec_stmt_assert", "ExecWithCheckOptions"})
+# trigger's RAISE, row-level security, which has that of a missing permission, and CREATE RULE,
+# which has that of a missing feature.
+RULES = frozenset({"exec_stmt_raise", "exec_stmt_assert", "ExecWithCheckOptions", "RewriteQuery"})
 # Another row refers to the one that is deleted: NO ACTION, and RESTRICT since PostgreSQL 18.
 REFERRED_TO = frozenset({"23503", "23001"})
 

@@ -226,9 +226,16 @@ def _read_csv(lines: Lines) -> Iterator[Row]:
         except StopIteration:
             return
         except (Refused, csv.Error) as error:
-            text = str(error) if isinstance(error, Refused) else f"The row is not CSV: {error}."
+            text = str(error)
+            if not isinstance(error, Refused):
+                text = f"The row is not CSV: {_csv_words(error)}."
             row.problem = BadRequest(text)
         yield row
+
+
+def _csv_words(error: Exception) -> str:
+    # Python's own words for it are about how a program opens a file.
+    return "a line must end in LF or CRLF" if "new-line" in str(error) else str(error).rstrip(".")
 
 
 def _header(reader: Iterator[list[str]]) -> list[str]:
@@ -236,7 +243,7 @@ def _header(reader: Iterator[list[str]]) -> list[str]:
     try:
         names = [name.strip() for name in next(reader, [])]
     except (Refused, csv.Error) as error:
-        raise BadRequest(f"The header line is not CSV: {error}") from None
+        raise BadRequest(f"The header line is not CSV: {_csv_words(error)}.") from None
     errors = [(one.name, "is a column that is missing") for one in FIELDS if one.required]
     errors = [error for error in errors if error[0] not in names]
     for name in dict.fromkeys(names):
@@ -416,8 +423,10 @@ def _replace(rows: list[Row]) -> None:
         if row.id not in states:
             continue
         changed, same = states[row.id]
-        if again and not changed and not same:
-            row.problem = unknown()  # somebody has changed it since the run that was lost
+        if not changed and not same:
+            if again:  # somebody has changed it since the run that was lost
+                row.problem = unknown()
+            # Else somebody was faster, or a trigger left it alone: by itself it is told which.
         elif not row.asked:
             row.outcome = "created"  # by a run whose answer was lost: nobody else knows the id
         else:

@@ -25,6 +25,8 @@ from problems import (
     InvalidUser,
     NoSuchUser,
     PreconditionFailed,
+    Problem,
+    RefusedByDatabase,
 )
 from services.merge import Merge
 from services.values import (
@@ -96,9 +98,18 @@ class Condition:
     match: tuple[str, ...] | None = None
     none_match: tuple[str, ...] | None = None
 
-    @property
-    def asks(self) -> bool:
-        return self.match is not None or self.none_match is not None
+    def why_not(self, absent: Problem | None) -> Callable[[list[Any]], Problem | None]:
+        """What is in the way of a write, from the rows of GET; `absent` where there are none."""
+
+        def told(rows: list[Any]) -> Problem | None:
+            if not rows:
+                return absent
+            _, version = rows[0]
+            no_match = self.match not in (None, ANY) and version not in (self.match or ())
+            refused = self.none_match == ANY or version in (self.none_match or ())
+            return PreconditionFailed() if no_match or refused else None
+
+        return told
 
 
 @dataclass(frozen=True)
@@ -237,6 +248,8 @@ _ROW = {User.id: given("id")} | {_column(field): REPLACED[field.name] for field 
 _EXCLUDED = {field.name: getattr(EXCLUDED, field.name) for field in FIELDS}
 
 GET = statement(User.select(JSON, _version).where(THIS))
+AT_ADDRESS = SQL(MAILBOX) == SQL(lowered("CAST(%(email)s AS text)"))
+HOLDER = statement(User.select(User.id).where(AT_ADDRESS))
 # The one conflict that is ignored is with another user's address: any other, with an index or an
 # exclusion constraint of the operator's own, is the database's refusal.
 _ADDRESS = next(index for index in User._meta.indexes if index._unique)._expressions
@@ -284,7 +297,7 @@ def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
     if after:
         query = query.where(User.id > given("after"))
     if email:
-        query = query.where(SQL(MAILBOX) == SQL(lowered("CAST(%(email)s AS text)")))
+        query = query.where(AT_ADDRESS)
     if text:
         query = query.where(NodeList((SEARCHED, SQL("LIKE lower(%(pattern)s)"))))
     return query
@@ -399,16 +412,20 @@ def insert(user_id: str, values: Mapping[str, Any]) -> Found:
     """Create a user of what `valid` gave, with an id that nobody else knows. Raises EmailTaken."""
     user = {**values, "id": user_id}
     try:
-        rows, again = database.write(CREATE, user)
+        rows, _ = _written(CREATE, user, HOLDER, _taken)
     except Lost:
         return _done_before(SAME, user)
-    if not rows and again:  # perhaps by the first run
+    if not rows:  # perhaps the work of a first run is in the way
         rows = _confirmed(SAME, user)
         if not rows and _confirmed(GET, user):  # which somebody has changed since
             raise unknown()
     if not rows:
-        raise EmailTaken
+        raise _taken(database.read(HOLDER, user)) or RefusedByDatabase()
     return Found(*rows[0])
+
+
+def _taken(holders: list[Any]) -> Problem | None:
+    return EmailTaken() if holders else None
 
 
 def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
@@ -432,21 +449,19 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
 def replace(user_id: str, values: Mapping[str, Any], condition: Condition) -> Found:
     """The same, of what `valid` gave."""
     values = {**values, "id": user_id, **_asked(condition)}
-    statement = PUT if condition.match is None else REPLACE
+    statement, absent = (PUT, None) if condition.match is None else (REPLACE, PreconditionFailed())
     try:
         try:
-            rows, again = database.write(statement, values)
+            rows, again = _written(statement, values, GET, condition.why_not(absent))
         except EmailTaken:
             # Of several that create one id at once, one may meet the winner's row by its address
             # before it meets it by its id, and PostgreSQL then takes it for another user's: 3 in
             # 1,000 of twelve at once. By now the winner is there to be met by its id.
-            rows, again = database.write(statement, values)
+            rows, again = _written(statement, values, GET, condition.why_not(absent))
     except Lost:
         return _done_before(SAME, values)
     if again:
         return _done_before(SAME, values)
-    if not rows:
-        raise PreconditionFailed
     return Found(*rows[0])
 
 
@@ -461,26 +476,21 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
     }
     update, same = _patch(frozenset(changes)) if not merged else _merge(changes, merged, values)
     try:
-        rows, again = database.write(update, values)
+        rows, _ = _written(update, values, GET, condition.why_not(NoSuchUser()))
     except Lost:
         return _done_before(same, values)
-    if not rows and again:
-        return _done_before(same, values)
-    if not rows:
-        raise _missing(user_id, condition)
-    return Found(*rows[0])
+    return Found(*rows[0]) if rows else _done_before(same, values)
 
 
 def delete(user_id: str, condition: Condition) -> None:
     """Raises NoSuchUser or PreconditionFailed."""
+    values = {"id": user_id, **_asked(condition)}
     try:
-        rows, again = database.write(DELETE, {"id": user_id} | _asked(condition))
+        rows, _ = _written(DELETE, values, GET, condition.why_not(NoSuchUser()))
     except Lost:
         raise unknown() from None
-    if not rows and again:
-        raise unknown()  # gone, but whether by the first run or before it nobody can say
     if not rows:
-        raise _missing(user_id, condition)
+        raise unknown()  # gone, but whether by the first run or before it nobody can say
 
 
 def _asked(condition: Condition) -> dict[str, Any]:
@@ -496,10 +506,32 @@ def _asked(condition: Condition) -> dict[str, Any]:
     return {"match": match, "none_match": none_match}
 
 
-def _missing(user_id: str, condition: Condition) -> Exception:
-    if condition.asks and database.read(GET, {"id": user_id}):
-        return PreconditionFailed()
-    return NoSuchUser()
+def _written(
+    statement: Statement,
+    values: Mapping[str, Any],
+    look: Statement,
+    why_not: Callable[[list[Any]], Problem | None],
+) -> tuple[list[Any], bool]:
+    """What `Database.write` gives; without rows only where it was run again.
+
+    Where the statement did nothing, raises what `why_not` says of the rows that `look` finds. Where
+    that is nothing, somebody was faster, and it is run again; or the database itself leaves the row
+    as it is: a trigger that returns NULL, or a policy. It does where the same is found before and
+    after a run, as every change makes another version.
+    """
+    before = None
+    while True:
+        rows, again = database.write(statement, values)
+        if rows or again:
+            return rows, again
+        found = database.read(look, values)
+        if problem := why_not(found):
+            raise problem
+        if found == before:
+            break
+        before = found
+    database.say("refused by the database: a trigger or a policy left the row as it was")
+    raise RefusedByDatabase
 
 
 def _done_before(same: Statement, values: Mapping[str, Any]) -> Found:

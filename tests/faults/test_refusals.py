@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg2.errorcodes
 import pytest
@@ -111,6 +113,12 @@ FORBIDDING = {
         " IF NEW.name = 'Bob' THEN INSERT INTO nowhere VALUES (1); END IF; RETURN NEW; END $$;"
         "CREATE TRIGGER t BEFORE INSERT OR UPDATE ON users FOR EACH ROW EXECUTE FUNCTION the_rule()",
     ),
+    "a trigger that leaves the row as it is": (
+        "a trigger or a policy",
+        "CREATE FUNCTION the_rule() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.name = 'Bob' THEN RETURN NULL; END IF; RETURN NEW; END $$;"
+        "CREATE TRIGGER t BEFORE INSERT OR UPDATE ON users FOR EACH ROW EXECUTE FUNCTION the_rule()",
+    ),
     "a shorter column": (
         "22001",
         "ALTER TABLE users ADD COLUMN shouted varchar(2) GENERATED ALWAYS AS"
@@ -138,6 +146,12 @@ def test_a_write_that_a_rule_of_the_operator_forbids_is_409(
     ]
     for reply in answers:
         assert_refused(reply, service, "refused-by-database", f"refused by the database: {logged}")
+    rows = [new_user("Bob"), {**user, "name": "Bob"}, new_user() | {"id": str(uuid.uuid4())}]
+    body = "\n".join(map(json.dumps, rows)).encode()
+    imported = service.call("POST", "/users", body, {"Content-Type": "application/x-ndjson"})
+    told = [json.loads(line) for line in imported.body.splitlines()]
+    assert [row.get("status") for row in told] == [409, 409, 201, None], told
+    assert {row["type"] for row in told[:2]} == {"urn:gatehouse:refused-by-database"}
     assert service.call("GET", target).json() == user
     assert service.call("GET", "/health").json()["database"]["status"] == "up"
     # Another user's address is told as before, whatever else is unique.
@@ -170,14 +184,58 @@ def test_a_user_to_whom_another_table_refers_is_in_use(
     assert service.call("DELETE", target).status == 204
 
 
-def test_a_deletion_that_a_trigger_forbids_is_refused(
-    databases: Databases, store: str, start: Start
+LEAVING = (
+    "CREATE FUNCTION the_rule() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;"
+    "CREATE TRIGGER t BEFORE DELETE ON users FOR EACH ROW EXECUTE FUNCTION the_rule()"
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "logged"),
+    [
+        (raising("P0001", "BEFORE DELETE"), "P0001, quux"),
+        (LEAVING, "a trigger or a policy left the row as it was"),
+        ("CREATE RULE the_rule AS ON DELETE TO users DO INSTEAD NOTHING", "0A000"),
+    ],
+    ids=["raises", "returns NULL", "does something else instead"],
+)
+def test_a_deletion_that_a_trigger_or_a_rule_forbids_is_refused(
+    databases: Databases, store: str, start: Start, rule: str, logged: str
 ) -> None:
-    prepare(databases, store, raising("P0001", "BEFORE DELETE"))
+    prepare(databases, store, rule)
     service = start(POSTGRES_URI=store)
-    target = f"/users/{service.call('POST', '/users', new_user()).json()['id']}"
-    reply = service.call("DELETE", target)
-    assert_refused(reply, service, "refused-by-database", "P0001, quux")
+    created = service.call("POST", "/users", new_user())
+    target = f"/users/{created.json()['id']}"
+    tag = {"If-Match": created.get("ETag") or ""}
+    for headers in ({}, tag, {"If-Match": "*"}, {"If-None-Match": '"another"'}):
+        reply = service.call("DELETE", target, headers=headers)
+        assert_refused(reply, service, "refused-by-database", f"the database: {logged}")
+    assert service.call("GET", target).json() == created.json()
+
+
+def test_writers_that_meet_are_not_taken_for_a_rule_of_the_database(
+    store: str, start: Start
+) -> None:
+    """A user that comes between a write that found none and the look for the reason why."""
+    service = start(POSTGRES_URI=store)
+    target = f"/users/{uuid.uuid4()}"
+    user = new_user()
+
+    def write(turn: int) -> tuple[str, int]:
+        method = ("PUT", "DELETE", "PATCH")[turn % 3]
+        body = {"PUT": user, "PATCH": {"name": str(turn)}}.get(method)
+        return method, service.call(method, target, body).status
+
+    with ThreadPoolExecutor(12) as crowd:
+        found = set(crowd.map(write, range(600)))
+    assert found == {
+        ("PUT", 200),
+        ("PUT", 201),
+        ("DELETE", 204),
+        ("DELETE", 404),
+        ("PATCH", 200),
+        ("PATCH", 404),
+    }
 
 
 def test_row_level_security_is_a_refusal_and_a_missing_permission_is_none(
@@ -206,6 +264,17 @@ def test_row_level_security_is_a_refusal_and_a_missing_permission_is_none(
         service.call("PATCH", target, {"name": "Bob"}),
     ):
         assert_refused(reply, service, "refused-by-database", "refused by the database: 42501")
+    # What the role may see, but not change.
+    prepare(databases, store, "DROP POLICY gone ON users")
+    prepare(databases, store, "ALTER POLICY the_rule_too ON users USING (false)")
+    left = "a trigger or a policy left the row as it was"
+    for reply in (
+        service.call("PATCH", target, {"name": "Cleo"}),
+        service.call("PUT", target, user, {"If-Match": "*"}),
+        service.call("DELETE", target),
+    ):
+        assert_refused(reply, service, "refused-by-database", left)
+    assert service.call("GET", target).json() == user
     prepare(databases, store, f"REVOKE UPDATE ON users FROM {role}")
     problem(service.call("PATCH", target, {"name": "Cleo"}), 503, "database-unavailable")
     prepare(databases, store, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
