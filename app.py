@@ -38,6 +38,7 @@ from problems import (
     Problem,
     SchemaNotMigrated,
     Unauthorized,
+    UnsupportedMediaType,
 )
 from server import workers
 from server.exchange import Patience
@@ -356,6 +357,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             asked = asked_for(path, environ["REQUEST_METHOD"], *headers)
             if asked != "page":
                 self.authorize(environ.get("HTTP_AUTHORIZATION"))
+            if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
+                raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
             if waited > self.patience and not asked:
                 raise DatabaseUnavailable("Too many requests wait for the database.")

@@ -131,7 +131,7 @@ class Asker(Protocol):
     def hang_up(self, *, reset: bool = False) -> None: ...
 
 
-class Left(Exception):
+class Left(ConnectionResetError):
     """The client has gone: nobody wants the rest of the answer."""
 
 
@@ -168,7 +168,7 @@ class Inbox(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for what arrives. Raises ConnectionResetError where the client has gone."""
+        """Wait for what arrives. Raises Left where the client has gone."""
         if not self._rest and not self._over:
             piece = self._pieces.get()
             if piece is None:
@@ -177,7 +177,7 @@ class Inbox(io.RawIOBase):
                 self._rest = piece
                 self._took(len(piece))
         if self._cut and not self._rest:
-            raise ConnectionResetError("the client has gone in the middle of its body")
+            raise Left("the client has gone in the middle of its body")
         size = min(len(buffer), len(self._rest))
         buffer[:size] = self._rest[:size]
         self._rest = self._rest[size:]

@@ -19,7 +19,7 @@ from problems import (
 from services.values import Object
 from wire.fields import ANY
 
-ALLOWED_PARAMETERS = {"", "charset=utf-8", 'charset="utf-8"'}
+UTF_8 = {"utf-8", "utf8"}
 ENTITY_TAG = re.compile(r'(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 SPACE = re.compile(r"[ \t\n\r]*")
 QUALITY = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
@@ -58,10 +58,13 @@ def _no_tags(name: str) -> str:
 
 
 def media_type(value: str | None) -> str:
-    """The media type in a Content-Type that says UTF-8 or nothing; empty for any other."""
+    """The media type in a Content-Type that says UTF-8 or nothing; empty for any other. Other
+    parameters, as CSV's `header` (RFC 4180 section 3), say nothing that matters here."""
     kind, *parameters = (value or "").lower().split(";")
-    others = {parameter.strip() for parameter in parameters} - ALLOWED_PARAMETERS
-    return "" if others else kind.strip()
+    for name, _, text in (parameter.strip().partition("=") for parameter in parameters):
+        if name == "charset" and text.strip('"') not in UTF_8:
+            return ""
+    return kind.strip()
 
 
 def preferred(accept: str | None, *offers: str) -> str:

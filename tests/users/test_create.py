@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import string
 import uuid
@@ -237,6 +239,8 @@ def test_a_refused_user_is_not_created(service: Service) -> None:
         'application/json;charset="UTF-8"',
         "APPLICATION/JSON",
         "application/json ;  Charset=Utf-8",
+        "application/json; charset=utf8",
+        "application/json; profile=user; charset=utf-8",
     ],
 )
 def test_a_json_body_is_read_however_its_type_is_spelt(service: Service, media_type: str) -> None:
@@ -263,6 +267,17 @@ def test_a_body_of_another_media_type_is_415(service: Service, media_type: str) 
     body = {"email": new_email(), "name": "Ann"}
     reply = service.call("POST", "/users", body, {"Content-Type": media_type})
     problem(reply, 415, "unsupported-media-type")
+
+
+def test_a_compressed_body_is_415_and_told_as_that(service: Service) -> None:
+    body = gzip.compress(json.dumps({"email": new_email(), "name": "Ann"}).encode())
+    for kind in ("application/json", "text/csv"):
+        headers = {"Content-Type": kind, "Content-Encoding": "gzip"}
+        reply = service.call("POST", "/users", body, headers)
+        assert "Content-Encoding" in problem(reply, 415, "unsupported-media-type")["detail"]
+    body = json.dumps({"email": new_email(), "name": "Ann"}).encode()
+    headers = {"Content-Type": "application/json", "Content-Encoding": "Identity"}
+    assert service.call("POST", "/users", body, headers).status == 201
 
 
 def test_a_body_without_a_media_type_is_415(service: Service) -> None:

@@ -193,6 +193,21 @@ def test_a_byte_order_mark_and_any_order_and_blank_lines_are_taken(service: Serv
     assert told(send(service, body, NDJSON))[1] == (1, 1, 0, 0, 0)
 
 
+def test_a_file_may_say_that_it_has_a_header(service: Service) -> None:
+    """RFC 4180 section 3: the media type's other parameter."""
+    body = f"email,name\n{new_email()},Ann\n"
+    assert told(send(service, body, 'text/csv; header=present; charset="UTF-8"'))[1][1] == 1
+    reply = send(service, body, "text/csv; header=present; charset=latin-1")
+    problem(reply, 415, "unsupported-media-type")
+
+
+def test_lines_that_end_in_cr_alone_are_told_as_that(alone: Service) -> None:
+    reply = send(alone, f"email,name\r{new_email()},Ann\r")
+    detail = problem(reply, 400, "bad-request")["detail"]
+    assert detail == "The header line is not CSV: a line must end in LF or CRLF."
+    assert alone.call("GET", "/users").json()["users"] == []
+
+
 def test_a_file_with_a_header_alone_is_no_rows(service: Service) -> None:
     assert told(send(service, "email,name\n"))[1] == (0, 0, 0, 0, 0)
     assert told(send(service, "", NDJSON))[1] == (0, 0, 0, 0, 0)
