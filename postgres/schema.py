@@ -114,6 +114,7 @@ def _differences(database: peewee.PostgresqlDatabase, directory: Path | str) -> 
             temporary.rollback()
         live = {table: _parts(cursor, table) for table in expected}
         lines = [line for table in expected for line in _elsewhere(cursor, table)]
+        lines += [line for table in expected for line in _forbidden(cursor, table)]
         transaction.rollback(begin=False)
     for table, parts in expected.items():
         if not live[table]:
@@ -169,6 +170,17 @@ def _elsewhere(cursor: Cursor, table: str) -> list[str]:
     if worked and history and worked != history:
         return [f"table {table} is in schema {worked}, and schema {history} was migrated"]
     return []
+
+
+def _forbidden(cursor: Cursor, table: str) -> list[str]:
+    """A line where the role may not do with a table what the service does."""
+    cursor.execute(
+        "SELECT string_agg(privilege, ', ') FROM unnest(%s) AS privilege"
+        " WHERE NOT has_table_privilege(to_regclass(quote_ident(%s)), privilege)",
+        (["SELECT", "INSERT", "UPDATE", "DELETE"], table),
+    )
+    missing = _value(cursor)
+    return [f"table {table}: the role may not {missing}"] if missing else []
 
 
 class Comparing(Direct):

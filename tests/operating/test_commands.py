@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 
 import psycopg2
@@ -99,6 +100,24 @@ def test_a_database_that_refuses_says_why_without_names(
     assert code == 5
     assert ".s.PGSQL." in lines[1] and "database does not exist" in lines[1]
     assert "s3cret" not in "".join(lines)
+
+
+def test_a_role_that_may_not_do_all_is_told(
+    databases: Databases, database: str, upstream: ScriptedUpstream
+) -> None:
+    """As /health has it: it is degraded for such a role, and `check` said that all is well."""
+    role = f"test_{uuid.uuid4().hex[:12]}"
+    uri = database.replace("postgres:@", f"{role}:@")
+    with databases.admin(database) as cursor:
+        cursor.execute(f"CREATE ROLE {role} LOGIN")
+        cursor.execute(f"GRANT SELECT ON migratehistory TO {role}")
+        cursor.execute(f"GRANT SELECT, INSERT ON users TO {role}")
+        code, lines = check(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url)
+        assert (code, lines[1]) == (4, "database: ok")
+        assert lines[2].endswith(": table users: the role may not UPDATE, DELETE")
+        cursor.execute(f"GRANT UPDATE, DELETE ON users TO {role}")
+        assert check(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url)[0] == 0
+        cursor.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def test_an_unreachable_upstream_is_6_and_is_named(database: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.harness import (
     Databases,
+    RawClient,
     Reply,
     ScriptedUpstream,
     Service,
@@ -370,3 +371,49 @@ def test_a_hundred_thousand_rows_take_flat_memory_and_less_than_a_minute(alone: 
     assert len(export(alone, CSV).body) > 10_000_000
     # The old server keeps what a client has not read yet, about 20 MB here.
     assert worker.memory_info().rss - before < 100 << 20
+
+
+@pytest.mark.parametrize("kind", [CSV, NDJSON])
+def test_an_export_has_who_was_there_throughout_once_while_users_change(
+    alone: Service, databases: Databases, kind: str
+) -> None:
+    """Some 24 MB, of which a client takes one, and the rest when nearly everything has changed."""
+    import psutil
+
+    uri = alone.environ["POSTGRES_URI"]
+    with databases.admin(uri) as cursor:
+        cursor.execute(
+            "INSERT INTO users (id, email, name, metadata) SELECT gen_random_uuid(),"
+            " n || '@example.com', 'Ann', jsonb_build_object('pad', repeat(md5(n::text), 125))"
+            " FROM generate_series(1, 6000) n"
+        )
+    process = psutil.Process(alone.process.pid)
+    worker = (process.children() or [process])[0]
+    assert alone.call("GET", "/users", headers={"Accept": kind}).complete
+    before = worker.memory_info().rss
+    client = RawClient(alone.port, 60, room=65536)
+    client.send(f"GET /users HTTP/1.1\r\nHost: a\r\nAccept: {kind}\r\n\r\n".encode())
+    while len(client.buffer) < 1 << 20:
+        assert client._more()
+    with databases.admin(uri) as cursor:
+        cursor.execute("DELETE FROM users WHERE right(id::text, 1) IN ('0', '1')")
+        cursor.execute("UPDATE users SET name = 'Bob', updated_at = now()")
+        cursor.execute(
+            "INSERT INTO users (id, email, name) SELECT gen_random_uuid(),"
+            " n || '@example.org', 'Cy' FROM generate_series(1, 1000) n"
+        )
+        cursor.execute("SELECT id::text FROM users WHERE name = 'Bob'")
+        throughout = {user for (user,) in cursor.fetchall()}
+    after = worker.memory_info().rss
+    reply = client.reply()
+    assert reply.complete
+    text = reply.body.decode()
+    if kind == CSV:
+        users = list(csv.DictReader(io.StringIO(text, newline="")))
+    else:
+        users = [json.loads(line) for line in text.splitlines()]
+    ids = [user["id"] for user in users]
+    assert ids == sorted(set(ids))
+    assert throughout <= set(ids)
+    assert {"Ann", "Bob", "Cy"} == {user["name"] for user in users}
+    assert max(after, worker.memory_info().rss) - before < 16 << 20
