@@ -5,10 +5,12 @@ Each of these is how somebody runs PostgreSQL: schemas by `search_path`, service
 
 from __future__ import annotations
 
+import getpass
 import socket
 import ssl
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,7 +33,9 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server() as server:
+    server = Server()
+    server.options["unix_socket_directories"] = str(server.data)
+    with server:
         yield server
 
 
@@ -265,6 +269,140 @@ def test_what_libpq_can_never_connect_with_is_told_at_the_start(query: str, told
     done = pw_migrate("list", uri=f"postgresql://ann@db.invalid/none?{query}", HOME="/")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("POSTGRES_URI ") and told in done.stderr
+
+
+def allow(server: Server, *lines: str) -> None:
+    """Put lines before all others in pg_hba.conf."""
+    file = server.data / "pg_hba.conf"
+    file.write_text("".join(f"{line}\n" for line in lines) + file.read_text())
+    server.sql("SELECT pg_reload_conf()")
+
+
+@pytest.fixture
+def role(server: Server) -> Iterator[str]:
+    """A role that owns nothing, and may do all with the users of databases made of `template1`."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    server.sql(f"CREATE ROLE {name} SUPERUSER LOGIN")
+    yield name
+
+
+def assert_works(start: Start, **given: str) -> Service:
+    """That all who connect do, and that a user lives and dies."""
+    done = pw_migrate("migrate", uri=given["POSTGRES_URI"], **given)
+    assert done.returncode == 0, done.stderr
+    assert check(**given)[1][1:3] == ["database: ok", "schema: ok"]
+    service = start(**given)
+    user = service.call("POST", "/users", new_user()).json()
+    target = f"/users/{user['id']}"
+    patched = service.call("PATCH", target, {"metadata": {"a": {"b": "\\"}}})
+    assert patched.json()["metadata"] == {"a": {"b": "\\"}}, patched
+    assert service.call("PUT", target, user).status == 200
+    assert service.call("GET", "/users?q=_n%25").json()["users"] == []
+    assert len(service.call("GET", "/users?q=ANN").json()["users"]) == 1
+    assert service.call("GET", "/health/ready").status == 200
+    assert service.call("DELETE", target).status == 204
+    return service
+
+
+def test_a_schema_that_a_role_has_by_itself(
+    server: Server, tenants: str, start: Start, role: str
+) -> None:
+    server.sql(f"ALTER ROLE {role} SET search_path = app")
+    service = assert_works(start, POSTGRES_URI=server.uri(tenants, user=role))
+    service.call("POST", "/users", new_user())
+    assert (count(server, tenants, "app.users"), count(server, tenants, "public.users")) == (1, 0)
+
+
+def test_settings_that_a_role_has_by_itself_change_nothing(
+    server: Server, start: Start, role: str
+) -> None:
+    for setting in (
+        "\"DateStyle\" = 'German, DMY'",
+        "\"TimeZone\" = 'Asia/Kolkata'",
+        "client_encoding = 'latin1'",
+        "default_transaction_isolation = 'serializable'",
+        "idle_session_timeout = '300ms'",
+        "bytea_output = 'escape'",
+        "backslash_quote = 'off'",
+        "transform_null_equals = 'on'",
+        "plan_cache_mode = 'force_generic_plan'",
+        "array_nulls = 'off'",
+    ):
+        server.sql(f"ALTER ROLE {role} SET {setting}")
+    service = assert_works(start, POSTGRES_URI=server.uri(server.create("template1"), user=role))
+    name = "Zoë ł"
+    user = service.call("POST", "/users", new_user() | {"name": name}).json()
+    assert user["name"] == name and user["created_at"].endswith("Z")
+
+
+PASSWORDS = ["p%40ss", "p@ss:w/rd?#%&", 'Zoë\'s "pass" \\word']
+
+
+@pytest.mark.parametrize("password", PASSWORDS)
+def test_a_password_with_marks_that_mean_something_in_a_uri(
+    server: Server, start: Start, role: str, password: str
+) -> None:
+    allow(server, f"host all {role} all scram-sha-256")
+    server.sql(f"ALTER ROLE {role} PASSWORD %s", password)
+    name = server.create("template1")
+    service = assert_works(start, POSTGRES_URI=server.uri(name, user=role, password=password))
+    uri = server.uri(name, user=role)
+    assert_works(start, POSTGRES_URI=uri, PGPASSWORD=password)
+    code, lines = check(POSTGRES_URI=server.uri(name, user=role, password="wr@ng"))
+    assert code == 5 and lines[1].endswith(": password authentication failed for user")
+    assert password not in service.log and "wr@ng" not in "".join(lines)
+
+
+def test_the_systems_own_user_over_a_unix_socket(server: Server, start: Start, role: str) -> None:
+    allow(server, f"local all {role} peer map=gatehouse", "local all all reject")
+    (server.data / "pg_ident.conf").write_text(f"gatehouse {getpass.getuser()} {role}\n")
+    server.sql("SELECT pg_reload_conf()")
+    place = f"host={quote(str(server.data))}&port={server.port}"
+    name = server.create("template1")
+    assert_works(start, POSTGRES_URI=f"postgresql://{role}@/{name}?{place}")
+    code, lines = check(POSTGRES_URI=f"postgresql://postgres@/{name}?{place}")
+    assert code == 5 and f"{server.data}/.s.PGSQL.{server.port}: pg_hba.conf rejects" in lines[1]
+
+
+def test_a_role_that_may_connect_once_serves_a_crowd(
+    server: Server, start: Start, role: str
+) -> None:
+    server.sql(f"ALTER ROLE {role} NOSUPERUSER CONNECTION LIMIT 1")
+    name = server.create()
+    server.sql("GRANT ALL ON users, migratehistory TO PUBLIC", database=name)
+    service = start(POSTGRES_URI=server.uri(name, user=role))
+    with ThreadPoolExecutor(20) as crowd:
+        replies = crowd.map(lambda _: service.call("POST", "/users", new_user()).status, range(60))
+        assert set(replies) == {201}
+    assert "too many connections for role" in service.log
+
+
+def test_a_client_certificate_is_shown_and_a_wrong_name_is_told(
+    server: Server, authority: trustme.CA, start: Start, tmp_path: Path
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(context)
+    authority.issue_cert("localhost").configure_cert(context)
+    ours = authority.issue_cert("gatehouse@example.com")
+    files = {"sslrootcert": "ca.pem", "sslcert": "client.pem", "sslkey": "client.key"}
+    paths = {name: tmp_path / file for name, file in files.items()}
+    authority.cert_pem.write_to_path(str(paths["sslrootcert"]))
+    ours.cert_chain_pems[0].write_to_path(str(paths["sslcert"]))
+    ours.private_key_pem.write_to_path(str(paths["sslkey"]))
+    paths["sslkey"].chmod(0o600)
+    query = "?sslmode=verify-full&" + "&".join(f"{name}={path}" for name, path in paths.items())
+    name = server.create("template1")
+    with Pooler(server.port, tls=context) as secure:
+        uri = server.uri(name, port=secure.port) + query
+        assert_works(start, POSTGRES_URI=uri.replace("127.0.0.1", "localhost"))
+        code, lines = check(POSTGRES_URI=uri)
+        assert code == 5
+        assert lines[1].startswith(f"database: unreachable: 127.0.0.1:{secure.port}: server certi")
+        assert "does not match host name" in lines[1]
+        paths["sslkey"].chmod(0o644)
+        code, lines = check(POSTGRES_URI=uri)
+        assert code == 5 and "private key file has group or world access" in lines[1]
 
 
 def test_idle_connections_are_kept_alive(server: Server) -> None:

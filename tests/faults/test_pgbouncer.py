@@ -167,6 +167,19 @@ def test_statements_that_were_prepared_in_another_session_are_run_all_the_same(
         bouncer.close()
 
 
+def test_the_service_needs_no_more_than_statement_mode(
+    server: Server, store: str, start: Start
+) -> None:
+    bouncer = PgBouncer(server, "pool_mode = statement")
+    try:
+        service = start(POSTGRES_URI=bouncer.uri(store))
+        with ThreadPoolExecutor(12) as threads:
+            list(threads.map(lambda number: life(service, number), range(60)))
+        assert service.call("GET", "/health/ready").status == 200
+    finally:
+        bouncer.close()
+
+
 def test_a_search_path_that_pgbouncer_drops_is_not_lost_without_a_word(
     server: Server, store: str, start: Start
 ) -> None:
