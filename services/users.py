@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from peewee import EXCLUDED, SQL, Case, NodeList, Query, Select, fn
@@ -28,7 +27,6 @@ from problems import (
     Problem,
     RefusedByDatabase,
 )
-from services.merge import Merge
 from services.values import (
     CONTROL,
     SURROGATE,
@@ -160,13 +158,11 @@ def given(name: str) -> SQL:
     return SQL(f"CAST(%({name})s AS {TYPES[name]})")
 
 
-def statement(
-    query: Query, *, prepared: bool = True, more: Mapping[str, str] = MappingProxyType({})
-) -> Statement:
-    """A query whose only values are given by name; `more` are types of other names than TYPES."""
+def statement(query: Query, *, prepared: bool = True) -> Statement:
+    """A query whose only values are given by name."""
     sql, params = query.sql()
     assert not params, params
-    types = {name: kind for name, kind in {**TYPES, **more}.items() if f"%({name})s" in sql}
+    types = {name: kind for name, kind in TYPES.items() if f"%({name})s" in sql}
     return Statement(sql, types, prepared=prepared)
 
 
@@ -228,12 +224,12 @@ def _allowed() -> Any:
     return match & none & untouched
 
 
-def _update(new: Mapping[str, Any], **options: Any) -> Statement:
+def _update(new: Mapping[str, Any]) -> Statement:
     query = User.update(_changed(new)).where(THIS & _allowed())
-    return statement(query.returning(JSON, _version), **options)
+    return statement(query.returning(JSON, _version))
 
 
-def _same(new: Mapping[str, Any], **options: Any) -> Statement:
+def _same(new: Mapping[str, Any]) -> Statement:
     """Finds the user where it is what a write of these values would have made of it, and whether
     that made it, and did not change it."""
     created = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
@@ -241,7 +237,7 @@ def _same(new: Mapping[str, Any], **options: Any) -> Statement:
     # A lock is a write: with a synchronous standby it is answered when that has all before it too,
     # where a mere read may see what would be gone after a failover.
     found = User.select(JSON, _version, created).where(THIS & unchanged)
-    return statement(found.for_update(), **options)
+    return statement(found.for_update())
 
 
 _ROW = {User.id: given("id")} | {_column(field): REPLACED[field.name] for field in FIELDS}
@@ -267,29 +263,13 @@ REPLACE, SAME = _update(REPLACED), _same(REPLACED)
 DELETE = statement(User.delete().where(THIS & _allowed()).returning(User.id))
 
 
-def _patched(names: Iterable[str]) -> dict[str, Any]:
-    return {one.name: given(one.name) if one.name in names else _column(one) for one in FIELDS}
-
-
 @functools.cache
-def _patch(names: frozenset[str]) -> tuple[Statement, Statement]:
-    """Changes these fields of a user; and finds it where it is as it would be then."""
-    return _update(_patched(names)), _same(_patched(names))
-
-
-def _merge(
-    names: Iterable[str], patches: Mapping[str, Any], values: dict[str, Any]
-) -> tuple[Statement, Statement]:
-    """The same where some are merged; adds to `values` what that needs. Such a statement is made
-    for one patch."""
-    new = _patched(names)
-    types: dict[str, str] = {}
-    for name, patch in patches.items():
-        merge = Merge(_column(NAMES[name]), given(name), patch, prefix=name)
-        new[name] = merge.sql
-        values |= merge.values
-        types |= merge.types
-    return _update(new, prepared=False, more=types), _same(new, prepared=False, more=types)
+def _patch(names: frozenset[str], merged: frozenset[str]) -> tuple[Statement, Statement]:
+    """Changes these fields of a user, some of which are merged into what is there; and finds it
+    where it is as it would be then."""
+    new = {one.name: given(one.name) if one.name in names else _column(one) for one in FIELDS}
+    new |= {name: fn.users_merged(_column(NAMES[name]), given(name)) for name in merged}
+    return _update(new), _same(new)
 
 
 def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
@@ -471,10 +451,8 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
     _raise(errors)
     values = {name: _or_default(NAMES[name], value) for name, value in changes.items()}
     values |= {"id": user_id, **_asked(condition)}
-    merged = {
-        name: members[name] for name in changes if NAMES[name].merged and members[name] is not None
-    }
-    update, same = _patch(frozenset(changes)) if not merged else _merge(changes, merged, values)
+    merged = [name for name in changes if NAMES[name].merged and members[name] is not None]
+    update, same = _patch(frozenset(changes), frozenset(merged))
     try:
         rows, _ = _written(update, values, GET, condition.why_not(NoSuchUser()))
     except Lost:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -186,6 +188,30 @@ def test_a_patch_of_two_thousand_members_is_done_in_time(service: Service) -> No
         assert reply.status == 200, reply
     gone = service.call("PATCH", path, {"metadata": dict.fromkeys(many)})
     assert set(gone.json()["metadata"]) == {"deep"}
+
+
+def test_a_patch_of_many_or_deep_objects_is_done_in_time(service: Service) -> None:
+    """16 KB in 1,800 objects took longer than a statement may; 200 levels were a 500."""
+    created = create_user(service)
+    path = f"/users/{created.json()['id']}"
+    many: dict[str, Any] = {str(number): {} for number in range(1400)}
+    deep: dict[str, Any] = {}
+    for _ in range(96):
+        deep = {"a": deep, "b": None}
+    for patch in (many, many, {"deep": deep}, {"deep": deep}):
+        began = time.monotonic()
+        body = json.dumps({"metadata": patch}, separators=(",", ":")).encode()
+        reply = service.call("PATCH", path, body, {"Content-Type": "application/json"})
+        assert reply.status == 200, reply
+        assert time.monotonic() - began < 2.5
+    assert reply.json()["metadata"] == merged(many, {"deep": deep})
+    # All of it may be sent back.
+    whole = service.call("PATCH", path, {"metadata": {"deep": None}}).json()
+    assert service.call("PATCH", path, whole).json() == whole
+    raw_deep = '{"a": ' * 101 + "1" + "}" * 101
+    for method in ("PATCH", "PUT"):
+        document = problem(raw(service, raw_deep, method, path), 422, "invalid-user")
+        assert "100 levels" in document["errors"][0]["message"]
 
 
 def test_hostile_text_in_it_comes_back(service: Service) -> None:
