@@ -296,9 +296,11 @@ class Job:
             task.service()
         except Left:
             pass
+        except Problem as problem:  # in the middle of its answer, which can only be cut
+            self.client.loop.call(self._told, self._failed, (problem,))
         except Exception:
             log.exception("%s %s request_id=%s", self.head.method, self.head.path, self.head.id)
-            self.client.loop.call(self._told, self._failed, ())
+            self.client.loop.call(self._told, self._failed, (Problem(),))
 
     def tell(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the loop do something for the client, unless that has gone. Raises Left."""
@@ -314,9 +316,9 @@ class Job:
         """Something of it has failed as it never should: end it. The loop calls it."""
         self.client.hang_up(reset=True)
 
-    def _failed(self) -> None:
+    def _failed(self, problem: Problem) -> None:
         self.over = True
-        self.client.refuse(Problem())
+        self.client.refuse(problem)
 
     def give_whole(self, status: str, fields: list[Field], body: bytes) -> None:
         """The whole answer, on the loop's thread."""

@@ -1,4 +1,5 @@
-"""Imports that are cut, by whoever it may be and whenever, and sent again: as if sent once."""
+"""Imports that are cut, by whoever it may be and whenever, and sent again: as if sent once; and
+exports that are."""
 
 from __future__ import annotations
 
@@ -218,3 +219,27 @@ def test_the_database_dies_in_the_middle_of_a_statement(
     assert {line["status"] for line in told} == {201, 503}
     cut.close()
     assert_as_if_sent_once(service, rows, NDJSON, told)
+
+
+@pytest.mark.parametrize("kind", [CSV, NDJSON])
+def test_an_export_that_fails_has_no_valid_end_and_no_traceback(
+    server: Server, template: str, start: Start, kind: str
+) -> None:
+    database = server.create(template)
+    server.sql(
+        "INSERT INTO users (id, email, name, metadata) SELECT gen_random_uuid(),"
+        " n || '@example.com', 'Ann', jsonb_build_object('pad', repeat(md5(n::text), 60))"
+        " FROM generate_series(1, 4000) n",
+        database=database,
+    )
+    service = start(POSTGRES_URI=server.uri(database))
+    client = RawClient(service.port, 30, room=65536)
+    client.send(f"GET /users HTTP/1.1\r\nHost: a\r\nAccept: {kind}\r\n\r\n".encode())
+    while len(client.buffer) < 200_000:
+        assert client._more()
+    with server.down():
+        reply = client.reply()
+        assert reply.status == 200 and not reply.complete
+        line = "cut: The database is not available at the moment."
+        wait_for(lambda: line in service.log, 5, "the log")
+    assert "Traceback" not in service.log, service.log
