@@ -7,17 +7,22 @@ OPENAPI := .venv-openapi
 SMUGGLING := .venv-smuggling
 SOURCES := *.py services postgres server wire migrations
 
+# Four tests side by side: most wait for something that is not the processor. Some measure time, which
+# a neighbour can disturb: one that fails is tried again with the machine to itself, and has to pass
+# there.
+define tests
+$(BIN)/python -m pytest -n 4 --dist worksteal $(1) \
+	|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1)
+endef
+
 .PHONY: run test bench bench-full faults faults-cluster fuzz smuggling install check audit applications applications-light openapi
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
 
-# Two files side by side: most tests wait for something that is not the processor. Some measure time,
-# which a neighbour can disturb: one that fails is tried again with the machine to itself, and has to
-# pass there.
+# All tests but those that are marked slow; `make check` runs those too.
 test: $(DEVELOPED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile \
-		|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+	$(call tests,-m "not slow")
 
 # Eight minutes, and twenty-five; bench/run.py --help says more. Node, nginx, Caddy and Debian's
 # PostgreSQL, which has pg_trgm, take part where they are installed. AGAINST is a commit.
@@ -73,7 +78,7 @@ check: $(DEVELOPED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES) bench/*.py
 	$(BIN)/proselint check --config .proselintrc.json README.md CHANGELOG.md docs
-	$(MAKE) test
+	$(call tests)
 
 audit: $(DEVELOPED)
 	$(BIN)/pip-audit --strict --requirement requirements.txt

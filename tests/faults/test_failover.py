@@ -12,6 +12,8 @@ from tests.harness import Service, wait_for
 from tests.harness.audit import Audit, is_unknown
 from tests.harness.servers import Relay, Server, Standby
 
+pytestmark = pytest.mark.slow
+
 # Writes are taken again within two seconds; one more for a busy machine.
 RECOVERY = 2.0 + 1.0
 

@@ -61,6 +61,7 @@ def test_300_changes_of_one_user_are_all_carried_out_in_the_order_of_their_answe
     )
 
 
+@pytest.mark.slow
 def test_creates_and_deletes_that_meet_are_carried_out(server: Server, start: Start) -> None:
     name = server.create()
     server.sql(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")

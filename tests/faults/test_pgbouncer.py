@@ -18,9 +18,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.harness import Service, pw_migrate, run_app, wait_for
+from tests.harness import Service, free_port, pw_migrate, run_app, wait_for
 from tests.harness.audit import Audit, is_unknown
-from tests.harness.servers import Server, quiet_port
+from tests.harness.servers import Server
 
 BINARY = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
 
@@ -40,7 +40,7 @@ class PgBouncer:
 
     def __init__(self, server: Server, *options: str) -> None:
         self.server = server
-        self.port = quiet_port()
+        self.port = free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="gatehouse-pgbouncer-"))
         users = self.folder / "users.txt"
         users.write_text('"postgres" "md5-is-not-asked-for"\n')

@@ -14,7 +14,7 @@ from tests.harness.client import (
     problem,
     request,
 )
-from tests.harness.postgres import Databases, pw_migrate
+from tests.harness.postgres import Databases, embedded_postgres, pw_migrate
 from tests.harness.service import (
     DEAD_DATABASE,
     ROOT,
@@ -58,4 +58,5 @@ __all__ = [
     "create_user",
     "pw_migrate",
     "Databases",
+    "embedded_postgres",
 ]

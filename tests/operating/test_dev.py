@@ -113,6 +113,7 @@ def test_all_parts_start_work_and_stop(checkout: Path) -> None:
     assert gone(children)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_no_trouble_for_the_next(checkout: Path) -> None:
     run = Dev(checkout, free_port())
     left = [process for process in run.children() if process.name() == "postgres"]

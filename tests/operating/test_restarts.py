@@ -182,6 +182,7 @@ class Generations:
         return [one for one in self.members if one.is_running() and one.status() != "zombie"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("order", ["start, then stop", "stop, then start"])
 def test_generations_follow_each_other_and_nobody_notices(

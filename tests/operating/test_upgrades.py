@@ -25,6 +25,8 @@ from tests.harness import (
     wait_for,
 )
 
+pytestmark = pytest.mark.slow
+
 OLD = "6f3faf2"  # the last commit of version 1.0.0
 MIGRATIONS = sorted(path.stem for path in (checkout() / "migrations").glob("[0-9]*.py"))
 SINCE = len(MIGRATIONS) - 1  # version 1.0.0 had one

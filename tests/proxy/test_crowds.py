@@ -125,6 +125,7 @@ def read_all(clients: list[RawClient], end: bytes, seconds: float) -> None:
                     selector.unregister(key.fileobj)
 
 
+@pytest.mark.slow
 def test_a_thousand_idle_event_streams_cost_next_to_nothing(
     start: Start, database: str, events: Events
 ) -> None:
@@ -360,6 +361,7 @@ def test_a_client_that_waits_for_its_answer_is_not_idle(
         assert client.reply().body == b"ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framing", [b"Content-Length: 8388608", b"Transfer-Encoding: chunked"])
 def test_readers_that_take_a_few_bytes_cost_the_others_nothing_and_give_memory_back(
     start: Start, framing: bytes

@@ -426,6 +426,7 @@ def trickle_into(senders: list[RawClient], stop: threading.Event) -> None:
                 sender.send(b"a")
 
 
+@pytest.mark.slow
 def test_the_time_of_a_request_is_counted_while_it_may_arrive(
     database: str, upstream: ScriptedUpstream
 ) -> None:

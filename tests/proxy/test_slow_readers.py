@@ -1,4 +1,4 @@
-"""Clients that read slowly, for over a minute: these tests run beside all others."""
+"""Clients that read slowly, for over a minute."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def never_read(service: Service, target: bytes) -> None:
         assert 55 < time.monotonic() - began < 90
 
 
-@pytest.mark.beside
+@pytest.mark.slow
 def test_whoever_reads_steadily_is_served_to_the_end_and_whoever_does_not_is_cut() -> None:
     """A reader of 5 to 20 KB a second was reset after 61 to 77 seconds: what its kernel had taken
     from ours counted, which for a while is nothing, and not what it had read."""

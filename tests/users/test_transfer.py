@@ -351,6 +351,7 @@ def test_a_client_without_a_token_imports_nothing(start: Any, database: str) -> 
     problem(send(service, "email,name\n"), 401, "unauthorized")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_take_flat_memory_and_less_than_a_minute(alone: Service) -> None:
     import psutil
 
