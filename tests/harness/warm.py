@@ -73,13 +73,14 @@ class Nursery:
     def __init__(self, folder: Path, environ: dict[str, str]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            # It ends when this process does, which closes the socket.
+            # It ends, with all that it has forked, when this process does, which closes the socket.
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), "app.py"],
                 cwd=folder,
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,
             )
 
     def start(self, *arguments: str, environ: dict[str, str], output: IO[Any]) -> Started:
@@ -97,13 +98,12 @@ def main(control: socket.socket) -> None:
     """Fork what is asked for until nobody can ask any more."""
     sys.path[0] = str(Path.cwd())
     __import__("app")
-    # A Ctrl-C reaches the whole group, and is the tests' to handle; what minds a service is reaped.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what minds a service is reaped
     while True:
         wanted, descriptors, _, _ = socket.recv_fds(control, MOST_BYTES, 2)
         if not wanted:
-            return
+            # Tests that were killed had no time to stop what they had started.
+            os.killpg(0, signal.SIGKILL)
         if os.fork() == 0:
             control.close()
             mind(json.loads(wanted), *descriptors)
@@ -117,7 +117,6 @@ def mind(wanted: dict[str, Any], output: int, status: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         for stream in (1, 2):
             os.dup2(output, stream)
         os.closerange(3, max(output, status) + 1)

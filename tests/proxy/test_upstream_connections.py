@@ -65,20 +65,27 @@ class Together:
     """Answers `count` requests when all of them are here, so that each has its own connection."""
 
     def __init__(self, count: int) -> None:
-        self.barrier = threading.Barrier(count)
+        self.barrier = threading.Barrier(count, action=self._note)
+        self.answered = 0.0  # the moment, on the monotonic clock
+
+    def _note(self) -> None:
+        self.answered = time.monotonic()
 
     def __call__(self, sock: socket.socket, seen: Seen) -> None:
         self.barrier.wait(10)
         ok(sock, seen)
 
 
-def open_connections(service: Service, upstream: ScriptedUpstream, count: int) -> None:
-    """Have the service make and keep so many connections to its upstream."""
-    upstream.script(Together(count))
+def open_connections(service: Service, upstream: ScriptedUpstream, count: int) -> float:
+    """Have the service make and keep so many connections to its upstream. Returns the moment at which
+    they were answered: they are idle from then on."""
+    together = Together(count)
+    upstream.script(together)
     with ThreadPoolExecutor(count) as threads:
         replies = threads.map(lambda _: service.call("GET", "/").status, range(count))
         assert list(replies) == [200] * count
     assert connections(service, upstream.port) == [psutil.CONN_ESTABLISHED] * count
+    return together.answered
 
 
 # Kept connections.
@@ -89,8 +96,7 @@ def test_an_idle_connection_is_closed_after_the_keepalive_timeout(
 ) -> None:
     """A firewall between may have forgotten it by then, and what is sent on it is lost."""
     service = start(UPSTREAM_URL=fresh.url, UPSTREAM_KEEPALIVE_TIMEOUT=1, WORKERS=1)
-    open_connections(service, fresh, 3)
-    idle = time.monotonic()
+    idle = open_connections(service, fresh, 3)
     wait_for(lambda: not fresh.open, 5, "the connections to be closed")
     assert 0.8 < time.monotonic() - idle < 3
     assert connections(service, fresh.port) == []
