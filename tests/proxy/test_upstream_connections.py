@@ -346,7 +346,7 @@ def test_a_mute_name_server_is_504_in_time_and_disturbs_nobody_else(
     service = start(
         within=["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"'],
         UPSTREAM_URL=f"http://upstream.example:{fresh.port}",
-        UPSTREAM_CONNECT_TIMEOUT=1,
+        UPSTREAM_CONNECT_TIMEOUT=3,
         WORKERS=1,
     )
     go_on = threading.Semaphore(0)
@@ -388,10 +388,10 @@ def test_a_mute_name_server_is_504_in_time_and_disturbs_nobody_else(
                 stream.buffer = b""
                 other.send(request(b"GET /kept HTTP/1.1"))
                 assert other.reply().body == b"ok"
-            assert time.monotonic() - began < 0.9, "not before they were told"
+            assert time.monotonic() - began < 2.7, "not before they were told"
             seconds = [one.result() for one in waiting]
-        assert min(seconds) > 0.9
-        assert max(seconds) < 3
+        assert min(seconds) > 2.7
+        assert max(seconds) < 5
         name_server.mute = False
         wait_for(lambda: service.call("POST", "/new", b"x").status == 200, 10, "its recovery")
     assert {seen.connection for seen in fresh.seen if seen.target == b"/kept"} <= {0, 1}
