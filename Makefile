@@ -78,7 +78,8 @@ check: $(DEVELOPED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES) bench/*.py
 	$(BIN)/proselint check --config .proselintrc.json README.md CHANGELOG.md docs
-	$(call tests)
+	$(MAKE) test
+	$(call tests,-m slow)
 
 audit: $(DEVELOPED)
 	$(BIN)/pip-audit --strict --requirement requirements.txt
