@@ -182,7 +182,9 @@ def test_an_answer_that_comes_instead_of_reading_the_body_is_passed_on(
     word for a broken pipe then, and that was 502."""
 
     def refuse(sock: socket.socket, seen: Seen) -> bool:
-        sock.sendall(message(b"HTTP/1.1 413 Too Big", b"Content-Length: 3", body=b"big"))
+        # It says that it closes: else the next request might be on its way to it already.
+        head = (b"HTTP/1.1 413 Too Big", b"Content-Length: 3", b"Connection: close")
+        sock.sendall(message(*head, body=b"big"))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
         return False
