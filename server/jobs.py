@@ -142,54 +142,46 @@ class Inbox(io.RawIOBase):
     """
 
     def __init__(self, wanted: Callable[[], None]) -> None:
-        self._pieces: SimpleQueue[bytes | None] = SimpleQueue()
         self._wanted = wanted
-        self._lock = threading.Lock()
-        self._waiting = 0  # bytes that have arrived and are not read yet
+        self._moved = threading.Condition()
+        # Not the pieces as they arrive: one of two bytes takes forty by itself.
+        self._waiting = bytearray()
         self._full = False
-        self._rest = b""
         self._over = False
         self._cut = False
 
     def put(self, piece: bytes) -> bool:
         """Add what has arrived; False where no more should be given for now."""
-        self._pieces.put(piece)
-        with self._lock:
-            self._waiting += len(piece)
-            self._full = self._waiting >= INBOX_BYTES
+        with self._moved:
+            self._waiting += piece
+            self._full = len(self._waiting) >= INBOX_BYTES
+            self._moved.notify()
             return not self._full
 
     def put_end(self, *, cut: bool = False) -> None:
         """The body has ended; or it never will, where it was `cut`."""
-        self._cut = self._cut or cut
-        self._pieces.put(None)
+        with self._moved:
+            self._over = True
+            self._cut = self._cut or cut
+            self._moved.notify()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         """Wait for what arrives. Raises Left where the client has gone."""
-        if not self._rest and not self._over:
-            piece = self._pieces.get()
-            if piece is None:
-                self._over = True
-            else:
-                self._rest = piece
-                self._took(len(piece))
-        if self._cut and not self._rest:
-            raise Left("the client has gone in the middle of its body")
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
-
-    def _took(self, size: int) -> None:
-        with self._lock:
-            self._waiting -= size
-            again = self._full and self._waiting < INBOX_BYTES // 2
+        with self._moved:
+            self._moved.wait_for(lambda: self._waiting or self._over)
+            if self._cut and not self._waiting:
+                raise Left("the client has gone in the middle of its body")
+            size = min(len(buffer), len(self._waiting))
+            buffer[:size] = self._waiting[:size]
+            del self._waiting[:size]
+            again = self._full and len(self._waiting) < INBOX_BYTES // 2
             self._full = self._full and not again
         if again:
             self._wanted()
+        return size
 
 
 class Job:
@@ -220,7 +212,7 @@ class Job:
         self.arrived = arrived
         self.body = head.body()
         self._largest = largest
-        self._gathered: list[bytes] = []
+        self._gathered = bytearray()  # not the pieces: one of two bytes takes forty by itself
         self._input: Any = None
         self._inbox: Inbox | None = None
         self._taken: threading.Event | None = None  # set when the client has taken what was written
@@ -249,7 +241,7 @@ class Job:
             if self.body.complete:
                 self._inbox.put_end()
         else:
-            self._gathered.append(piece)
+            self._gathered += piece
             if self.body.complete:
                 self.arrived = self.client.loop.now
                 self._run()
@@ -284,8 +276,8 @@ class Job:
 
     def _run(self) -> None:
         if self._input is None:
-            self._input = io.BytesIO(b"".join(self._gathered))
-            self._gathered = []
+            self._input = io.BytesIO(self._gathered)
+            self._gathered = bytearray()
         self.lane.add(self._work)
 
     # On the lane's thread.

@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
 from wire.chunks import Chunks, Sized
-from wire.fields import Line, line, listed, remembering
+from wire.fields import SHORT_BYTES, Line, line, listed, remembering
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADER_LINES = 200
@@ -91,9 +91,9 @@ class Head:
         if minor == "0":
             self.version = "1.0"
         del raw[0]
-        lines = self.lines = lines_of(raw)
-        if len(lines) > MAX_HEADER_LINES:
+        if len(raw) > MAX_HEADER_LINES:
             raise BadRequest(f"There are more than {MAX_HEADER_LINES} header lines.")
+        lines = self.lines = lines_of(raw)
         values = self.values
         for key, value, _ in lines:
             if key in values:
@@ -195,9 +195,13 @@ def lines_of(raw: bytes) -> Line:
     return line(found[1], found[2])
 
 
-@lru_cache(256)
 def is_host(text: str) -> bool:
-    """Whether this is a Host with an optional port, and what is in brackets an IPv6 address."""
+    """Whether this is a Host with an optional port, and what is in brackets an IPv6 address. Of a
+    longer one it is not remembered: 256 of 64 KB each would stay for ever."""
+    return _known_host(text) if len(text) <= SHORT_BYTES else _is_host(text)
+
+
+def _is_host(text: str) -> bool:
     match = HOST.fullmatch(text)
     if match is None or match[1] is None:
         return match is not None
@@ -206,6 +210,9 @@ def is_host(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+_known_host = lru_cache(256)(_is_host)
 
 
 def end_of_head(data: bytes | bytearray, scanned: int = 0) -> int:
