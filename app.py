@@ -48,7 +48,7 @@ from services import browser, inputs, transfer, users
 from services.health import Health
 from services.proxy import Proxy
 from services.values import valid_id
-from settings import Settings
+from settings import Settings, is_loopback
 from wire.fields import ANY, Field
 from wire.ids import request_id as usable_id
 from wire.refusal import own_fields, refusal
@@ -70,6 +70,12 @@ HTML = "text/html"
 LISTS = (JSON, *BULK, HTML)
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
+# Headers of which a page in a browser can take none away from what it sends.
+BROWSERS = ("accept-language", "origin", "sec-fetch-mode", "sec-fetch-site")
+NOT_LOCAL = (
+    "No USERS_TOKEN is set, so that a browser may use this path under a name of this machine alone:"
+    " localhost or 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
+)
 UNROUTABLE = re.compile(r"[^!-~]")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -320,6 +326,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         self.health = health
         self.pages = {name: browser.load(name) for name in ("users", "health")}
         self.tokens = [] if settings.users_auth == "none" else list(settings.users_token)
+        self.local_only = settings.users_auth != "none" and not self.tokens
         self.patience = settings.db_pool_timeout
         self.config["catchall"] = False  # exceptions come to __call__
         self.uninstall(True)
@@ -356,7 +363,11 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
             asked = asked_for(path, environ["REQUEST_METHOD"], *headers)
             if asked != "page":
-                self.authorize(environ.get("HTTP_AUTHORIZATION"))
+                names = (f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSERS)
+                browser = any(name in environ for name in names)
+                self.authorize(
+                    environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_HOST", ""), browser
+                )
             if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
@@ -370,8 +381,15 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         if environ["REQUEST_METHOD"] not in METHODS:
             environ["REQUEST_METHOD"] = "OTHER"
 
-    def authorize(self, authorization: str | None) -> None:
-        """Raises Unauthorized where the value of the Authorization header opens nothing."""
+    def authorize(self, authorization: str | None, host: str, browser: bool) -> None:
+        """Raises Unauthorized where the value of the Authorization header opens nothing.
+
+        Where nobody is asked for a token, a `browser` has to call this machine by a name of its
+        own. Any page that it shows could otherwise have its own name lead to 127.0.0.1, and read
+        and change all users (DNS rebinding).
+        """
+        if self.local_only and browser and not is_local(host):
+            raise Unauthorized(NOT_LOCAL, headers=[("WWW-Authenticate", 'Bearer realm="users"')])
         if not self.tokens:
             return
         scheme, _, token = (authorization or "").partition(" ")
@@ -399,6 +417,13 @@ class Application(bottle.Bottle):  # type: ignore[misc]
                     return ""
                 raise MethodNotAllowed(headers=[("Allow", allow)])
         raise RuntimeError(f"{error.status_line}: {error.body}") from error.exception
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host, with a port or without, can only be this machine, whatever a name server
+    says (RFC 6761 section 6.3); an empty one is no browser's."""
+    name = re.sub(r":[0-9]*\Z", "", host).strip("[]")
+    return not name or is_loopback(name) or name.lower().endswith(".localhost")
 
 
 def asked_for(path: str, method: str, content_type: str | None, accept: str | None) -> str:
@@ -454,7 +479,8 @@ class Gatehouse:
             asked = asked_for(head.path, head.method, kind, accept)
             if asked == "page":
                 return "live", inputs.MAX_BYTES
-            self.owned.authorize(given)
+            browser = any(name in head.values for name in BROWSERS)
+            self.owned.authorize(given, head.host, browser)
             if asked == "bulk":
                 return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):

@@ -345,6 +345,7 @@ class Server:
         self._see_to_logs()
         self.application.board.turned(self.loop.longest_turn)
         self.loop.longest_turn = 0.0
+        self._spare.clear()  # It would keep what has been closed alive.
         self._most_clients = max(self._most_clients, len(self._clients))
         if self._most_clients > CROWD and len(self._clients) < self._most_clients / 2:
             self._most_clients = len(self._clients)

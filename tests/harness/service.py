@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.harness.client import RawClient, Reply, call, exchange
 from tests.harness.upstream import Answer, ScriptedUpstream, Seen, ok
 from tests.harness.warm import EARLY, Nursery, Started
@@ -139,6 +141,17 @@ class Service:
         """The whole lines of the access log so far, oldest first."""
         lines = self.log.split("\n")[:-1]
         return [json.loads(line) for line in lines if line.startswith("{")]
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """Its own process and its workers'."""
+        main = psutil.Process(self.process.pid)
+        return [main, *main.children(recursive=True)]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that are all its processes' own."""
+        return sum(process.memory_full_info().uss for process in self.processes)
 
     def call(self, method: str, target: str, *args: Any, **kwargs: Any) -> Reply:
         return call(self.port, method, target, *args, **kwargs)

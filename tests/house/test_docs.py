@@ -258,6 +258,18 @@ def test_every_internal_link_resolves(path: Path) -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_that_is_named_exists(path: Path) -> None:
+    """A table says `tests/a/test_b.py`, and perhaps `test_c` of it after that."""
+    for line in path.read_text().splitlines():
+        source = ""
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)`|`(test_\w+)`", line):
+            if file:
+                source = (ROOT / file).read_text()
+            elif source:
+                assert re.search(rf"def {name}\b", source), name
+
+
 def test_the_index_leads_to_every_page() -> None:
     index = ROOT / "docs" / "index.md"
     links = re.findall(r"\]\(([^)#]+)", index.read_text())

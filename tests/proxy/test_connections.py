@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
-import psutil
 import pytest
 
 from tests.harness import (
@@ -575,13 +574,6 @@ def status_of(client: RawClient) -> int:
     return int(head.split(b" ")[1])
 
 
-def memory(service: Service) -> int:
-    """Bytes of memory of the service's own, with its workers'."""
-    main = psutil.Process(service.process.pid)
-    every = [main, *main.children(recursive=True)]
-    return sum(process.memory_full_info().uss for process in every)
-
-
 def test_clients_that_do_not_read_keep_their_places_until_their_last_byte(
     start: Callable[..., Service], fresh: ScriptedUpstream
 ) -> None:
@@ -695,12 +687,12 @@ def test_memory_stays_flat_for_an_answer_of_any_size(
     with service.client() as client:
         client.send(request(b"GET /big HTTP/1.1"))
         client.head()
-        before = peak = memory(service)
+        before = peak = service.memory
         received = len(client.buffer)
         buffer = bytearray(1 << 20)
         while received < total:
             if received % (8 << 20) < len(buffer):
-                peak = max(peak, memory(service))
+                peak = max(peak, service.memory)
             size = client.sock.recv_into(buffer)
             assert size
             received += size
@@ -721,13 +713,13 @@ def test_memory_stays_flat_when_the_client_does_not_read(
             freed.set()
 
     upstream.script(answer)
-    before = memory(capped)
+    before = capped.memory
     with capped.client() as client:
         client.send(request(b"GET /big HTTP/1.1"))
         client.head()
         pour.stuck()
         assert in_flight(capped) == 1
-        assert memory(capped) - before < 24 << 20
+        assert capped.memory - before < 24 << 20
         # The upstream has to wait: nothing has taken the rest of the body to keep it elsewhere.
         assert not freed.is_set()
     assert freed.wait(10)
@@ -757,16 +749,16 @@ def test_memory_stays_flat_for_a_request_of_any_size(
     with service.client(timeout=60) as client:
         client.send(request(b"GET /health/live HTTP/1.1"))
         assert client.reply().status == 200
-        before = peak = memory(service)
+        before = peak = service.memory
         head = b"Content-Length: %d" % total if framing == "length" else CHUNKED
         client.send(request(b"PUT /a HTTP/1.1", head))
         for i in range(total // len(block)):
             client.send(block if framing == "length" else chunked(block)[:-5])
             if i % 8 == 0:
-                peak = max(peak, memory(service))
+                peak = max(peak, service.memory)
         client.send(b"" if framing == "length" else b"0\r\n\r\n")
         while not received.wait(0.1):
-            peak = max(peak, memory(service))
+            peak = max(peak, service.memory)
         assert client.reply().status == 200
     assert counted == total
     assert peak - before < 24 << 20

@@ -400,3 +400,31 @@ def test_readers_that_take_a_few_bytes_cost_the_others_nothing_and_give_memory_b
         assert process.memory_info().rss - before < len(readers) * 640 * KIB
     wait_for(lambda: upstream_part(service) == (0, 0), 2, "their places")
     wait_for(lambda: process.memory_info().rss - before < 8 * KIB * KIB, 5, "the memory")
+
+
+def test_whoever_is_only_being_listened_to_makes_room(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    """Of a request that was refused, the rest is read for half a minute. A few hundred of them kept
+    everybody else out for as long."""
+    upstream.script(ok)
+    service = with_descriptors(start, 1024, upstream)
+    stop = threading.Event()
+    with contextlib.ExitStack() as stack:
+        refused: list[RawClient] = []
+
+        def trickle() -> None:
+            while not stop.wait(0.5):
+                for client in list(refused):
+                    with contextlib.suppress(OSError):
+                        client.send(b"a")
+
+        thread = threading.Thread(target=trickle, daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(stop.set)
+        for _ in range(900):  # More than there may be at once.
+            refused.append(stack.enter_context(service.client()))
+            refused[-1].send(message(b"POST /x HTTP/1.1", b"Host: x", b"Content-Length: 1x"))
+            assert refused[-1].reply().status == 400
+        others_are_served(service, 20)

@@ -267,11 +267,11 @@ def test_no_part_of_a_request_may_go_on_for_ever(
 def test_empty_lines_before_a_request_do_not_go_on_for_ever_for_free(limited: Service) -> None:
     """RFC 9112 section 2.2 has them ignored; they must not pile up in memory."""
     with limited.client() as client:
-        before = memory(limited)
+        before = limited.memory
         with contextlib.suppress(ConnectionError):
             for _ in range(512):
                 client.send(b"\r\n" * 32768)
-        assert memory(limited) - before < 8 * MIB
+        assert limited.memory - before < 8 * MIB
 
 
 def test_pipelined_requests_take_no_more_memory_than_their_bytes(
@@ -290,13 +290,13 @@ def test_pipelined_requests_take_no_more_memory_than_their_bytes(
         Service(POSTGRES_URI=database, UPSTREAM_URL=upstream.url) as service,
         contextlib.ExitStack() as stack,
     ):
-        before = memory(service)
+        before = service.memory
         clients = [stack.enter_context(service.client()) for _ in range(20)]
         for client in clients:
             client.send(requests)
         wait_for(lambda: len(upstream.seen) == len(clients))
         threading.Event().wait(0.5)
-        assert memory(service) - before < 20 * MIB
+        assert service.memory - before < 20 * MIB
         held.set()
         for _ in range(2300):
             assert clients[0].reply().status == 200
@@ -340,12 +340,6 @@ def test_a_hostile_caller_costs_its_own_connection_only(
             assert bystander.reply().status == status
 
 
-def memory(service: Service) -> int:
-    """Resident bytes of the service's processes."""
-    main = psutil.Process(service.process.pid)
-    return sum(process.memory_info().rss for process in [main, *main.children(recursive=True)])
-
-
 def latency(service: Service, target: str, times: int = 40) -> float:
     """Median seconds of a request on a new connection; each must be 200."""
     taken = []
@@ -387,7 +381,7 @@ def test_slow_senders_and_readers_that_never_read_cost_the_others_nothing(
     upstream = ScriptedUpstream(answer)
     service = start(POSTGRES_URI=database, UPSTREAM_URL=upstream.url)
     before = {target: latency(service, target) for target in TARGETS}
-    small = memory(service)
+    small = service.memory
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
         stack.callback(upstream.close)
@@ -401,7 +395,7 @@ def test_slow_senders_and_readers_that_never_read_cost_the_others_nothing(
         stack.callback(trickle.join)
         stack.callback(stop.set)
         during = {target: latency(service, target) for target in TARGETS}
-        grown = memory(service) - small
+        grown = service.memory - small
     for target in TARGETS:
         assert during[target] < 4 * before[target] + 0.02, (before, during)
     assert grown < 64 * MIB

@@ -14,6 +14,7 @@ import pytest
 
 from tests.harness import (
     DEAD_DATABASE,
+    RawClient,
     ScriptedUpstream,
     Seen,
     Service,
@@ -626,3 +627,48 @@ def test_problems_do_not_tell_where_the_upstream_is(start: Callable[..., Service
         text = str(reply.headers) + reply.body.decode()
         for secret in ("localhost", str(upstream.port), "secret-base", "Traceback", "garbage"):
             assert secret not in text
+
+
+def test_nothing_long_that_a_caller_has_sent_is_remembered(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """A thousand header names of 64 KB each were kept in lower case for ever: 128 MB, and as many
+    names of hosts 16 MB."""
+    upstream.script(ok)
+    with service.client() as client:
+
+        def ask(line: bytes) -> None:
+            client.send(message(b"GET /health/live HTTP/1.1", line))
+            assert client.reply().status == 200
+
+        before = 0
+        for number in range(350):
+            if number == 50:
+                before = service.memory
+            ask(b"Host: %d." % number + b"a" * 60000)
+            ask(b"Host: x\r\nX%d" % number + b"A" * 60000 + b": 1")
+        assert service.memory - before < 16 << 20
+
+
+def test_interim_answers_without_an_end_are_502_where_nobody_takes_them(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """They piled up in memory, 25 MB a second."""
+    hints = message(b"HTTP/1.1 103 Early Hints", b"Link: </a>", b"X-Filler: " + b"x" * 60000)
+    ended = threading.Event()
+
+    def flood(sock: socket.socket, seen: Seen) -> None:
+        try:
+            for _ in range(2000):
+                sock.sendall(hints)
+        except OSError:
+            ended.set()
+            raise
+
+    upstream.script(flood)
+    before = service.memory
+    with RawClient(service.port, room=4096) as client:
+        client.send(request(b"GET /hints HTTP/1.1"))
+        assert ended.wait(30)
+        assert service.memory - before < 16 << 20
+        problem(client.reply(), 502, "upstream-broken")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
+from typing import Any
 
 import pytest
 
 from server import jobs
-from server.jobs import Lane
-from tests.harness import wait_for
+from server.jobs import INBOX_BYTES, Inbox, Job, Lane
+from tests.harness import request, wait_for
+from wire.request import Head
 
 
 def threads(name: str) -> int:
@@ -68,3 +71,44 @@ def test_a_job_that_fails_does_not_take_its_thread_along() -> None:
     lane.add(lambda: done.append(1))
     wait_for(lambda: done)
     assert threads("failing") == 1
+
+
+def test_a_body_in_pieces_of_two_bytes_takes_no_more_memory_than_a_whole_one() -> None:
+    """Each piece took fifty bytes, so that one body of 64 KiB, which asks for no token, took 2 MB."""
+    head = request(b"POST /health HTTP/1.1", b"Content-Length: 65536").removesuffix(b"\r\n\r\n")
+    nobody: Any = None
+    job = Job(nobody, Head(head), nobody, nobody, largest=65536, streamed=False, arrived=0.0)
+    tracemalloc.start()
+    try:
+        for number in range(32000):
+            job.from_client(number.to_bytes(2, "big"))
+        assert tracemalloc.get_traced_memory()[0] < 2 * 65536
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_waits_to_be_read_in_pieces_of_two_bytes_takes_no_more_memory_than_its_bytes() -> None:
+    inbox = Inbox(lambda: None)
+    tracemalloc.start()
+    try:
+        sent = b""
+        for number in range(INBOX_BYTES // 2):
+            assert inbox.put(
+                number.to_bytes(2, "big", signed=False) if number < 65536 else b"zz"
+            ) is (number < INBOX_BYTES // 2 - 1)
+        assert tracemalloc.get_traced_memory()[0] < 2 * INBOX_BYTES
+    finally:
+        tracemalloc.stop()
+    inbox.put_end()
+    while piece := inbox.read(100_000):
+        sent += piece
+    assert sent.startswith(b"\0\0\0\1\0\2") and len(sent) == INBOX_BYTES
+
+
+def test_a_body_that_is_cut_is_read_to_where_it_was_cut() -> None:
+    inbox = Inbox(lambda: None)
+    inbox.put(b"some")
+    inbox.put_end(cut=True)
+    assert inbox.read(10) == b"some"
+    with pytest.raises(ConnectionResetError):
+        inbox.read(10)

@@ -3,12 +3,14 @@ is told once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -439,3 +441,33 @@ def test_what_tls_takes_in_pieces_arrives_as_it_is(
     assert b"".join(received) == data
     stream.close()
     far.sock.close()
+
+
+def test_what_waits_in_pieces_of_two_bytes_takes_no_more_memory_than_its_bytes(
+    loop: Loop, connect: Callable[..., Pair]
+) -> None:
+    """Each event of a stream took two hundred bytes, where its client did not read."""
+    stream, far = connect()
+    filled = 0
+    while not stream.queued:
+        stream.send(b"x" * 65536)
+        filled += 65536
+    tracemalloc.start()
+    try:
+        before = stream.queued
+        for number in range(65536):
+            stream.send(number.to_bytes(2, "big"))
+        assert stream.queued == before + 2 * 65536
+        assert tracemalloc.get_traced_memory()[0] < 4 * 65536
+    finally:
+        tracemalloc.stop()
+    got = bytearray()
+
+    def read() -> bool:
+        far.settimeout(0.01)
+        with contextlib.suppress(TimeoutError):
+            got.extend(far.recv(1 << 20))
+        return not stream.queued and len(got) == filled + 2 * 65536
+
+    turn(loop, read)
+    assert got[filled:] == b"".join(number.to_bytes(2, "big") for number in range(65536))

@@ -537,3 +537,75 @@ def test_requests_without_an_id_get_one_each(guarded: Service, upstream: Scripte
     sent = [seen.get("X-Request-Id") for seen in upstream.seen]
     assert sent == [reply.get("X-Request-Id") for reply in replies]
     assert len(set(sent)) == 20
+
+
+OWN_NAMES = ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.9.9.9", "[::1]:80", "a.localhost"]
+OTHER_NAMES = ["evil.example", "localhost.evil.example:8080", "127.0.0.1.evil.example", "notlocalhost", "10.0.0.1"]  # fmt: skip
+BROWSERS = [{"Accept-Language": "en"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Mode": "cors"}, {"Sec-Fetch-Site": "same-origin"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("browser", BROWSERS, ids=lambda headers: next(iter(headers)))
+def test_without_a_token_a_browser_has_to_call_this_machine_by_its_own_name(
+    service: Service, browser: dict[str, str]
+) -> None:
+    """A page in it may have its own name lead to 127.0.0.1, and would be one with all users to the
+    browser (DNS rebinding)."""
+    for host in OWN_NAMES:
+        assert service.call("GET", "/users", headers={"Host": host} | browser).status == 200
+    body = {"email": f"{uuid.uuid4().hex}@example.com", "name": "Eve"}
+    for host in OTHER_NAMES:
+        for method, target in (("GET", "/users"), ("POST", "/users"), ("PUT", f"/users/{uuid.uuid4()}")):  # fmt: skip
+            given = None if method == "GET" else body
+            reply = service.call(method, target, given, {"Host": host} | browser)
+            problem(reply, 401, "unauthorized")
+            assert "USERS_TOKEN" in reply.json()["detail"]
+    found = service.call("GET", f"/users?email={body['email']}").json()
+    assert found["users"] == []
+
+
+def test_who_is_no_browser_may_call_it_as_it_likes(service: Service) -> None:
+    for host in (*OTHER_NAMES, *OWN_NAMES):
+        assert service.call("GET", "/users", headers={"Host": host}).status == 200
+
+
+def test_a_browser_may_use_any_name_where_a_token_is_asked_for_or_nobody_is(
+    guarded: Service, start: Callable[..., Service], database: str
+) -> None:
+    headers = {"Host": "app.example", "Accept-Language": "en"}
+    assert guarded.call("GET", "/users", headers=headers | bearer()).status == 200
+    open_to_all = start(POSTGRES_URI=database, USERS_AUTH="none")
+    assert open_to_all.call("GET", "/users", headers=headers).status == 200
+
+
+# What a page of another site may have a browser send without asking first (Fetch, "CORS-safelisted
+# request-header"): forms, images, beacons, fetch with no-cors.
+SIMPLE_TYPES = [None, "text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SIMPLE_TYPES)
+def test_a_page_of_another_site_writes_nothing(service: Service, kind: str | None) -> None:
+    email = f"{uuid.uuid4().hex}@example.com"
+    for body in (
+        f'{{"email": "{email}", "name": "Eve"}}',
+        f"email,name\n{email},Eve\n",
+        f"email={email}&name=Eve&_method=PUT",
+    ):
+        headers = {"Origin": "http://evil.example"} | ({"Content-Type": kind} if kind else {})
+        reply = service.call("POST", "/users", body.encode(), headers)
+        problem(reply, 415, "unsupported-media-type")
+    assert service.call("GET", f"/users?email={email}").json()["users"] == []
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "POST"])
+def test_a_page_of_another_site_is_allowed_nothing_when_it_asks(
+    service: Service, method: str
+) -> None:
+    headers = {
+        "Origin": "http://evil.example",
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": "content-type",
+    }
+    for target in ("/users", f"/users/{uuid.uuid4()}"):
+        reply = service.call("OPTIONS", target, headers=headers)
+        assert reply.status == 204
+        assert not [name for name, _ in reply.headers if name.lower().startswith("access-control")]

@@ -13,17 +13,22 @@ from hypothesis import strategies as st
 
 from tests.harness import (
     Databases,
+    RawClient,
     Reply,
     Service,
+    chunked,
     create_user,
     invalid_fields,
     new_email,
     problem,
+    request,
+    wait_for,
 )
 
 # The examples are the same in every run, so that a failure is everybody's.
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
+CHUNKED = b"Transfer-Encoding: chunked"
 VALID = '"email": "ann@example.com", "name": "Ann"'
 
 NOT_JSON = {
@@ -335,3 +340,70 @@ def test_no_json_document_is_a_failure_of_ours(service: Service, document: Any) 
 @PROPERTY
 def test_no_bytes_are_a_failure_of_ours(service: Service, body: bytes) -> None:
     assert send(service, "POST", body).status in (400, 422)
+
+
+def test_a_row_that_never_ends_takes_no_memory(service: Service) -> None:
+    """Each of its lines ends a cell and begins the next. All were kept: twice what was sent."""
+    lines = b'x","\n' * 13000
+    with service.client(timeout=60) as client:
+        client.send(
+            request(b"POST /users HTTP/1.1", b"Content-Type: text/csv", CHUNKED)
+            + chunked(b'email,name\n"')[:-5]
+        )
+        before = service.memory
+        for _ in range(128):
+            client.send(chunked(lines)[:-5])
+        client.send(b"0\r\n\r\n")
+        reply = client.reply()
+        assert service.memory - before < 8 << 20
+    first, *_, counts = [json.loads(line) for line in reply.body.splitlines()]
+    assert (first["line"], first["status"]) == (2, 400)
+    assert "longer than" in first["detail"]
+    assert counts["rows"] == counts["refused"] > 1
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_megabyte_of_empty_lines_is_read_in_time(service: Service, framing: str) -> None:
+    """Each line was taken off the front of what was left by a copy of all of it: 15 seconds of
+    processor time, in which nobody else was served."""
+    data, line = b"\n" * (1 << 20), b"Content-Length: %d" % (1 << 20)
+    if framing == "chunked":
+        data, line = chunked(data), CHUNKED
+    kind = b"Content-Type: application/x-ndjson"
+    used = sum(service.processes[0].cpu_times()[:2])
+    reply = service.exchange(
+        request(b"POST /users HTTP/1.1", kind, line, body=data), "POST", timeout=60
+    )
+    assert reply.json()["rows"] == 0
+    assert sum(service.processes[0].cpu_times()[:2]) - used < 5
+
+
+def test_an_export_that_nobody_reads_holds_no_connection_to_the_database(
+    service: Service, databases: Databases, database: str
+) -> None:
+    """Nor a snapshot, which would keep PostgreSQL from cleaning up for as long as it lasts."""
+    with databases.admin(database) as cursor:
+        cursor.execute(
+            "INSERT INTO users (id, email, name) SELECT gen_random_uuid(),"
+            " 'export' || n || '@example.com', repeat('x', 200) FROM generate_series(1, 40000) n"
+        )
+    for accept in ("text/csv", "application/x-ndjson"):
+        with RawClient(service.port, room=4096) as client:
+            client.send(request(b"GET /users HTTP/1.1", b"Accept: " + accept.encode()))
+            assert client.head().startswith(b"HTTP/1.1 200")
+
+            def waits() -> bool:
+                pool = service.call("GET", "/health").json()["database"]["pool"]
+                with databases.admin(database) as cursor:
+                    cursor.execute(
+                        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                        " AND state <> 'idle' AND pid <> pg_backend_pid()"
+                    )
+                    [(busy,)] = cursor.fetchall()
+                return bool(pool["in_use"] == 0 and busy == 0)
+
+            # It is seen many times in a row: between two statements an export holds none either.
+            for _ in range(20):
+                wait_for(waits)
+            held = [waits() for _ in range(20)]
+            assert all(held), held
