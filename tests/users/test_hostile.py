@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
@@ -407,3 +408,29 @@ def test_an_export_that_nobody_reads_holds_no_connection_to_the_database(
                 wait_for(waits)
             held = [waits() for _ in range(20)]
             assert all(held), held
+
+
+def test_a_page_of_the_largest_users_that_nobody_reads_costs_its_own_bytes(
+    service: Service, databases: Databases, database: str
+) -> None:
+    with databases.admin(database) as cursor:
+        cursor.execute(
+            "INSERT INTO users (id, email, name, metadata) SELECT"
+            " ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid,"
+            " 'large' || n || '@example.com', 'Large', jsonb_build_object('a', repeat('x', 16370))"
+            " FROM generate_series(1, 500) n"
+        )
+    asks = request(b"GET /users?limit=500 HTTP/1.1")
+    with service.client(timeout=60) as client:
+        client.send(asks)
+        size = len(client.reply().body)
+    assert size > 500 * 16384
+    before = service.memory
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(RawClient(service.port, timeout=60, room=4096))
+            client.send(asks)
+            assert client.head().startswith(b"HTTP/1.1 200")
+        assert service.memory - before < 4 * size + (16 << 20)
+    with databases.admin(database) as cursor:
+        cursor.execute("DELETE FROM users WHERE name = 'Large'")
