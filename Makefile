@@ -15,7 +15,7 @@ $(BIN)/python -m pytest -n 4 --dist worksteal $(1) \
 	|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1)
 endef
 
-.PHONY: run test bench bench-full faults faults-cluster fuzz smuggling install check audit applications applications-light openapi
+.PHONY: run test bench bench-full faults faults-cluster soak fuzz smuggling install check audit applications applications-light openapi
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
@@ -36,6 +36,11 @@ faults: $(DEVELOPED)
 	GENERATIONS=50 $(BIN)/python -m pytest tests/operating/test_restarts.py
 	$(BIN)/python bench/faults.py
 	$(BIN)/python bench/storm.py
+
+# Four hours of everything at once; `make soak MINUTES=10` for less.
+MINUTES ?= 240
+soak: $(DEVELOPED)
+	$(BIN)/python bench/soak.py --minutes $(MINUTES)
 
 # Needs Debian's packages patroni, etcd-server, postgresql, haproxy and pgbouncer.
 faults-cluster: $(DEVELOPED)

@@ -9,17 +9,15 @@ with 1 where an acknowledged write is lost, a refused one is there, or a proxied
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import statistics
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-import psycopg2
+from mishaps import of_a_database
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -57,43 +55,6 @@ class Proxied:
         self._thread.join(30)
 
 
-def faults(server: Server, relay: Relay, rng: random.Random) -> dict[str, Callable[[], None]]:
-    """What may happen to the database, by name; each is over when it returns."""
-
-    def crash() -> None:
-        server.crash()
-        time.sleep(rng.uniform(0, 1))
-        server.start()
-
-    def restart() -> None:
-        server.stop()
-        time.sleep(rng.uniform(0, 1))
-        server.start()
-
-    def freeze() -> None:
-        with server.frozen():
-            time.sleep(rng.uniform(0.5, 4))
-
-    def blackhole() -> None:
-        relay.blackhole()
-        time.sleep(rng.uniform(0.5, 4))
-        relay.heal()
-
-    def refuse() -> None:
-        relay.refuse()
-        time.sleep(rng.uniform(0, 1))
-        relay.heal()
-
-    def fill() -> None:
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(psycopg2.OperationalError):
-                while True:
-                    stack.callback(psycopg2.connect(server.uri()).close)
-            time.sleep(rng.uniform(0.5, 2))
-
-    return {each.__name__: each for each in (crash, restart, freeze, blackhole, refuse, fill)}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=100, help="kills and restarts, at least")
@@ -113,7 +74,7 @@ def main() -> int:
             Proxied(service.port) as proxied,
             Audit(service.port, writers=8) as audit,
         ):
-            possible = faults(server, relay, rng)
+            possible = of_a_database(server, relay, rng)
             ends = time.monotonic() + given.minutes * 60
             while (
                 time.monotonic() < ends

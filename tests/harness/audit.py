@@ -21,12 +21,15 @@ class Audit:
 
     `acknowledged`, `refused` and `unknown` count the answers, `acknowledgements` holds the
     moment (`time.monotonic`) of each acknowledgement, `wrong` every answer that can never be
-    right here: no answer at all, a conflict with oneself, a user of one's own not found.
+    right here: no answer at all, a conflict with oneself, a user of one's own not found. Where
+    workers are killed, answers `may_be_cut`: the outcome of such a write is unknown, and `cut`
+    counts them.
     """
 
-    def __init__(self, port: int, writers: int = 4) -> None:
+    def __init__(self, port: int, writers: int = 4, *, may_be_cut: bool = False) -> None:
         self.port = port
-        self.acknowledged = self.refused = self.unknown = 0
+        self.acknowledged = self.refused = self.unknown = self.cut = 0
+        self._may_be_cut = may_be_cut
         self.acknowledgements: list[float] = []
         self.slowest = 0.0
         self.wrong: list[str] = []
@@ -108,7 +111,8 @@ class Audit:
         try:
             reply = call(self.port, method, target, body, timeout=30)
         except (OSError, EOFError) as error:
-            self._count("wrong", f"{method} {target}: no answer: {error!r}")
+            cut = self._may_be_cut and isinstance(error, ConnectionError | EOFError)
+            self._count("cut" if cut else "wrong", f"{method} {target}: no answer: {error!r}")
             states.append(after)
             return None
         finally:

@@ -99,13 +99,15 @@ class ScriptedUpstream:
     https one; the end of an answer is then no orderly end of TLS, unless the test makes one.
     """
 
-    def __init__(self, answer: bytes | Answer = ok, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, answer: bytes | Answer = ok, tls: ssl.SSLContext | None = None, port: int = 0
+    ) -> None:
         self.answer: bytes | Answer = answer
         self.early: Answer | None = None
         self.seen: list[Seen] = []
         self.connections = 0
         self.open: set[socket.socket] = set()
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=512)
         self.port = int(self.listener.getsockname()[1])
         self.tls = tls
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
