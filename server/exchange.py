@@ -386,9 +386,6 @@ class Exchange:
             elif answer.status == 103 and not self.client.queued:
                 # Who does not keep up does without hints, or they would pile up here.
                 self.client.interim(status, self._rules.interim_lines(answer))
-                if self.client.queued > HIGH_WATER:
-                    # Nobody waits for the client to take these.
-                    raise UpstreamBroken("The upstream sends interim answers without an end.")
         if self.state is State.ASKING and self.body is not None and not self.body.complete:
             self._asked()  # After a 100 it is the client's turn.
 

@@ -14,7 +14,6 @@ import pytest
 
 from tests.harness import (
     DEAD_DATABASE,
-    RawClient,
     ScriptedUpstream,
     Seen,
     Service,
@@ -648,27 +647,3 @@ def test_nothing_long_that_a_caller_has_sent_is_remembered(
             ask(b"Host: %d." % number + b"a" * 60000)
             ask(b"Host: x\r\nX%d" % number + b"A" * 60000 + b": 1")
         assert service.memory - before < 16 << 20
-
-
-def test_interim_answers_without_an_end_are_502_where_nobody_takes_them(
-    service: Service, upstream: ScriptedUpstream
-) -> None:
-    """They piled up in memory, 25 MB a second."""
-    hints = message(b"HTTP/1.1 103 Early Hints", b"Link: </a>", b"X-Filler: " + b"x" * 60000)
-    ended = threading.Event()
-
-    def flood(sock: socket.socket, seen: Seen) -> None:
-        try:
-            for _ in range(2000):
-                sock.sendall(hints)
-        except OSError:
-            ended.set()
-            raise
-
-    upstream.script(flood)
-    before = service.memory
-    with RawClient(service.port, room=4096) as client:
-        client.send(request(b"GET /hints HTTP/1.1"))
-        assert ended.wait(30)
-        assert service.memory - before < 16 << 20
-        problem(client.reply(), 502, "upstream-broken")
