@@ -146,10 +146,10 @@ class Session:
         self.wait_until(lambda: False)
 
     def outlive(self, child: Child) -> None:
-        """Wait for the end of what Gatehouse serves on without."""
+        """Wait for the end of a process that Gatehouse can do without."""
         self.wait_until(lambda: child.process.poll() is not None)
         self.children.remove(child)
-        print(f"{child.ended()}; Gatehouse serves on without it", file=sys.stderr, flush=True)
+        print(f"{child.ended()}; Gatehouse goes on without it", file=sys.stderr, flush=True)
 
     def start(self, name: str, command: list[str | Path], **options: Any) -> Child:
         """Start a process, which is stopped at the end."""

@@ -513,7 +513,7 @@ def test_the_tutorial_can_be_done() -> None:
                     stack.enter_context(hello(upstream_port, folder))
                 case "kill":
                     complaints.append(reader.complaint(command, documented))
-                    terminal.until("Gatehouse serves on without it")
+                    terminal.until("Gatehouse goes on without it")
                 case _:
                     assert command.startswith("curl "), command
                     complaints.append(reader.complaint(command, documented))
