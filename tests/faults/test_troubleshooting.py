@@ -1,6 +1,7 @@
 """docs/troubleshooting.md: each line that it explains is provoked, and really written.
 
-One function for each row of its tables of lines, which are looked up by the row's first words.
+One function for each row of its tables of lines, which are looked up by the row's first words. What
+/health says is provoked in the same way, and each problem by tests/house/test_errors.py.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from tests.harness import (
     wait_for,
 )
 from tests.harness.servers import Relay, Server, unanswered_port
+from tests.users.test_problems import kinds
 
 ROLE = "gatehouse_app"
 QUICK = {"DB_CONNECT_TIMEOUT": 1, "DB_STATEMENT_TIMEOUT": 1, "DB_POOL_TIMEOUT": 0.5}
@@ -74,9 +76,8 @@ class House:
         self.server.sql(statement, database=self.database)
 
     def start(self, uri: str | None = None, **settings: Any) -> Service:
-        chosen = {**QUICK, **settings}
-        uri = uri or self.server.uri(self.database)
-        service = Service(POSTGRES_URI=uri, UPSTREAM_URL=self.upstream.url, **chosen)
+        chosen = {**QUICK, "UPSTREAM_URL": self.upstream.url, **settings}
+        service = Service(POSTGRES_URI=uri or self.server.uri(self.database), **chosen)
         return self.stack.enter_context(service)
 
     def restricted(self) -> str:
@@ -179,6 +180,8 @@ def full_upstream(house: House) -> Service:
         client.send(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
         wait_for(lambda: house.upstream.seen, what="the request")
         assert service.call("GET", "/b").status == 503
+        told = health(service)["upstream"]
+        assert told["in_flight"] == told["limit"] == 1
     return service
 
 
@@ -329,6 +332,94 @@ def test_a_line_is_written_as_the_page_has_it(house: House, line: str) -> None:
         house.upstream.script(ok)
     assert service is not None
     assert has(line, service.log), service.log
+
+
+def health(service: Service) -> Any:
+    return service.call("GET", "/health").json()
+
+
+def dead_database(house: House) -> None:
+    told = health(house.start(DEAD_DATABASE))
+    assert (told["status"], told["database"]["status"]) == ("degraded", "down")
+
+
+def not_migrated(house: House) -> None:
+    service = house.start(house.server.uri(house.server.create("template1")))
+    assert health(service)["database"]["status"] == "unmigrated"
+
+
+def all_connections_busy(house: House) -> None:
+    service = house.start(DB_POOL_SIZE=1, **PATIENT)
+    target = user(service)
+    with (
+        ThreadPoolExecutor(1) as threads,
+        house.server.holding("SELECT FROM users FOR UPDATE", database=house.database),
+    ):
+        threads.submit(service.call, "PATCH", target, {"name": "Bea"})
+        wait_for(lambda: house.server.waiting(house.database) == 1, what="a statement")
+        pool = health(service)["database"]["pool"]
+        assert pool["in_use"] == pool["size"] == 1
+
+
+def nothing_forwarded(house: House) -> None:
+    assert health(house.start())["upstream"]["status"] == "unknown"
+
+
+def failed_upstream(house: House) -> None:
+    service = house.start(UPSTREAM_URL=f"http://127.0.0.1:{free_port()}")
+    assert service.call("GET", "/a").json()["type"] == "urn:gatehouse:upstream-unreachable"
+    assert health(service)["upstream"]["status"] == "down"
+
+
+def not_ready(house: House) -> None:
+    service = house.start(DEAD_DATABASE)
+    ready, whole = (service.call("GET", f"/health{which}").status for which in ("/ready", ""))
+    assert (ready, whole) == (503, 200)
+
+
+HEALTH: dict[str, Callable[[House], object]] = {
+    '`"status": "degraded"`': dead_database,
+    "`database.status` is `down`": dead_database,
+    "`database.status` is `unmigrated`": not_migrated,
+    "`pool.in_use` stays at `pool.size`": all_connections_busy,
+    "`upstream.status` is `unknown`": nothing_forwarded,
+    "`upstream.status` is `down`": failed_upstream,
+    "`in_flight` near `limit`": full_upstream,
+    "`/health/ready` is 503, `/health` is 200": not_ready,
+}
+
+
+def cells(heading: str) -> list[str]:
+    """The first cells below a heading, as they are written."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"(?m)^\| (.+?) \|", section)[2:]
+
+
+def test_everything_that_health_says_is_provoked_here() -> None:
+    assert cells("What /health says") == list(HEALTH)
+
+
+@pytest.mark.parametrize("row", HEALTH)
+def test_health_says_what_the_page_has(house: House, row: str) -> None:
+    try:
+        HEALTH[row](house)
+    finally:
+        house.upstream.script(ok)
+
+
+def test_every_problem_that_callers_get_has_its_status() -> None:
+    """tests/house/test_errors.py makes each of them; the others are the caller's to mend."""
+    told = [
+        tuple(match.groups())
+        for cell in cells("Callers get an error")
+        if (match := re.fullmatch(r"(\d{3}) `([a-z-]+)`", cell))
+    ]
+    real = {name: str(kind.status) for name, kind in kinds().items()}
+    assert told == [(real[name], name) for _, name in told]
+    # What an operator can do something about: what is not the request's own fault.
+    theirs = {name for name, status in real.items() if int(status) >= 500}
+    assert theirs - {name for _, name in told} == {"http-version-not-supported"}
 
 
 def misspelt(folder: Path) -> str:
