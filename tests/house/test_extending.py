@@ -19,6 +19,8 @@ PHONES = """
 import json, uuid
 from tests.harness import Service, create_user, invalid_fields, new_email, problem
 
+COUNT = "/users/reports/count"
+
 def test_a_phone_may_be_absent_null_and_unique(service: Service) -> None:
     created = create_user(service).json()
     assert created["phone"] is None
@@ -51,10 +53,29 @@ def test_phones_go_in_and_out(service: Service) -> None:
     assert '"phone"' in page
 
 def test_users_are_counted(service: Service) -> None:
-    before = service.call("GET", "/users/count").json()["count"]
+    before = service.call("GET", COUNT).json()["count"]
     create_user(service)
-    assert service.call("GET", "/users/count").json() == {"count": before + 1}
+    assert service.call("GET", COUNT).json() == {"count": before + 1}
+
+def test_users_can_be_made_read_only(database: str) -> None:
+    with Service(POSTGRES_URI=database, USERS_READ_ONLY="on") as service:
+        assert service.call("GET", "/users").status == 200
+        refused = service.call("POST", "/users", {"email": new_email(), "name": "Ann"})
+        problem(refused, 405, "method-not-allowed")
 """
+
+
+def test_the_changes_touch_as_many_places_as_the_page_says() -> None:
+    """What a change costs is the measure of the house: a longer one has to be seen."""
+    page = TUTORIAL.read_text()
+    told = re.findall(r"(?m)^\| \[a \w+\]\(.+?\) \| (\d+):.*\| (\d+) \| (\d+) \|$", page)
+    real = []
+    for section in page.split("\n## ")[1:]:
+        blocks = BLOCK.findall(section)
+        files = {name for name, _ in blocks}
+        lines = [line for _, block in blocks for line in re.findall(r"(?m)^\+.+$", block)]
+        real.append((str(len(files)), str(len(blocks)), str(len(lines))))
+    assert told == real
 
 
 def extended(folder: Path) -> Path:
@@ -62,7 +83,8 @@ def extended(folder: Path) -> Path:
     copied(folder)
     for name in ("docs", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", ".env.example"):
+        shutil.copy(ROOT / name, folder)
     steps = BLOCK.findall(TUTORIAL.read_text())
     assert len(steps) >= 8
     for name, block in steps:
@@ -89,9 +111,34 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
         timeout=400,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+    house = [
+        "test_docs.py::test_every_variable_is_in_the_configuration_and_nothing_else_is",
+        "test_docs.py::test_every_variable_is_in_the_example_with_its_default_and_nothing_else_is",
+        "test_docs.py::test_every_variable_of_the_example_has_a_line_of_meaning",
+        "test_docs.py::test_every_route_is_documented_and_every_documented_route_exists",
+        "test_openapi.py::test_every_path_has_the_methods_that_are_described_and_no_others",
+        "test_configuration.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *(f"tests/house/{name}" for name in house)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
     for command in (["ruff", "check"], ["ruff", "format", "--check"]):
         done = subprocess.run(
-            [sys.executable, "-m", *command, "app.py", "models.py", "services", "migrations"],
+            [
+                sys.executable,
+                "-m",
+                *command,
+                "app.py",
+                "models.py",
+                "settings.py",
+                "services",
+                "migrations",
+            ],
             cwd=folder,
             capture_output=True,
             text=True,
