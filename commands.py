@@ -67,7 +67,7 @@ Exit codes: 0 all well; 1 could not start, or not healthy; 2 the configuration, 
 Of check also: 3 migrations pending; 4 the schema is not what the migrations make;
 5 database unreachable; 6 upstream unreachable. The settings are in docs/configuration.md.
 """
-# How much longer than its database probe may take /health is waited for, in seconds.
+# `health` waits for as long as the probe of the database may take, and so many seconds more.
 HEALTH_MARGIN = 3.0
 
 
@@ -96,7 +96,7 @@ def parser(version: str) -> Parser:
 
 def main(arguments: list[str], version: str, serve: Serve) -> int:
     """Do what the arguments say; returns the exit code. `serve` serves on a bound socket."""
-    # One that was closed would be the next socket's number, and that would get the log.
+    # Where one of these is closed, the next socket would get its number, and with it the log.
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -156,8 +156,8 @@ def load_settings() -> Settings:
 
 
 def check(settings: Settings, *, verbose: bool = False) -> int:
-    """Say how the configuration, the database, the schema and the upstream are, in a line each, and
-    where `verbose` what the configuration comes to.
+    """Say how the configuration, the database, the schema and the upstream are, in a line each. If
+    `verbose`, say also what the settings come to.
 
     Returns the exit code of the first that is not as it should be.
     """
@@ -204,7 +204,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _address(host: str, port: str | int | None) -> str:
-    # A password with an @ that is not written as %40 puts its end into the host.
+    # If a password has an @ that is not written as %40, its end is taken for a part of the host.
     host = host.rpartition("@")[2]
     host = f"[{host}]" if ":" in host else host
     return host if port is None else f"{host}:{port}"
@@ -218,7 +218,7 @@ def upstream_address(settings: Settings) -> str:
 
 
 def cause(problem: BaseException) -> str:
-    """What the system, or TLS, said at the bottom of a failure; its own words where it has none."""
+    """Why something failed, as the system or TLS said it; the failure's own words otherwise."""
     words, error = str(problem), problem
     while True:
         deeper = error.__cause__ or error.__context__
@@ -234,7 +234,7 @@ def cause(problem: BaseException) -> str:
 def health(which: str | None) -> int:
     """Ask the instance that runs at HOST and PORT how it is, and print what it says.
 
-    Returns 0 where it answers 200, else 1. Raises SettingsError where HOST or PORT is none.
+    Returns 0 if it answers 200, else 1. Raises SettingsError if HOST or PORT is not valid.
     """
     environ = environment(ROOT / ".env", parse_stream, os.environ)
     values: dict[str, Any] = {}
@@ -295,6 +295,6 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
 
 
 def open_to_all(settings: Settings, host: str) -> bool:
-    """Whether /users would be open to others than this machine on a socket of `host`'s."""
+    """Whether others than this machine could use /users on a socket that listens on `host`."""
     guarded = settings.users_token or settings.users_auth == "none"
     return not guarded and not is_loopback(host)

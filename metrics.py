@@ -29,7 +29,8 @@ OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
 LINES_DROPPED, REPLACED = range(OUTCOME_AT + 1, OUTCOME_AT + 3)
 
 OWNERS = ("users", "health", "proxy")
-# Those of RFC 9110 section 9 and RFC 5789. Any other is a caller's own word, and no label.
+# Those of RFC 9110 section 9 and RFC 5789. Any other method counts as `other`: callers could make
+# labels without end.
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "other")
 CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
 # The upper bounds of the histogram's buckets, in seconds. The time-outs of the upstream's answers
@@ -88,7 +89,7 @@ class Board:
         self.left(worker)
 
     def left(self, worker: int) -> None:
-        """Worker number `worker` has died: what it had under way is no more."""
+        """Worker number `worker` has died, and with it all that it had under way."""
         row = worker * CELLS
         for cell in range(GAUGES):
             self._cells[row + cell] = 0
@@ -105,8 +106,8 @@ class Board:
             self._cells[self._row + cell] += number
 
     def request(self, owner: str, method: str, status: int, seconds: float) -> None:
-        """Count a request, when the head of its answer is there: before a byte of that is sent, so
-        that who has the answer finds it counted.
+        """Count a request. This is done before a byte of its answer is sent, so that a client that
+        has the answer finds it counted.
 
         `owner` is one of OWNERS, `seconds` how long the head took since the request was complete.
         """
@@ -131,7 +132,8 @@ class Board:
     def turned(self, longest: float) -> None:
         """Note that this worker's loop turns, and the longest turn in seconds since the last note.
 
-        What is shown is the longest of this minute and the last: the next scrape finds it.
+        What is shown is the longest of this minute and the one before, so that the next scrape
+        still finds it.
         """
         now = time.monotonic_ns()
         minute, microseconds = now // 60_000_000_000 + 1, round(longest * 1e6)
@@ -198,7 +200,7 @@ class Board:
         for name, number, text in (
             ("database_pool_size", pool_size, "Database connections that all workers may have."),
             ("database_up", int(database_up), "Whether the database answered during this scrape."),
-            ("loop_longest_turn_seconds", longest, "The longest turn of a loop of late."),
+            ("loop_longest_turn_seconds", longest, "The longest turn of a loop in two minutes."),
             ("workers", serving, "Workers that serve."),
             ("start_time_seconds", self.started, "When the service started, since 1970."),
         ):
@@ -217,8 +219,8 @@ class Board:
             for method in METHODS:
                 counts = [self.total(cell + number) for number in range(len(CLASSES))]
                 cell += len(CLASSES)
-                # All classes of one that has been seen: the first 5xx is then a step from 0, which
-                # Prometheus's increase() sees, and not a line that begins at 1, which it does not.
+                # Of a method that has been seen, show all classes. Its first 5xx is then a step
+                # from 0 to 1. Prometheus's increase() does not see a series that begins at 1.
                 if any(counts):
                     for status, count in zip(CLASSES, counts, strict=True):
                         labels = f'owner="{owner}",method="{method}",status="{status}"'

@@ -17,7 +17,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # RFC 6750 section 2.1, the b64token that may follow "Bearer ".
 TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
-# Labels of at most 63 characters, the last of them no number: that would be an address.
+# Labels of at most 63 characters. The last one is not a number: the whole would be an address.
 HOST_NAME = re.compile(r"(?:[A-Za-z0-9_-]{1,63}\.)*(?![0-9]+\.?$)[A-Za-z0-9_-]{1,63}\.?", re.ASCII)
 # A host name or an IPv6 address in brackets, and perhaps a port.
 AUTHORITY = re.compile(
@@ -82,7 +82,7 @@ class Settings:
             except ValueError as error:
                 problems.append(f"{name} {error}")
         if values.get("upstream_preserve_host", "") is None:
-            # A certificate and a virtual host of the upstream's own want the upstream's own name.
+            # An https upstream has a certificate, and often a virtual host, for its own name alone.
             encrypted = values.get("upstream_url", "").lower().startswith("https:")
             values["upstream_preserve_host"] = not encrypted
         if (
@@ -165,7 +165,7 @@ def value_of(name: str, environ: Mapping[str, str]) -> str:
 
 
 def near_misses(names: Iterable[str]) -> list[str]:
-    """A problem for each of `names` that is close to a setting's and none.
+    """A problem for each of `names` that is close to a setting's name and is not one.
 
     It is close where it differs in one letter, two in a long name, or in the case, the order or the
     number of its words: USER_TOKEN, WORKER, users_token, TRUSTED_PROXY. Other names are another
@@ -208,8 +208,8 @@ def is_loopback(host: str) -> bool:
 
 
 def available_cpus(system: Path = Path("/")) -> int:
-    """How many CPUs this process may use: those that it may run on, fewer than the machine's where
-    it is pinned, and no more than the quotas of its control groups, a part of a CPU counted as one.
+    """How many CPUs this process may use: as many as it may run on, but no more than the quotas of
+    its control groups allow. A part of a CPU counts as one.
 
     `system` is where /proc and /sys are.
     """
@@ -219,8 +219,9 @@ def available_cpus(system: Path = Path("/")) -> int:
 
 
 def cpu_quotas(system: Path = Path("/")) -> list[float]:
-    """The CPUs that each control group over this process may use, of version 1 or 2, where it has a
-    quota. See cgroup-v2.rst (cpu.max) and sched-bwc.rst (cfs_quota_us) of the kernel.
+    """The quotas, in CPUs, of the control groups that this process is in, of version 1 or 2. A
+    group without a quota has no entry. See cgroup-v2.rst (cpu.max) and sched-bwc.rst (cfs_quota_us)
+    of the kernel.
     """
     quotas = []
     for folder, v2 in _cpu_groups(system):
@@ -240,8 +241,8 @@ def cpu_quotas(system: Path = Path("/")) -> list[float]:
 
 def _cpu_groups(system: Path) -> Iterator[tuple[Path, bool]]:
     # The folders of the groups over this process that can have a quota, and whether they are of
-    # version 2. What is mounted may be a part of the tree only, as it is in a container that shows
-    # the paths of the host: then the folder of the mount itself is the container's group.
+    # version 2. Only a part of the tree may be mounted, as in a container that shows the paths of
+    # the host. Then the folder of the mount itself is the container's group.
     proc = system / "proc/self"
     try:
         groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
@@ -414,6 +415,6 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
     "ACCESS_LOG": (_switch, "on"),
 }
 
-# Those that may be given as a file that holds the value, NAME_FILE: a secret of a container's or of
-# systemd's.
+# Settings that may also be given as NAME_FILE, a file that holds the value: a container's secret,
+# or systemd's.
 FROM_FILE = ("POSTGRES_URI", "USERS_TOKEN")

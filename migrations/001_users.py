@@ -1,6 +1,6 @@
 """The users table, with the bounds of a user as constraints of the database's own.
 
-Frozen: it says what was made on the day, and never imports models.py, which moves on.
+Frozen: it says what was made then, and never imports models.py, which changes later.
 """
 
 from __future__ import annotations

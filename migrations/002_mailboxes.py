@@ -41,7 +41,8 @@ LETTERS = """
 # What email-validator leaves as it is, and nearly every address looks like.
 PLAIN = "^[A-Za-z0-9]+([._+-][A-Za-z0-9]+)*@([a-z0-9]+(-[a-z0-9]+)*[.])+[a-z]{2,}$"
 
-# Whoever waits for this lock has all readers wait behind it, so it is asked for without waiting.
+# Behind a statement that waits for this lock all readers wait too. So it is asked for again and
+# again, without waiting.
 LOCK = """
     DO $$ BEGIN
         FOR attempt IN 1..60 LOOP

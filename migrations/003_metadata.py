@@ -13,7 +13,8 @@ from __future__ import annotations
 import peewee as pw
 from peewee_migrate import Migrator
 
-# Whoever waits for this lock has all readers wait behind it, so it is asked for without waiting.
+# Behind a statement that waits for this lock all readers wait too. So it is asked for again and
+# again, without waiting.
 LOCK = """
     DO $$ BEGIN
         FOR attempt IN 1..60 LOOP

@@ -31,7 +31,7 @@ from postgres.schema import ENCODING, applied, names  # noqa: E402
 from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
 CONNECT_TIMEOUT = 10  # seconds
-# A role's own limits are for requests.
+# A role's own limits are for requests, and a migration may take longer.
 SETTINGS = {"statement_timeout": "0", "lock_timeout": "0"}
 
 
@@ -71,8 +71,8 @@ def connected() -> pw.PostgresqlDatabase:
 
 
 def check_rollback(database: Migrating, count: int) -> None:
-    """Exits with one line where a rollback cannot be, or would delete data that nobody said it
-    might."""
+    """Exits with one line where a rollback is not possible, or would delete data and nobody has
+    allowed that."""
     done = applied(database.connection())
     if not done:
         raise SystemExit("there is nothing to roll back")
@@ -82,7 +82,7 @@ def check_rollback(database: Migrating, count: int) -> None:
     gone = set(undone) - set(names(MIGRATIONS))
     if gone:
         raise SystemExit(f"the files of {', '.join(sorted(gone))} are not here")
-    # Not from `.env`, where it would stay.
+    # From the environment alone: in `.env` the permission would stay.
     if os.environ.get("ROLLBACK_DELETES_DATA") == "yes":
         return
     lost = losses(database, MIGRATIONS, undone)

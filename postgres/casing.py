@@ -2,14 +2,14 @@
 
 What `lower` makes of a letter depends on the database's locale and its provider: `I` is `ı` in
 Turkish, and in `C` only ASCII has cases at all. ICU's own collations are not in every build, and
-change with its version, under an index that then has the old order. So the letters are told here.
+change with its version, under an index that then has the old order. So the letters are listed here.
 """
 
 from __future__ import annotations
 
 import re
 
-# Letters of Latin, Greek, Cyrillic, Armenian and Georgian, but ASCII's, that have a lower case of
+# Letters of Latin, Greek, Cyrillic, Armenian and Georgian beyond ASCII that have a lower case of
 # one letter (Unicode's simple case folding): FIRST-LAST/STEP:DISTANCE in hexadecimal. All scripts
 # together would be more than a row of PostgreSQL's catalogue of indexes holds (before version 18).
 # Migration 002 has the same list.
@@ -42,7 +42,7 @@ def _expanded(text: str) -> tuple[str, str]:
 
 
 def lowered(text: str) -> str:
-    """SQL for an SQL expression `text` in lower case. What is ASCII is spared the long list."""
+    """SQL for an SQL expression `text` in lower case. A text in ASCII needs no long list."""
     ascii_only = f'lower({text} COLLATE "C")'
     upper, lower = _expanded(LETTERS)
     return (

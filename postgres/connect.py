@@ -1,8 +1,8 @@
 """The one way in which Gatehouse connects: the service, `check`, `pw_migrate` and `make run`.
 
-libpq reads more than the URI: its environment (PGOPTIONS, PGSSLROOTCERT, …) and a service file. A
-part of Gatehouse that replaced one of those for itself worked in another schema than the one that
-had been migrated, and wrote to another tenant's table. So all of it goes through `Connector`.
+libpq reads more than the URI: its environment (PGOPTIONS, PGSSLROOTCERT, …) and a service file.
+When the service alone replaced one of those, it worked in another schema than the one that had been
+migrated, and wrote to another tenant's table. So every part of Gatehouse connects by `Connector`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFUSED_SECONDS = 60.0
 # Network devices forget a connection that is idle for minutes (AWS's after 350 seconds), without a
 # word to either side; libpq leaves the first probe to the system, which sends it after two hours.
 KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 10, "keepalives_count": 3}
-# Values of options that may be quoted, as they are no secret.
+# Values of options that are no secret, so that a message may quote them.
 KNOWN_WORDS = {"allow", "prefer", "require", "verify-ca", "verify-full", "direct", "disable"}
 HOST = re.compile(r"[A-Za-z0-9._:%-]+|/\S*")
 # How libpq names the server that it could not reach, before it says why.
@@ -41,8 +41,8 @@ AT_SERVER = re.compile(
     r'|could not translate host name "(?P<name>[^"]*)" to address: '
 )
 
-# Which of the start-up options the session does not have. A setting has its value as it was
-# written, or in another unit, and comes from the client then.
+# Which of the start-up options the session does not have. A setting that it has shows the value as
+# it was written; or, where PostgreSQL shows it in another unit, `client` as its source.
 DROPPED = """
     SELECT coalesce(string_agg(given.name, ', '), '')
     FROM unnest(%s::text[], %s::text[]) AS given (name, value)
@@ -63,8 +63,8 @@ class OptionsRefused(psycopg2.OperationalError):
 
 @dataclass(frozen=True)
 class Target:
-    """A database as a URI and all that libpq reads beside it say: its environment and a service
-    file, each of which gives way to what the one before it says, as in psql."""
+    """A database, as the URI and what libpq reads beside it say. As in psql the URI counts first,
+    then a service file, then the environment."""
 
     uri: str
     parameters: Mapping[str, str]
@@ -88,7 +88,7 @@ class Target:
             given = parse_dsn(uri)
         except psycopg2.ProgrammingError as error:
             if "invalid URI query parameter" in str(error):
-                # Or a ? in its password.
+                # It may also be a ? in the password.
                 raise UnusableURI("has an option that libpq does not know") from None
             raise UnusableURI("is not a URI that libpq can read") from None
         ports = given.get("port") or os.environ.get("PGPORT", "")
@@ -131,8 +131,8 @@ def check_uri(uri: str) -> str | None:
 def _resolved(uri: str) -> tuple[dict[str, str], str]:
     """The parameters that libpq would connect with, without the password, and the password.
 
-    libpq tells them of a connection only, so one to a socket of our own is begun, and nobody ever
-    answers it. Its hosts are kept: there have to be as many addresses as there are of them.
+    libpq tells them only of a connection. So one is begun to a socket of our own, where nobody
+    answers. The hosts of the URI stay, and libpq wants as many addresses as there are hosts.
     """
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
@@ -193,7 +193,7 @@ def _trust(parameters: dict[str, str]) -> None:
         ("sslkey", parameters.get("sslkey"), ""),
     ):
         path = parameters.get(name) or str(Path("~/.postgresql/root.crt").expanduser())
-        # With a colon a key is in a device, not in a file.
+        # A name with a colon is that of a key in a device, not of a file.
         if needed and ":" not in path and not _readable(path):
             raise UnusableURI(
                 f"asks for a file of certificates or keys that cannot be read: set {name} in it, or"
@@ -258,17 +258,17 @@ class Connector:
     def open(self) -> Any:
         """A connection in autocommit mode. Raises psycopg2.OperationalError.
 
-        A pooler may refuse start-up options, each in words and with a SQLSTATE of its own, of which
-        psycopg2 tells none. That it was them shows where there is a connection without them, and
-        still none with them.
+        Each pooler that refuses start-up options has its own words for that, and its own SQLSTATE,
+        which psycopg2 does not tell. So a connection without them is tried. If it can be made, and
+        one with them still cannot, they were the reason.
         """
         began = time.monotonic()
         refused = began - self._refused_at < REFUSED_SECONDS
         try:
             return self._connect(self.target.options if refused else self._options)
         except psycopg2.OperationalError as error:
-            # A server that does not answer is not asked a second time. Any other is: where it ends
-            # connections, it may end one that only just begins.
+            # A server that does not answer is not asked a second time. Any other is: one that
+            # restarts may have ended this connection while it began.
             if isinstance(error, OptionsRefused) or time.monotonic() - began > self._patience:
                 raise
             reason = error

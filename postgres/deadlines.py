@@ -1,7 +1,8 @@
 """Ending conversations with PostgreSQL that nobody should wait for any longer.
 
-Nothing in libpq bounds a server that is frozen, for its kernel goes on acknowledging, nor a path
-that is lost. And a deadline alone cannot tell such a server from a statement that waits for a lock.
+libpq waits without end for a server that is frozen, because its kernel goes on acknowledging, and
+for one behind a path that is lost. And a deadline alone cannot tell such a server from a statement
+that waits for a lock.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 
 import psycopg2
 
-# Where a conversation has had no answer for this many seconds, its server is asked whether it
-# answers anyone: a statement may take long, a server that is gone need not be waited for.
+# If a conversation has had no answer for this many seconds, its server is asked whether it answers
+# anyone: a statement may take long, but a server that is gone need not be waited for.
 SILENCE_SECONDS = 0.5
 # libpq's SSLRequest: a server answers it with one byte, before any session is made.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
@@ -29,9 +30,9 @@ class Deadlines:
     shutting down the connection's socket: libpq, which is blocked in a read, then reports a lost
     connection.
 
-    A server has `patience` seconds to answer when it is asked; `on_silence` is called where it
-    does not, and no other does. Where it answers others meanwhile, it is there: on a machine with
-    more work than it can do a single conversation, and the asking too, may have to wait for long.
+    A server that is asked has `patience` seconds to answer. `on_silence` is called if it does not,
+    and no other server has answered either. A server that answers others meanwhile is there: on a
+    machine with too much work a single conversation, and the question too, may wait for long.
     """
 
     def __init__(self, patience: float, on_silence: Callable[[], None]) -> None:
@@ -42,14 +43,14 @@ class Deadlines:
         self._running: dict[int, tuple[float, float, Any]] = {}
         self._started = False
         self._asking = False
-        self._heard: dict[Any, float] = {}  # when which server has answered anybody
+        self._heard: dict[Any, float] = {}  # server: when it has last answered anybody
 
     def begin(self, connection: Any, seconds: float) -> None:
         now = time.monotonic()
         with self._lock:
             self._running[id(connection)] = now, now + seconds, connection
             if not self._started:
-                with contextlib.suppress(RuntimeError):  # no more threads: at the next one, then
+                with contextlib.suppress(RuntimeError):  # No more threads: the next call will try.
                     threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
                     self._started = True
 
@@ -79,7 +80,7 @@ class Deadlines:
             if silent is None:
                 return
             thread = threading.Thread(target=self._ask, args=silent, name="asking", daemon=True)
-            with contextlib.suppress(RuntimeError):  # no more threads: at the next tick, then
+            with contextlib.suppress(RuntimeError):  # No more threads: the next tick tries again.
                 thread.start()
                 self._asking = True
 
@@ -87,7 +88,7 @@ class Deadlines:
         server, asked = (family, address), time.monotonic()
         try:
             answered = answers(family, address, self._patience)
-        except OSError:  # of this side's, which has no descriptor
+        except OSError:  # This side has no descriptor left.
             with self._lock:
                 self._asking = False
             return
@@ -95,7 +96,7 @@ class Deadlines:
             heard = {other for other, when in self._heard.items() if when > asked}
         answered = answered or server in heard
         if not answered and not heard:
-            self._on_silence()  # before who is cut asks for another connection
+            self._on_silence()  # First: a caller that is cut asks for another connection at once.
         with self._lock:
             self._asking, now = False, time.monotonic()
             if answered:

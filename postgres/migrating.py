@@ -27,7 +27,8 @@ LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this databa
 CONCURRENTLY = re.compile(
     r"\s*(CREATE\s+(UNIQUE\s+)?INDEX|DROP\s+INDEX|REINDEX\s+\w+)\s+CONCURRENTLY\b", re.IGNORECASE
 )
-# A role's own limits are for requests: a migration takes what it takes. Not all versions have all.
+# A role's own limits are for requests, and a migration may take longer. Not all versions of
+# PostgreSQL have all three.
 UNLIMITED = """
     SELECT set_config(name, '0', true) FROM pg_settings WHERE name IN
         ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')

@@ -34,25 +34,25 @@ from problems import DatabaseUnavailable, Problem
 
 log = logging.getLogger("gatehouse.database")
 
-# An idle connection that has not been used for this many seconds is asked for a round trip first,
-# and given up for a new one where that takes longer than the second. A NAT that has forgotten
-# the connection drops all that is sent, without a word: callers waited for the whole time that
-# connecting may take, and were then told that the database is away.
+# An idle connection that has not been used for VERIFY_SECONDS is tested by a round trip. If that
+# takes longer than ANSWER_SECONDS, it is given up for a new one. A NAT that has forgotten the
+# connection drops all that is sent, without a word: callers waited for the whole time that
+# connecting may take, and were then told that the database is down.
 VERIFY_SECONDS = 1.0
 ANSWER_SECONDS = 0.5
-# After a failed connect, callers are told at once for this many seconds; then one of them tries.
-# Who is urgent has one tried at once: /health tells what is, not what was.
+# After a failed connect, callers are told at once for this many seconds; then one of them tries. An
+# urgent caller has a connect tried at once: /health tells what is, not what was.
 RETRY_SECONDS = 0.25
 # While one tries, the others wait this long for what it finds.
 PROBE_SECONDS = 0.1
-# What it may take for a failed connect to be told to those who wait for it.
+# How long it may take until those who wait for a connect are told that it failed, in seconds.
 HEARSAY_SECONDS = 0.25
 # The same cause is logged once in this many seconds.
 LOG_SECONDS = 10.0
 
 
 class Connection(psycopg2.extensions.connection):
-    """A connection that knows since when it is, with which server, and what that has prepared."""
+    """A connection that knows its generation, its server, and what that has prepared for it."""
 
     generation = 0
 
@@ -67,13 +67,15 @@ class Connection(psycopg2.extensions.connection):
 
 
 class Waiter:
-    """A caller that waits for a connection, or for the reason why there is none. One that is
-    `urgent` is first, has one tried for it whatever became of the last, and where all connections
-    are in use it gets one more than there may be."""
+    """A caller that waits for a connection, or for the reason why there is none.
+
+    One that is `urgent` is first in the queue. A connect is tried for it even if the last one has
+    just failed, and if all connections are in use it gets one more than `size`.
+    """
 
     def __init__(self, urgent: bool) -> None:
         self.urgent = urgent
-        self.follows = False  # while the database is away: waits for what one who tries finds
+        self.follows = False  # The database is down, and it waits for what another's try finds.
         self._ready = threading.Lock()
         self._ready.acquire()
         self.outcome: Any = None
@@ -93,7 +95,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(None)
-        # Only thread-local state is guarded by it, and it was held while connecting.
+        # peewee's lock guards thread-local state only, and was held while connecting.
         self._lock = peewee._NoopLock()
         self._mutex = threading.Lock()
         self._forget()
@@ -104,7 +106,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
         self._count = 0  # connections open, or being made
         self._connecting = 0
-        self._verifying = 0  # of those that are open, idle ones that are asked whether they work
+        self._verifying = 0  # of those that are open, idle ones that are being tested
         self._generation = 0
         self._queue: deque[Waiter] = deque()
         self._down = False  # whether the last attempt to connect failed
@@ -153,8 +155,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _acquire(self, until: float = math.inf) -> Any:
         if self._pid != os.getpid():
-            # Forked: the parent's connections are its own. Not even closed here, for that would
-            # tell the server that they are done with.
+            # This process was forked, and the connections are its parent's. They are not even
+            # closed here, because that would tell the server that nobody needs them.
             self._parents = self._ready
             board = self._board
             self._forget()
@@ -192,7 +194,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return waiter
 
     def _start_connecting(self) -> None:
-        # As many as callers wait; while the server refuses, one, and not at once again.
+        # As many as there are callers that wait. While the server refuses, one, and after a pause.
         wanted, urgent = len(self._queue), any(waiter.urgent for waiter in self._queue)
         if self._down:
             wanted = min(wanted, int(urgent or time.monotonic() >= self._retry_at))
@@ -209,10 +211,10 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     def _await(self, waiter: Waiter, began: float, until: float) -> Any:
         limit = PROBE_SECONDS if waiter.follows else self.wait
         served = waiter.wait(min(began + limit, until) - time.monotonic())
-        # Who follows one who tried may wait on where that one has got through.
+        # A caller that followed another's try may go on waiting if that has succeeded.
         more = not self._down if waiter.follows else bool(self._connecting or self._verifying)
         if not served and more:
-            # There will be a connection that is not in use by others, or the reason why not.
+            # Soon there will be a connection that nobody uses, or the reason why there is none.
             served = waiter.wait(min(began + self._patience, until) - time.monotonic())
         if not served:
             with self._mutex:
@@ -287,7 +289,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._dismiss()
 
     def _silent(self) -> None:
-        """The server that conversations wait for answers nobody: who asks is told so at once."""
+        """The server answers nobody any more: from now on callers are told so at once."""
         self.say("the server has stopped answering")
         with self._mutex:
             self._down = self._mute = True
@@ -328,7 +330,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             connection.close()
 
     def _hand_over(self, connection: Any) -> bool:
-        """Give a connection to who is first, or keep it; False where it is one too many."""
+        """Give a connection to the first in the queue, or keep it; False if it is one too many."""
         surplus = self._count > self.size
         kept = True
         if self._queue and (self._queue[0].urgent or not surplus):
@@ -351,7 +353,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return DatabaseUnavailable()
 
     def say(self, cause: str) -> None:
-        """Log why something failed, without a secret, and the same not again and again."""
+        """Log why something failed, without a secret, and the same at most once in LOG_SECONDS."""
         cause = " ".join(self.target.redacted(cause).split())
         now = time.monotonic()
         if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:
@@ -361,8 +363,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             log.warning("%s", cause)
 
     def _distrust(self) -> None:
-        # What ended one connection, or a failover, has most likely ended the others, noticed or
-        # not: those that are open now are not used again.
+        # What ended one connection, a restart or a failover, has most likely ended the others too,
+        # even if nothing shows yet: those that are open now are not used again.
         with self._mutex:
             self._generation += 1
         self.close_idle()
@@ -385,5 +387,5 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             connection.close()
 
     def close_all(self) -> None:
-        """Close the connections that nobody uses; the others are closed by their users' ending."""
+        """Close the connections that nobody uses; the others are left to their users."""
         self.close_idle()

@@ -42,7 +42,7 @@ PARTS = """
             SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = indrelid)
 """
 
-# Made where the database offers what it takes (migration 004): with and without it all is well.
+# Made only where the database offers pg_trgm (migration 004). The schema is right without it too.
 OPTIONAL = {("index", "users_search")}
 LOCK_TIMEOUT = 5  # seconds
 # Any other has no way to write some names and addresses.

@@ -39,8 +39,8 @@ SKEW_SECONDS = 1.0
 # seconds; each is up to twice as long as the one before it, and none longer than the last.
 FIRST_PAUSE, LAST_PAUSE = 0.005, 0.2
 
-# What is not the database's doing or the caller's, and should never happen: 500, and a stack trace
-# in the log.
+# Neither the database nor the caller has done wrong, and it should never happen: 500, and a stack
+# trace in the log.
 DEFECT = Problem
 
 # SQLSTATE, or its class (the first two characters), to what a caller is told: all classes of
@@ -108,13 +108,13 @@ RULES = frozenset({"exec_stmt_raise", "exec_stmt_assert", "ExecWithCheckOptions"
 # Another row refers to the one that is deleted: NO ACTION, and RESTRICT since PostgreSQL 18.
 REFERRED_TO = frozenset({"23503", "23001"})
 
-# What says that the statement was undone because of another's, and may succeed when it is run
-# again: a serialization failure, and a deadlock.
+# SQLSTATEs that say that the statement was undone because of another's, and may succeed when it is
+# run again: a serialization failure, and a deadlock.
 CONFLICTS = frozenset({"40001", "40P01"})
-# What says that nobody knows what became of the statement, though the connection is there.
+# SQLSTATEs that say that nobody knows what became of the statement, though the connection is there.
 UNKNOWN = frozenset({"08007", "40003"})
-# What says that the statement was not carried out, and may be elsewhere or later. A backend that is
-# ended after it committed says nothing any more.
+# SQLSTATEs that say that the statement was not carried out, and may be run elsewhere or later. A
+# backend that is ended after it has committed says nothing any more.
 NOT_DONE = frozenset(
     {
         "25006",  # a standby
@@ -234,7 +234,7 @@ class Database(Pool):
             except DuplicatePreparedStatement:
                 if sql is not statement.prepare:
                     raise
-                connection.prepared.add(statement.name)  # by a run that failed after it
+                connection.prepared.add(statement.name)  # An earlier run did, and then failed.
             except (InvalidSqlStatementName, FeatureNotSupported):
                 # A pooler gives each transaction another of its servers, and this one has not
                 # prepared it; or it knows no prepared statements. Nothing has been done.
@@ -269,11 +269,12 @@ class Database(Pool):
         """Run a statement that leads to the same state when it is run twice in a row.
 
         If its connection is lost it is run again, which either finds the first run's work or does
-        it; the second value tells whether that happened. `untouched` is among its parameters then:
-        for how many seconds nobody may have changed what it changes, lest it be done once more
-        over what came between; None in the first run. Raises DatabaseUnavailable with
-        `outcome="unknown"` where no run is answered, and Lost where a run was cut: it may still
-        come late, over what has happened since.
+        it. The second value tells whether that happened. Its parameter `untouched` is None in the
+        first run. In a later one it is for how many seconds nobody may have changed what it
+        changes: otherwise it could be done once more, over a newer change.
+
+        Raises DatabaseUnavailable with `outcome="unknown"` if no run is answered, and Lost if a run
+        was cut: the server may still carry that out, over newer changes.
         """
         began, untouched = time.monotonic(), None
         attempts, patience = 0, Patience(self.statement_timeout)

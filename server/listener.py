@@ -1,4 +1,4 @@
-"""The listening socket: binding it, and closing it without turning anyone out."""
+"""The listening socket: binding it, and closing it without cutting a client off."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def let_nobody_in(listener: socket.socket) -> None:
     """Have the kernel ignore new connections, so that the queue can be emptied before the socket is
-    closed: who knocks then is refused when they knock again. Elsewhere than on Linux who comes
-    between the two is turned out."""
+    closed. A client that connects in between gets no answer, tries again, and is refused then. On
+    other systems than Linux it is cut off."""
     if sys.platform == "linux":
         # A packet filter of one instruction, BPF_RET 0: drop. See filter.txt of the kernel.
         drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
@@ -50,7 +50,7 @@ def raise_descriptor_limit() -> int:
     except ImportError:  # not Unix
         return 1024
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Where there is no limit a number has to be said all the same.
+    # Where there is no limit, setrlimit wants a number all the same.
     most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

@@ -1,4 +1,4 @@
-"""The logs: lines for whoever reads standard output and error, who may be slow, or gone."""
+"""The logs: lines on standard output and error, whose reader may be slow, or gone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ USERINFO = re.compile(r"//[^/?#]*@")
 
 
 class Output:
-    """Lines to a descriptor, from any thread, none of which waits for the reader.
+    """Writes lines to a descriptor, from any thread. No thread waits for the reader.
 
-    One that can be written to takes PIPE_BUF bytes at once, unless another writer is quicker: then
-    a thread would wait, and whoever has a line meanwhile. So a pipe gets a descriptor that never
-    waits.
+    A pipe that can be written to takes PIPE_BUF bytes at once, unless another process writes first.
+    Then the thread would have to wait, and with it every thread that has a line. So a pipe gets a
+    descriptor of our own that never waits.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -38,7 +38,7 @@ class Output:
         self._size = 0
         self._dropped = 0
         self._writing = threading.Lock()
-        # What waits is its own process's to write.
+        # Lines that wait at a fork are the parent's to write.
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
@@ -118,10 +118,12 @@ class Output:
 
 
 def never_waiting(descriptor: int) -> tuple[int, bool]:
-    """A descriptor of our own for the same pipe, with O_NONBLOCK: the one that was given stays as
-    it is, for other processes share it, and the flag would be theirs too. The one given where it
-    is no pipe, or cannot be opened anew (Linux only, and only for whoever may write to it). And
-    whether it may have a writer wait all the same, as a file never does."""
+    """A descriptor for the same output, and whether a writer may have to wait on it.
+
+    A pipe is opened anew, with O_NONBLOCK. The given descriptor stays as it is: other processes
+    share it, and the flag would be theirs too. This works on Linux, for a user who may write to
+    the pipe. In all other cases the given descriptor is used. A file never has a writer wait.
+    """
     mode = os.fstat(descriptor).st_mode
     try:
         if stat.S_ISFIFO(mode):

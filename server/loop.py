@@ -27,10 +27,10 @@ NEVER = math.inf
 BATCH = 256
 # A wake-up: eight bytes, as an eventfd takes them.
 ONE = (1).to_bytes(8, sys.byteorder)
-# What one splice moves at most, as large as a pipe may be for anybody.
+# What one splice moves at most: the largest pipe that any user may have (fs.pipe-max-size).
 PIPE_BYTES = 1 << 20
-# What may happen at a socket. Epoll tells of a peer that has closed its sending half without the
-# bytes before that end having been read (LEAVING); elsewhere that is only seen by reading.
+# What may happen at a socket. Epoll says that a peer has closed its sending half while bytes before
+# that end are still unread (LEAVING). Elsewhere they have to be read first.
 READ, WRITE, BROKEN = 1, 4, 8 | 16  # EPOLLIN, EPOLLOUT, EPOLLERR | EPOLLHUP
 LEAVING = getattr(select, "EPOLLRDHUP", 0)
 # What is watched for where nothing but BROKEN is of interest: epoll tells of that whatever it is
@@ -56,7 +56,7 @@ class Timer:
 
     def __init__(self, loop: Loop, action: Callable[[], None] | None = None) -> None:
         self._loop = loop
-        self._queued = NEVER  # where it stands in the loop's heap
+        self._queued = NEVER  # the time of its entry in the loop's heap
         self.when = NEVER
         self.action = action
         self.dropped = False
@@ -125,7 +125,7 @@ class Loop:
         elif events:
             self._poller.modify(descriptor, events)
         else:
-            # One that is watched for nothing would still be told of as BROKEN, at every turn.
+            # A broken one that is watched for nothing would still be reported, at every turn.
             self._poller.unregister(descriptor)
             del self._watched[descriptor]
 
@@ -223,7 +223,7 @@ class Loop:
         return min(1.0, max(0.0, self._timers[0][0] - time.monotonic()))
 
     def _take_calls(self) -> None:
-        # No more than have come by now: threads that are quick must not keep the sockets waiting.
+        # Only those that are there now: quick threads could otherwise keep the sockets waiting.
         for _ in range(self._calls.qsize()):
             try:
                 function, arguments = self._calls.get_nowait()
@@ -233,13 +233,12 @@ class Loop:
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(
-                self._wake, 4096
-            )  # What is left of more wake-ups than that ends the next sleep.
+            # Where there are more wake-ups than that, the rest ends the next sleep.
+            os.read(self._wake, 4096)
 
     def attempt(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a method. Where it fails as it never should, whatever it belongs to is in a state
-        that nobody knows: that is ended, by its `abandon`, and the loop goes on."""
+        """Call a method. It never should fail. If it does, nobody knows the state of the object
+        that it belongs to: that is ended, by its `abandon`, and the loop goes on."""
         try:
             function(*arguments)
         except Exception:
@@ -279,7 +278,7 @@ def abandon(method: Any) -> None:
 
 
 class Epoll:
-    """Linux's own, told in its own numbers."""
+    """Linux's poller, of which READ, WRITE and BROKEN are the numbers."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -291,7 +290,7 @@ class Epoll:
 
 
 class Portable:
-    """The same where there is no epoll: whatever Python's selectors find."""
+    """The same by Python's selectors, for systems without epoll."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -305,7 +304,7 @@ class Portable:
         self._selector.modify(descriptor, self._translated(events))
 
     def _translated(self, events: int) -> int:
-        # Selectors watch for something always: one that waits for nothing waits to be read.
+        # A selector has to watch for something: where nothing is asked for it watches for reading.
         found = selectors.EVENT_READ if events & READ or not events & WRITE else 0
         return found | (selectors.EVENT_WRITE if events & WRITE else 0)
 
@@ -319,7 +318,7 @@ class Portable:
 
 
 def give_memory_back() -> None:
-    """Give the system what was freed: glibc keeps that for the next who asks, although a crowd that
-    has gone may never come again."""
+    """Give freed memory back to the system. glibc keeps it for later, but a crowd that has gone may
+    never come again."""
     with contextlib.suppress(OSError, AttributeError):  # Another C library has no such function.
         ctypes.CDLL(None).malloc_trim(0)

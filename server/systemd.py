@@ -1,4 +1,4 @@
-"""What systemd, or who speaks as it does, hands over to a service and wants to be told.
+"""What systemd, or a program that does as it does, hands over to a service and wants to be told.
 
 See sd_listen_fds(3) and sd_notify(3). The variables are taken out of the environment that they are
 read from, so that no child process takes them for its own.
@@ -14,7 +14,7 @@ from collections.abc import Callable, MutableMapping
 from metrics import HEARTBEAT, Board
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
-# A loop notes that it turns once a second; one that has not for so many seconds does not turn.
+# Once a second a loop notes that it turns. If it has not for so many seconds, it does not turn.
 SILENT_SECONDS = 3.0
 
 
@@ -42,7 +42,7 @@ def handed_over(environ: MutableMapping[str, str]) -> socket.socket | None:
 
 
 class Notifier:
-    """Tells whoever started the service how it is, where that asked to be told.
+    """Tells the program that started the service how it is, if that has asked to be told.
 
     `interval` is how often it wants to hear that all is well, in seconds; 0.0 where it does not.
     """
@@ -54,7 +54,7 @@ class Notifier:
         # A leading @ stands for the NUL of an abstract socket.
         self._address = address.replace("@", "\0", 1) if address.startswith("@") else address
         watched = address and microseconds.isdecimal() and process == str(os.getpid())
-        # Half of the time after which it would be given up, as sd_watchdog_enabled(3) advises.
+        # Half of the time after which systemd would restart it, as sd_watchdog_enabled(3) advises.
         self.interval = int(microseconds) / 2e6 if watched else 0.0
         self._next = 0.0
 
@@ -62,7 +62,7 @@ class Notifier:
         return bool(self._address)
 
     def tell(self, state: str) -> None:
-        """Send one message, such as READY=1. Nobody is told where nobody listens."""
+        """Send one message, such as READY=1. Does nothing where nobody listens."""
         if self._address:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 try:

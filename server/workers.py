@@ -30,9 +30,10 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 START_SECONDS = 1.0
 # …and after so many of them in a row the service gives up.
 START_ATTEMPTS = 5
-# How often it is looked whether all workers serve, until they do, in seconds.
+# How often to look whether all workers serve, until they do, in seconds.
 READY_SECONDS = 0.02
-# A worker ends by itself when its time is over. So many seconds later the supervisor ends it.
+# A worker ends by itself when its time is over. If it has not, the supervisor ends it so many
+# seconds later.
 LATE_SECONDS = 1.0
 
 
@@ -83,7 +84,7 @@ def serve(service: Service) -> int:
 
 
 def begin(service: Service, number: int) -> Server:
-    """The server of worker `number`, in whose process this is."""
+    """Become worker `number`, and make its server."""
     pin(number, service.workers)
     service.board.join(number)
     server = service.make(number)
@@ -110,8 +111,8 @@ def pin(number: int, workers: int) -> None:
 def on_signals(service: Service, server: Server, *, supervised: bool) -> None:
     """Stop at the first signal, after the drain's delay, and end at once at the second.
 
-    Where a worker is supervised its supervisor decides that: what is sent to the whole process
-    group comes from there once more, and whatever it was comes as SIGTERM.
+    If a worker is supervised, its supervisor decides that, and tells it by SIGTERM. Other signals
+    are ignored: one that is sent to the whole process group reaches the supervisor too.
     """
     seen: list[int] = []
 
@@ -148,8 +149,8 @@ def keep_told(service: Service) -> None:
 
 
 def stop_without(lifeline: int, server: Server) -> None:
-    """Stop the worker when its supervisor ends: the other end of this pipe is closed then, however
-    that came. On a thread of its own, which waits for nothing else."""
+    """Stop the worker when its supervisor ends, whatever the reason: the other end of this pipe is
+    closed then. Runs on a thread of its own."""
     os.read(lifeline, 1)
     server.stop()
 
@@ -219,7 +220,7 @@ class Supervisor:
         self.service.close()
 
     def wait(self, until: float | None) -> bytes:
-        """The signals that have come by then; in between whoever asked is told how it is."""
+        """Wait until then for signals, and return them. Meanwhile tell systemd how things are."""
         times = [] if until is None else [until]
         if not self.told_ready and self.notifier:
             if ready(self.service.board, self.service.workers):
@@ -241,7 +242,7 @@ class Supervisor:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
-            # Another's child may have come to this process, which is the first of a container, say.
+            # In a container this may be the first process, to which the children of others come.
             if process in self.running:
                 yield *self.running.pop(process), os.waitstatus_to_exitcode(status)
 
