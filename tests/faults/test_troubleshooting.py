@@ -422,6 +422,44 @@ def test_every_problem_that_callers_get_has_its_status() -> None:
     assert theirs - {name for _, name in told} == {"http-version-not-supported"}
 
 
+# What the other rows tell of, and the tests elsewhere that provoke it.
+ELSEWHERE = {
+    '400 or 403, "CSRF", "invalid host"; a redirect to an inner address': (
+        "applications/test_light.py: test_one_logs_in_to_djangos_admin"
+    ),
+    "redirects in a circle between http and https": (
+        "proxy/test_forwarding.py: test_the_protocol_that_a_trusted_proxy_tells"
+    ),
+    "events arrive late, several at once": (
+        "proxy/test_behind_proxies.py: test_each_piece_arrives_before_the_next_is_sent"
+    ),
+    "event streams end after a minute": (
+        "proxy/test_event_streams.py: test_a_client_of_a_silent_stream_hears_that_it_lives"
+    ),
+    "a WebSocket is refused": "proxy/test_behind_proxies.py: test_a_websocket_goes_through_both",
+    "paths below `/users` or `/health` do not reach the application": (
+        "proxy/test_paths.py: test_a_path_in_an_owned_tree_never_reaches_the_upstream"
+    ),
+    "`gatehouse_loop_longest_turn_seconds` is over 0.1": (
+        "operating/test_metrics.py: test_the_longest_turn_is_shown_until_the_next_scrape"
+    ),
+    "connections wait, also for `/health/live`": (
+        "proxy/test_crowds.py: test_a_process_without_a_free_descriptor_waits_for_one_without_spinning"
+    ),
+    "it takes long to stop": (
+        "operating/test_stopping.py: test_a_stream_that_never_ends_is_cut_at_the_shutdown_timeout"
+    ),
+}
+
+
+def test_every_other_row_is_provoked_elsewhere() -> None:
+    rows = [*cells("The application behaves differently"), *cells("It is slow or stuck")]
+    assert rows == list(ELSEWHERE)
+    for name in ELSEWHERE.values():
+        file, _, test = name.partition(": ")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), name
+
+
 def misspelt(folder: Path) -> str:
     project = copied(folder)
     (project / ".env").write_text("USERS_TOKENS=a\n")
