@@ -52,7 +52,7 @@ from tests.harness import (
 )
 from tests.harness.audit import Audit
 from tests.harness.handover import Listener, Told
-from tests.harness.servers import Relay, Server, quiet_port
+from tests.harness.servers import Relay, Server, free_port
 
 MIB = 1 << 20
 LARGE_BYTES = 4 * MIB
@@ -112,7 +112,7 @@ class Application:
     """That process."""
 
     def __init__(self) -> None:
-        self.port = quiet_port()
+        self.port = free_port()
         self.delay = spawn.Value("d", 0.0)
         self._start()
 
