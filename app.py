@@ -71,7 +71,8 @@ LISTS = (JSON, *BULK, HTML)
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
 # Headers of which a page in a browser can take none away from what it sends.
-BROWSERS = ("accept-language", "origin", "sec-fetch-mode", "sec-fetch-site")
+BROWSERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
+BROWSERS_KEYS = frozenset(f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSERS)
 NOT_LOCAL = (
     "No USERS_TOKEN is set, so that a browser may use this path under a name of this machine alone:"
     " localhost or 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
@@ -363,11 +364,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
             asked = asked_for(path, environ["REQUEST_METHOD"], *headers)
             if asked != "page":
-                names = (f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSERS)
-                browser = any(name in environ for name in names)
-                self.authorize(
-                    environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_HOST", ""), browser
-                )
+                given, host = environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_HOST", "")
+                self.authorize(given, host, not BROWSERS_KEYS.isdisjoint(environ))
             if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
@@ -479,8 +477,7 @@ class Gatehouse:
             asked = asked_for(head.path, head.method, kind, accept)
             if asked == "page":
                 return "live", inputs.MAX_BYTES
-            browser = any(name in head.values for name in BROWSERS)
-            self.owned.authorize(given, head.host, browser)
+            self.owned.authorize(given, head.host, not BROWSERS.isdisjoint(head.values))
             if asked == "bulk":
                 return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):

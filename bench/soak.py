@@ -45,6 +45,7 @@ from tests.harness import (
     Seen,
     Service,
     chunked,
+    free_port,
     message,
     ok,
     request,
@@ -52,7 +53,7 @@ from tests.harness import (
 )
 from tests.harness.audit import Audit
 from tests.harness.handover import Listener, Told
-from tests.harness.servers import Relay, Server, free_port
+from tests.harness.servers import Relay, Server
 
 MIB = 1 << 20
 LARGE_BYTES = 4 * MIB
