@@ -54,7 +54,7 @@ from wire.ids import request_id as usable_id
 from wire.refusal import own_fields, refusal
 from wire.request import Head
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 ROOT = Path(__file__).resolve().parent
 MIGRATIONS = ROOT / "migrations"
 
