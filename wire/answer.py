@@ -10,11 +10,11 @@ from wire.chunks import Chunks, Sized, UntilClose
 from wire.fields import Line, line, listed, remembering
 
 MAX_HEAD_BYTES = 262144
-STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r]*))?")
-# White space before the colon is taken away, as RFC 9112 section 5.1 tells a proxy; whoever sends
-# it is not trusted with another request on that connection.
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++)[ \t]*+:([^\0\r\n]*)")
-SPACED = re.compile(rb"\n[^ \t\n:]+[ \t]+:")
+STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
+# The end of a head. A line feed alone is taken for the end of a line (RFC 9112 section 2.2).
+HEAD_END = re.compile(rb"\n\r?\n")
+SPACED = re.compile(rb"(?<=\n)([^ \t\n:]+)[ \t]++:")
 FOLD = re.compile(rb"\n[ \t]++")
 LENGTH = re.compile(r"[0-9]{1,18}")
 # The header lines that say something to a proxy.
@@ -63,12 +63,16 @@ class Answer:
     def __init__(self, head: bytes, method: str) -> None:
         """Take apart a head, without its last empty line; `method` is the request's. Raises
         UpstreamBroken."""
-        raw = head.split(b"\r\n")
-        if b"\n " in head or b"\n\t" in head or head.count(b"\n") >= len(raw):
-            raw = mended_lines(head)
-        version, self.status, self.reason = status_of(raw[0])
-        del raw[0]
-        self.lines = lines_of(raw)
+        spaced = False
+        first, *raw = head.split(b"\r\n")
+        try:
+            version, self.status, self.reason = status_of(first)
+            self.lines = lines_of(raw)
+        except UpstreamBroken:
+            head, spaced = mended(head)
+            first, *raw = head.split(b"\n")
+            version, self.status, self.reason = status_of(first)
+            self.lines = lines_of(raw)
         told: dict[str, list[str]] = {}
         for key, value, _ in self.lines:
             if key in TOLD:
@@ -84,7 +88,7 @@ class Answer:
         self._frame(
             version, method, told.get("content-length", []), told.get("transfer-encoding", [])
         )
-        if (b" :" in head or b"\t:" in head) and SPACED.search(head):
+        if spaced:
             self.reusable = False
 
     def _frame(self, version: str, method: str, lengths: list[str], codings: list[str]) -> None:
@@ -130,15 +134,19 @@ class Answer:
         self.lines = lines
 
 
-def mended_lines(head: bytes) -> list[bytes]:
-    """The lines of a head that has them ended by line feeds alone, or folded. A line that begins
-    with white space goes on from the one before (RFC 9112 section 5.2), but for the first, which
-    would go on from the status line."""
+def mended(head: bytes) -> tuple[bytes, bool]:
+    """A head with its lines ended by line feeds alone and none of them folded; and whether a name
+    was followed by white space, which a proxy takes away (RFC 9112 section 5.1). The sender of that
+    is not trusted with another request on its connection.
+
+    A line that begins with white space goes on from the one before (section 5.2), but for the
+    first, which would go on from the status line."""
     head = head.replace(b"\r\n", b"\n")
     end = head.find(b"\n")
     if head[end + 1 : end + 2] not in (b" ", b"\t"):
         head = head[:end] + FOLD.sub(b" ", head[end:])
-    return head.split(b"\n")
+    head, spaced = SPACED.subn(rb"\1:", head)
+    return head, spaced > 0
 
 
 @lru_cache(64)
@@ -164,19 +172,13 @@ def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
     """Where the head of an answer ends in `data`, and where what follows begins; -1 and 0 while
     the end is not there. The first `scanned` bytes have been looked at before. Raises
     UpstreamBroken where the head is too large."""
-    start = scanned - 3 if scanned > 3 else 0
-    end = data.find(b"\r\n\r\n", start)
-    begin = end + 4
-    # Lone line feeds are taken for line ends (RFC 9112 section 2.2); the earlier end wins.
-    until = end + 1 if end >= 0 else len(data)
-    bare, mixed = data.find(b"\n\n", start, until), data.find(b"\n\r\n", start, until)
-    if bare >= 0 or mixed >= 0:
-        end, begin = min((at, at + size) for at, size in ((bare, 2), (mixed, 3)) if at >= 0)
-        if data[end - 1 : end] == b"\r":
-            end -= 1
-    elif end < 0:
-        begin = 0
+    found = HEAD_END.search(data, scanned - 3 if scanned > 3 else 0)
+    if found:
+        end, begin = found.span()
+        end -= data[end - 1 : end] == b"\r"
+    else:
+        end, begin = -1, 0
     # Of an end that is not there yet, three bytes may be.
-    if (len(data) - 3 if end < 0 else end) > MAX_HEAD_BYTES:
+    if (end if found else len(data) - 3) > MAX_HEAD_BYTES:
         raise UpstreamBroken("The head of the upstream's answer is too large.")
     return end, begin
