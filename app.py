@@ -1,8 +1,8 @@
 """Gatehouse: a users table, a health check and migrations in front of an HTTP application.
 
-`create_app` makes what answers /users and /health: an ordinary Bottle application, for any WSGI
-server. `Gatehouse` is what Gatehouse's own server is given, which forwards every other request.
-`main` is the command line.
+`create_app` makes the application that answers /users and /health: an ordinary Bottle application,
+for any WSGI server. `Gatehouse` is what Gatehouse's own server runs: it has that application, and
+the rules by which all other requests are forwarded. `main` is the command line.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ HTML = "text/html"
 LISTS = (JSON, *BULK, HTML)
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
-# Headers of which a page in a browser can take none away from what it sends.
+# Headers that a browser sends by itself, and that no page in it can take away.
 BROWSERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
 BROWSERS_KEYS = frozenset(f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSERS)
 NOT_LOCAL = (
@@ -83,7 +83,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 def create_app(settings: Settings, board: Board | None = None) -> Application:
     """The application that answers /users and /health, connected to nothing yet. `board` has the
-    numbers that the workers of one service share; alone it makes its own."""
+    numbers that the workers of one service share; without one the application makes its own."""
     board = board or Board(settings.workers)
     database.configure(
         settings.postgres_uri,
@@ -253,7 +253,8 @@ def _condition() -> users.Condition:
 
 
 class PageQuery(NamedTuple):
-    """Which page of users is asked for; `given` is what its next page repeats."""
+    """Which page of users is asked for. `given` are the parameters that the link to the next page
+    repeats."""
 
     limit: int
     after: str | None
@@ -263,11 +264,11 @@ class PageQuery(NamedTuple):
 
 
 def _page_query(query: str, kind: str) -> PageQuery:
-    """What is asked for, in the media type `kind`. Raises InvalidQuery that names every bad
-    parameter, up to 20."""
+    """Reads the query of GET /users, whose answer has the media type `kind`. Raises InvalidQuery,
+    which names every bad parameter, up to 20 of them."""
     given: dict[str, str] = {}
     errors: list[tuple[str, str]] = []
-    # Octets that should have been percent-encoded mean what they would mean then.
+    # Octets that should have been percent-encoded are read as if they were.
     query = query.encode("latin-1").decode("utf-8", errors="replace")
     for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
         check = PARAMETERS.get(name)
@@ -302,9 +303,9 @@ def _switch(value: str) -> None:
         raise ValueError("must be true or false")
 
 
-# Of one page, and of no export.
+# Parameters of a page, which an export does not have.
 OF_A_PAGE = {"limit", "count"}
-# What GET /users may be given, and what refuses a wrong value.
+# The parameters of GET /users, each with its check, which raises ValueError for a wrong value.
 PARAMETERS: dict[str, Callable[[str], object]] = {
     "limit": _limit,
     "after": valid_id,
@@ -315,11 +316,12 @@ PARAMETERS: dict[str, Callable[[str], object]] = {
 
 
 class Application(bottle.Bottle):  # type: ignore[misc]
-    """Bottle, with one place for what goes wrong, and guarded where it would guess.
+    """A Bottle application with one place for all errors. Where Bottle would guess, a guard decides
+    before it.
 
     A server may put into the environ `gatehouse.request_id`, and `gatehouse.arrived`: when the
-    request was complete, in seconds on the monotonic clock. Where `wsgi.input` finds that the
-    client has left it raises a ConnectionError, which is not answered.
+    request was complete, in seconds on the monotonic clock. A ConnectionError that `wsgi.input`
+    raises says that the client has left; it is not answered.
     """
 
     def __init__(self, settings: Settings, health: Health) -> None:
@@ -329,12 +331,12 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         self.tokens = [] if settings.users_auth == "none" else list(settings.users_token)
         self.local_only = settings.users_auth != "none" and not self.tokens
         self.patience = settings.db_pool_timeout
-        self.config["catchall"] = False  # exceptions come to __call__
+        self.config["catchall"] = False  # Exceptions come to __call__.
         self.uninstall(True)
         self.install(bottle.JSONPlugin(json_dumps=lambda value: json.dumps(value) + "\n"))
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Answer a request (PEP 3333); the one place that turns exceptions into answers."""
+        """Answer a request (PEP 3333). This is the one place that turns exceptions into answers."""
         given = environ.get("gatehouse.request_id")
         request_id = given or usable_id([environ.get("HTTP_X_REQUEST_ID", "")])
 
@@ -372,19 +374,19 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             if waited > self.patience and not asked:
                 raise DatabaseUnavailable("Too many requests wait for the database.")
         # Bottle drops octets of a path that are not UTF-8 (bottle.py:981: `/us%FFers` would be
-        # `/users`), its expressions ignore a line feed at the end (:441), and it takes any case
-        # for a method (:459), and PROXY and ANY for names of its own. One trailing slash is
-        # ignored.
+        # `/users`). Its expressions ignore a line feed at the end (:441). It takes a method in any
+        # case (:459), and gives the methods PROXY and ANY a meaning of its own. One trailing slash
+        # is ignored.
         environ["PATH_INFO"] = UNROUTABLE.sub("?", path).removesuffix("/")
         if environ["REQUEST_METHOD"] not in METHODS:
             environ["REQUEST_METHOD"] = "OTHER"
 
     def authorize(self, authorization: str | None, host: str, browser: bool) -> None:
-        """Raises Unauthorized where the value of the Authorization header opens nothing.
+        """Raises Unauthorized unless the Authorization header has one of the tokens.
 
-        Where nobody is asked for a token, a `browser` has to call this machine by a name of its
-        own. Any page that it shows could otherwise have its own name lead to 127.0.0.1, and read
-        and change all users (DNS rebinding).
+        If no token is set, a request of a `browser` has to name this machine as its `host`
+        (USERS_AUTH=none lifts that). Otherwise any page in the browser could have its own name lead
+        to 127.0.0.1, and then read and change all users (DNS rebinding).
         """
         if self.local_only and browser and not is_local(host):
             raise Unauthorized(NOT_LOCAL, headers=[("WWW-Authenticate", 'Bearer realm="users"')])
@@ -392,7 +394,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             return
         scheme, _, token = (authorization or "").partition(" ")
         token = token.strip(" ")
-        # Every token is compared, so that the time tells nothing.
+        # Every token is compared, so that the time does not tell which one is right.
         matches = [hmac.compare_digest(token.encode(), known.encode()) for known in self.tokens]
         if scheme.lower() == "bearer" and any(matches):
             return
@@ -400,7 +402,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         raise Unauthorized(headers=[("WWW-Authenticate", f'Bearer realm="users"{error}')])
 
     def default_error_handler(self, error: Any) -> str:
-        """Bottle's own refusals, as ours; it calls this while it makes the answer."""
+        """Turn Bottle's own refusals into problems. Bottle calls this while it makes the answer."""
         match error.status_code:
             case 400:
                 raise BadRequest(error.body)
@@ -419,14 +421,14 @@ class Application(bottle.Bottle):  # type: ignore[misc]
 
 def is_local(host: str) -> bool:
     """Whether a Host, with a port or without, can only be this machine, whatever a name server
-    says (RFC 6761 section 6.3); an empty one is no browser's."""
+    says (RFC 6761 section 6.3). An empty one counts as this machine: no browser sends it."""
     name = re.sub(r":[0-9]*\Z", "", host).strip("[]")
     return not name or is_loopback(name) or name.lower().endswith(".localhost")
 
 
 def asked_for(path: str, method: str, content_type: str | None, accept: str | None) -> str:
-    """What a request is about: the `page` for browsers, which holds nobody's data, many users in
-    `bulk`, or anything else."""
+    """The kind of a request: `page` for the browser's page, which holds nobody's data; `bulk` for
+    an import or export; empty for anything else."""
     if path.removesuffix("/") != "/users":
         return ""
     if method == "POST":
@@ -438,8 +440,8 @@ def asked_for(path: str, method: str, content_type: str | None, accept: str | No
 
 
 class Gatehouse:
-    """What Gatehouse's own server is given: the application, the proxy's rules, and whose a request
-    is."""
+    """What Gatehouse's own server runs: the application, the proxy's rules, and the decision who
+    answers a request."""
 
     def __init__(self, settings: Settings) -> None:
         self.max_body = settings.max_body_bytes
@@ -464,8 +466,10 @@ class Gatehouse:
         return body
 
     def admit(self, head: Head) -> tuple[str, int]:
-        """Whose a request is, decided on its decoded path when its head is complete: the lane that
-        serves it and the largest body it may have. Raises the Problem to refuse it with."""
+        """Decide by the decoded path who answers a request; called when its head is complete.
+        Returns its lane and the largest body that it may have, in bytes (0: any number). A lane is
+        a set of threads for one kind of request (server/jobs.py); "proxy" means that the upstream
+        answers. Raises the Problem to refuse the request with."""
         owner = OWNED.fullmatch(head.path)
         if owner is None:
             self.proxy.admit(head)
@@ -481,18 +485,20 @@ class Gatehouse:
             if asked == "bulk":
                 return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):
-            return "live", inputs.MAX_BYTES  # it waits for nothing, nor behind what does
+            # It waits for nothing, and must not wait behind requests that do.
+            return "live", inputs.MAX_BYTES
         return owner[1], inputs.MAX_BYTES
 
 
 def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int:
-    """Serve on a bound socket until told to stop; returns the exit code."""
+    """Serve on a bound socket until a signal says to stop. Returns the exit code."""
     gatehouse = Gatehouse(settings)
     options = Options(
         upstream_url=settings.upstream_url,
         ca_bundle=os.environ.get(commands.CA_BUNDLE),
         threads={
-            # Enough to use every connection while others are told that none is free.
+            # At least two threads more than connections: they tell other callers that no
+            # connection is free.
             "users": max(settings.threads, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
             "live": HEALTH_THREADS,
