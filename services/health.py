@@ -1,4 +1,7 @@
-"""What is up: the process, the database by a round trip, the upstream by how requests went."""
+"""Whether the process, the database and the upstream are up.
+
+The database is asked, in one round trip. The upstream is judged by how requests to it went.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,21 @@ from problems import Problem, SchemaNotMigrated
 
 log = logging.getLogger("gatehouse")
 
-# One round trip: the migrations that have been applied, and whether the role may do with the table
-# what it has to, null where there is no table.
+# One round trip finds the migrations that have been applied, and whether the role has the
+# privileges on the table that it needs. That is NULL if there is no table.
 PROBE = Statement(
     "SELECT name, NULL FROM migratehistory UNION ALL SELECT NULL, bool_and(has_table_privilege("
     f"to_regclass('{User._meta.table_name}'), privilege)) "
     "FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege",
     {},
 )
-# Of the half second that an answer may take longer than connecting; the rest is for all else.
+# /health may answer half a second later than DB_CONNECT_TIMEOUT. So much of that is for the probe.
 MARGIN_SECONDS = 0.2
 
 
 class Probe:
-    """One measurement, which all share who asked before it ended; when that was, in seconds on the
-    monotonic clock."""
+    """One measurement. All callers that ask before it has ended share it. `ended` is when that was,
+    in seconds on the monotonic clock."""
 
     ended = 0.0
 
@@ -38,8 +41,8 @@ class Probe:
 
 
 class Health:
-    """`migrations` are the names of those that this version needs, in order; `started` is when the
-    service started, on the monotonic clock."""
+    """Makes the reports. `migrations` are the names of those that this version needs, in order;
+    `started` is when the service started, in seconds on the monotonic clock."""
 
     def __init__(
         self, *, version: str, migrations: list[str], started: float, board: Board, pool_size: int
@@ -54,8 +57,8 @@ class Health:
         self._probe.done.set()
 
     def database(self, asked: float) -> dict[str, Any]:
-        """The database part: measured now, or by a measurement that has not ended, or had not when
-        that was `asked` (on the monotonic clock): who waited for a thread may have missed it."""
+        """The database part. It is measured now, unless a measurement is running, or has ended
+        since the caller `asked` (on the monotonic clock): it may have waited for a thread."""
         with self._lock:
             probe = self._probe
             leads = probe.done.is_set() and probe.ended <= asked
@@ -106,7 +109,7 @@ class Health:
         }
 
     def report(self, asked: float) -> dict[str, Any]:
-        """The whole, as the contract has it, for who `asked` then."""
+        """All of /health, for a caller that `asked` at that time (on the monotonic clock)."""
         measured = self.database(asked)
         return {
             "status": "ok" if measured["status"] == "up" else "degraded",

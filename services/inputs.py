@@ -1,4 +1,4 @@
-"""Entity tags, media types and JSON, out of a request: its WSGI environ (PEP 3333)."""
+"""Reads entity tags, media types and JSON out of a request, from its WSGI environ (PEP 3333)."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MAX_BYTES = 65536
 
 
 def tags(environ: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
-    """The entity tags in a header (RFC 9110 section 13.1), None where it is absent. ANY is `*`.
+    """The entity tags in a header (RFC 9110 section 13.1), None if it is absent. ANY is `*`.
 
-    A weak tag is as good as a strong one: all that Gatehouse makes are strong, and a proxy in
-    front that compresses answers makes them weak (nginx does). Raises BadRequest.
+    A weak tag counts as the strong one: all that Gatehouse makes are strong, and a proxy in front
+    that compresses answers makes them weak (nginx does). Raises BadRequest.
     """
     text = environ.get(f"HTTP_{name.upper().replace('-', '_')}")
     if text is None:
@@ -40,7 +40,7 @@ def tags(environ: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
     if text == "*":
         return ANY
     tags = []
-    # Piece by piece: one expression for the whole list would look ahead from every comma.
+    # Read it piece by piece: one expression for the whole list would look ahead from every comma.
     pieces = re.findall(r'"[^"]*"?|[^",]+|,', text)
     members = "".join("\n" if piece == "," else piece for piece in pieces).split("\n")
     for member in filter(None, (part.strip(" \t") for part in members)):
@@ -58,8 +58,8 @@ def _no_tags(name: str) -> str:
 
 
 def media_type(value: str | None) -> str:
-    """The media type in a Content-Type that says UTF-8 or nothing; empty for any other. Other
-    parameters, as CSV's `header` (RFC 4180 section 3), say nothing that matters here."""
+    """The media type in a Content-Type, in lower case; empty if its charset is another than UTF-8.
+    Other parameters, such as CSV's `header` (RFC 4180 section 3), do not matter here."""
     kind, *parameters = (value or "").lower().split(";")
     for name, _, text in (parameter.strip().partition("=") for parameter in parameters):
         if name == "charset" and text.strip('"') not in UTF_8:
@@ -68,8 +68,8 @@ def media_type(value: str | None) -> str:
 
 
 def preferred(accept: str | None, *offers: str) -> str:
-    """Which of the media types that are offered an Accept header prefers (RFC 9110 section 12.5.1);
-    the first among equals, and also where it accepts none."""
+    """The media type among `offers` that an Accept header prefers (RFC 9110 section 12.5.1). It is
+    the first one among equals, and also if the header accepts none."""
     given: dict[str, float] = {}
     for item in (accept or "*/*").lower().split(","):
         kind, *parameters = (part.strip() for part in item.split(";"))
@@ -86,15 +86,16 @@ def preferred(accept: str | None, *offers: str) -> str:
 
 def members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
     """The members of the JSON object in the body, whose media type has to be one of these. Raises
-    UnsupportedMediaType, BodyTooLarge, MalformedJson, or InvalidUser where it is no object."""
+    UnsupportedMediaType, BodyTooLarge, BadRequest, MalformedJson, or InvalidUser if it is JSON of
+    another kind."""
     if media_type(environ.get("CONTENT_TYPE")) not in media_types:
         raise UnsupportedMediaType(f"The body must be {' or '.join(media_types)}, in UTF-8.")
     return parsed(_body(environ))
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """The members of a JSON object; what is an object in turn is an Object, that knows its text.
-    Raises MalformedJson, or InvalidUser where it is another kind of JSON."""
+    """The members of a JSON object. A member that is itself an object is an Object, which knows its
+    text. Raises MalformedJson, or InvalidUser if it is JSON of another kind."""
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
@@ -121,7 +122,8 @@ def parsed(body: bytes) -> dict[str, Any]:
 
 
 def _members(text: str) -> dict[str, Any]:
-    # The decoder tells where a value ends only for one value at a time.
+    # json.JSONDecoder says where a value ends only if it is given one value at a time, and the text
+    # of each is needed.
     members: dict[str, Any] = {}
     at = _after(text, SPACE.match(text).end(), "{")  # type: ignore[union-attr]
     if text.startswith("}", at):
@@ -148,20 +150,21 @@ def _members(text: str) -> dict[str, Any]:
 
 
 def _after(text: str, at: int, mark: str) -> int:
-    """Where a text goes on after a mark and the white space behind it."""
+    """The position in a text after a mark and the white space that follows it. Raises
+    JSONDecodeError if the mark is missing."""
     if not text.startswith(mark, at):
         raise json.JSONDecodeError(f"a {mark} is missing", text, at)
     return SPACE.match(text, at + len(mark)).end()  # type: ignore[union-attr]
 
 
 def _body(environ: Mapping[str, Any]) -> bytes:
-    # Bottle's own `request.body` would take the chunks out of a body whose chunks the server has
-    # taken out already (bottle.py:1346), and keeps what is large in a file.
+    # Bottle's own `request.body` would decode chunks that the server has decoded already
+    # (bottle.py:1346), and it keeps a large body in a file.
     length = environ.get("CONTENT_LENGTH") or ""
     if not re.fullmatch(r"[0-9]{0,18}", length):
         raise BadRequest("Content-Length must be one number.")
     if not length and not environ.get("wsgi.input_terminated"):
-        return b""  # there is no other end to read to
+        return b""  # Without a length the end of the body cannot be known.
     body, left = b"", int(length or MAX_BYTES + 1)
     if length and left > MAX_BYTES:
         raise BodyTooLarge(f"The body is larger than {MAX_BYTES} bytes.")
@@ -188,7 +191,7 @@ def _no_constant(name: str) -> None:
 
 
 def _number(text: str) -> float:
-    """A number, infinite where it is too large or too small for one of 64 bits."""
+    """A number as a float; infinite if it is too large, or too near to zero, for 64 bits."""
     number = float(text)
     return number if number or not re.search("[1-9]", text.lower().partition("e")[0]) else math.inf
 
@@ -196,7 +199,7 @@ def _number(text: str) -> float:
 DECODER = json.JSONDecoder(
     object_pairs_hook=_unique,
     parse_constant=_no_constant,
-    # Of a number only its size counts: what is kept is the text.
+    # Numbers are only checked for their size; what is stored is the text that was sent.
     parse_int=_number,
     parse_float=_number,
 )

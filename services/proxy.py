@@ -1,4 +1,4 @@
-"""What the proxy does to heads: which header passes, which is set, which ends here.
+"""What the proxy does to heads: which header passes, which is set, and which ends here.
 
 Heads in, heads out; RFC 9110 section 7.6 says what an intermediary has to do.
 """
@@ -15,7 +15,8 @@ from wire.request import Head
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# RFC 9110 section 7.6.1, and what applies to one hop by its own definition (section 11.7).
+# The headers of RFC 9110 section 7.6.1, and those that are for one hop by their own definition
+# (section 11.7).
 HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -29,36 +30,37 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-# What the proxy sets, whatever was there before.
+# The headers that the proxy sets, whatever was there before.
 SET = frozenset(
     {"host", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-request-id"}
 )
-# What else says who the client is, and is believed from a trusted proxy only; with these goes every
-# X-Forwarded-…, for applications know of -Prefix, -Port, -Ssl, -User and more.
+# These say who the client is too, and are believed only from a trusted proxy. The same goes for
+# every X-Forwarded-…, because applications know -Prefix, -Port, -Ssl, -User and more.
 BELIEVED = frozenset({"forwarded", "x-real-ip"})
 FORWARDED = "x-forwarded-"
-# What says where a message ends is none of what Connection may name.
+# These say where a message ends: Connection cannot name them away.
 FRAMING = frozenset({"content-length", "transfer-encoding"})
 # Many applications cannot tell X_Forwarded_For from X-Forwarded-For, nor Content_Length from
-# Content-Length: what is set, removed or framed here does not pass in such a spelling either.
+# Content-Length. So a header that is set, removed or believed here does not pass in such a spelling
+# either.
 OURS = HOP_BY_HOP | SET | BELIEVED | FRAMING
-# Alt-Svc names ports of the upstream's own, where there is no Gatehouse.
+# Alt-Svc names ports of the upstream itself: a client that went there would go past Gatehouse.
 NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
 UPGRADE = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
 
-# What Allow says for a target of the upstream's, whose methods Gatehouse does not know.
+# The Allow header for a target that the upstream has. Gatehouse does not know its methods.
 METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
 
 
 def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address in a member of X-Forwarded-For, which may have a port, brackets or a zone; that
-    of IPv4 where it is mapped into IPv6. Raises ValueError."""
+    """The address in a member of X-Forwarded-For, which may have a port, brackets or a zone. An
+    IPv4 address that is mapped into IPv6 is returned as IPv4. Raises ValueError."""
     text = text.strip().strip('"')
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
-    # Not the zone of an IPv6 address: it may be any text, and means nothing here.
+    # The zone of an IPv6 address is dropped: it may be any text, and means nothing here.
     address = ipaddress.ip_address(text.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
@@ -67,7 +69,8 @@ class Proxy:
     """The rules for one upstream.
 
     `host` and `prefix` are the authority and the path of the upstream's URL, and `name` is what
-    this instance calls itself in Via. `trusted` are the networks that are believed about clients.
+    this instance calls itself in Via. `trusted` are the networks of the trusted proxies, which are
+    believed when they say who the client is.
     """
 
     def __init__(
@@ -95,20 +98,22 @@ class Proxy:
             raise LoopDetected
 
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
-        """The head that is sent to the upstream: Host, the client's lines in their order less those
-        for this hop only, what the proxy sets, and the framing. `length` is that of a body that
-        came in chunks and has been gathered, in bytes; None keeps the framing that it came with."""
+        """The head that is sent to the upstream. It has Host, the client's lines in their order
+        without those for this hop, the framing, and what the proxy sets. If the body came in chunks
+        and has been gathered, `length` is how long it is, in bytes; None keeps the framing that the
+        body came with."""
         trusted = self.trusts(peer)
         values = head.values
         ending = HOP_BY_HOP | FRAMING
         if "connection" in values:
-            # Connection may name what ends here; what frames the message does anyhow.
+            # Connection may name more headers that end here. Those that frame the message are set
+            # anew in any case.
             ending = ending.union(option.lower() for option in listed(values["connection"]))
         lines: list[bytes] = []
         for key, _, text in head.lines:
             if key in SET or key in ending:
                 if key == "content-length" and head.length is not None:
-                    # One spelling of a number goes out.
+                    # `007` and `7` are one length: the number goes out.
                     lines.append(b"%b: %d\r\n" % (text.partition(b":")[0], head.length))
             elif "_" in key and self._is_ours(key, ending):
                 pass
@@ -154,14 +159,14 @@ class Proxy:
         return spelled in OURS or spelled in ending or spelled.startswith(FORWARDED)
 
     def answer_lines(self, answer: Answer, head: Head) -> bytes:
-        """The header lines that go back to the client: the upstream's in their order, less those
-        for its own hop only, and the request's id."""
+        """The header lines that go back to the client: the upstream's in their order, without those
+        for its own hop, and the request's id."""
         upgrade = UPGRADE if answer.status == 101 else b""
         own = b"X-Request-Id: %b\r\n" % head.id.encode()
         return self.interim_lines(answer) + upgrade + own
 
     def interim_lines(self, answer: Answer) -> bytes:
-        """The same for an interim answer, which is not the one to the request."""
+        """The same for an interim answer (1xx), which does not have the request's id."""
         ending = NOT_RETURNED
         if answer.options and not ending.issuperset(answer.options):
             ending = ending.union(answer.options) - {"content-length"}
@@ -177,8 +182,8 @@ class Proxy:
         return any(address in network for network in self.trusted)
 
     def caller(self, head: Head, peer: str) -> str:
-        """The address of the client: the nearest in X-Forwarded-For that is not itself a trusted
-        proxy, where the peer is one; else the peer."""
+        """The address of the client. If the peer is a trusted proxy, it is the last address in
+        X-Forwarded-For that is not a trusted proxy's; otherwise it is the peer's."""
         if self.trusted and self.trusts(peer):
             for hop in reversed(listed(head.values.get("x-forwarded-for", []))):
                 try:

@@ -1,7 +1,7 @@
 """Many users at once: import and export, as CSV (RFC 4180) or as a line of JSON for each user.
 
-Both go through a batch at a time, so that memory stays flat whatever the number. An import answers
-with a line of JSON for each row, and a bad row stops no other.
+Both work batch by batch, so that they need no more memory for more users. An import answers with a
+line of JSON for each row, and a bad row stops no other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLUMNS = ["id", *NAMES, *MADE_HERE]
 BATCH_ROWS = 500
 BATCH_BYTES = 1 << 20
 READ_BYTES = 65536
-# A file that says that it is no longer than this is looked at whole before anything is written.
+# A file whose Content-Length is not more than this is read whole before anything is written.
 WHOLE_BYTES = 1 << 20
 MAX_LINE = 2 * inputs.MAX_BYTES
 
@@ -58,9 +58,9 @@ def _rows(after: bool, email: bool, text: bool) -> Statement:
 def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
     """All users that match, by id, after the id `after`, in the media type `kind`.
 
-    A batch is a statement of its own: who is there from the beginning to the end is told once,
-    whatever happens to others meanwhile. Raises DatabaseUnavailable, which in the middle is an
-    answer that ends too early.
+    Each batch is a statement of its own. A user that exists from the beginning to the end is
+    exported once, whatever happens to others meanwhile. Raises DatabaseUnavailable; in the middle
+    of an export this means that the answer ends too early.
     """
     if kind == NDJSON:
         more = True
@@ -88,13 +88,14 @@ class Refused(Exception):
 
 
 class Lines:
-    """The lines of a body as they arrive, in text with their ends; `number` is how many there have
-    been, `dry` whether the next one has to be waited for. A line that is too long, or not UTF-8,
-    raises Refused, and the next one may be asked for."""
+    """The lines of a body as they arrive, as text and with their ends. `number` is how many have
+    been read; `dry` says that the next one has not arrived yet. A line that is too long, or not in
+    UTF-8, raises Refused; after that the next one may be asked for."""
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
         stream = environ["wsgi.input"]
-        # What has arrived, where the server can tell; else a whole piece is waited for.
+        # `read1` gives what has arrived. Another server's stream may have only `read`, which waits
+        # for a whole piece.
         self._read = getattr(stream, "read1", stream.read)
         length = environ.get("CONTENT_LENGTH") or ""
         if not length.isascii() or not (length or "0").isdigit():
@@ -104,7 +105,7 @@ class Lines:
         self._ended = self._left == 0
         self._buffer = bytearray()
         self.number = 0
-        self.row = 0  # bytes of the present row
+        self.row = 0  # bytes of the present row so far
         short = self._left is not None and self._left <= WHOLE_BYTES
         self._fill()
         while short and not self._ended:
@@ -142,8 +143,8 @@ class Lines:
                 self._buffer.clear()
                 too_long = True
             self._fill()
-        # What is taken off the front of a bytearray costs no copy of the rest: a megabyte of empty
-        # lines took 15 seconds.
+        # To take bytes off the front of a bytearray does not copy the rest. With such copies a
+        # megabyte of empty lines took 15 seconds.
         line = self._buffer[: self._buffer.find(b"\n") + 1 or len(self._buffer)]
         del self._buffer[: len(line)]
         if not line and not too_long:
@@ -153,7 +154,7 @@ class Lines:
             raise Refused(f"The line is longer than {MAX_LINE} bytes.")
         self.row += len(line)
         if self.row > 2 * MAX_LINE:
-            # Each line may end a cell and begin one, and so a row may go on for ever.
+            # Each line may end a quoted cell and begin another, so that a row could go on for ever.
             raise Refused(f"The row is longer than {2 * MAX_LINE} bytes.")
         try:
             return line.decode()
@@ -163,8 +164,8 @@ class Lines:
 
 @dataclass
 class Row:
-    """A row of an import and what becomes of it: `members` as in a request's body, `number` of the
-    line where it begins, `problem` where it is refused."""
+    """A row of an import, and what becomes of it. `number` is that of the line where the row
+    begins; `members` are as in a request's body; `problem` says why the row is refused."""
 
     number: int
     members: dict[str, Any] = field(default_factory=dict)
@@ -175,7 +176,7 @@ class Row:
     outcome: str = ""
 
     def check(self) -> None:
-        """Make `values` of the members, or a problem."""
+        """Make `values` of the members, or set `problem`."""
         members = {key: value for key, value in self.members.items() if key not in MADE_HERE}
         errors: list[tuple[str, str]] = []
         self.id = new_id()
@@ -192,7 +193,7 @@ class Row:
             self.problem = InvalidUser(errors=errors)
 
     def line(self) -> str:
-        """What the answer says of it."""
+        """The line of the answer that says what became of the row."""
         if self.problem is None:
             status = 201 if self.outcome == "created" else 200
             return json.dumps({"line": self.number, "status": status, "id": self.id})
@@ -246,12 +247,13 @@ def _read_csv(lines: Lines) -> Iterator[Row]:
 
 
 def _csv_words(error: Exception) -> str:
-    # Python's own words for it are about how a program opens a file.
+    # Python's own message for it tells a programmer how to open a file.
     return "a line must end in LF or CRLF" if "new-line" in str(error) else str(error).rstrip(".")
 
 
 def _header(reader: Iterator[list[str]]) -> list[str]:
-    """The names of the columns. Raises InvalidUser that says what is wrong with them."""
+    """The names of the columns. Raises BadRequest if the line is not CSV, or InvalidUser, which
+    says what is wrong with the names."""
     try:
         names = [name.strip() for name in next(reader, [])]
     except (Refused, csv.Error) as error:
@@ -272,7 +274,8 @@ def _header(reader: Iterator[list[str]]) -> list[str]:
 
 
 def _members(cells: Mapping[str, str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """A row's cells as members of a user; an empty cell is one that is not given."""
+    """A row's cells as members of a user, and what is wrong with them. An empty cell counts as not
+    given, unless its column is required."""
     members: dict[str, Any] = {}
     errors: list[tuple[str, str]] = []
     for name, cell in cells.items():
@@ -299,28 +302,30 @@ _NEW = ", ".join(f'given."{name}"' for name in NAMES)
 _SET = ", ".join(f'"{name}" = given."{name}"' for name in NAMES)
 _TYPES = {name: f"{users.TYPES[name]}[]" for name in ("id", *NAMES)}
 
-# Whose address would change.
+# Finds out whether an address of a user that exists would change.
 MOVES = Statement(
     f"SELECT FROM users JOIN unnest({_GIVEN}) AS given({_NAMES}) USING (id)"
     " WHERE users.email <> given.email LIMIT 1",
     _TYPES,
     prepared=False,
 )
-# Whose address another user has.
+# Finds the rows whose address another user has.
 TAKEN = Statement(
     f"SELECT given.id::text FROM unnest({_GIVEN}) AS given({_NAMES}) JOIN users"
     f" ON {lowered('users.email')} = {lowered('given.email')} AND users.id <> given.id",
     _TYPES,
     prepared=False,
 )
-# Whoever is there already, by id or by address, is left alone, and so is a row's own double.
+# Creates users. It leaves alone a user that exists already, by id or by address, and leaves out a
+# second row for the same user.
 CREATE_MANY = Statement(
     f"INSERT INTO users ({_NAMES}) SELECT {_NAMES} FROM unnest({_GIVEN}) WITH ORDINALITY"
     f" AS given({_NAMES}, number) ORDER BY number ON CONFLICT DO NOTHING RETURNING id::text",
     _TYPES,
     prepared=False,
 )
-# Who is there: whether it was changed by this, and whether it was already as it should be.
+# Replaces users that exist. For each of them it says whether this statement changed it, and whether
+# it was already as the row has it.
 REPLACE_MANY = Statement(
     f"WITH given AS (SELECT * FROM unnest({_GIVEN}) AS given({_NAMES})), changed AS ("
     f"UPDATE users SET {_SET},"
@@ -336,9 +341,9 @@ REPLACE_MANY = Statement(
 
 
 def imported(kind: str, environ: Mapping[str, Any]) -> Iterator[bytes]:
-    """Create, or replace, the users in a body of the media type `kind`; gives the answer's lines
-    as they are done. Raises BadRequest or InvalidUser, before anything is written, for a file that
-    is not in UTF-8 or has not the right columns."""
+    """Create or replace the users in a body of the media type `kind`. Yields the lines of the
+    answer, batch by batch. Raises BadRequest or InvalidUser, before anything is written, for a file
+    that is not in UTF-8 or has not the right columns."""
     lines = Lines(environ)
     counts = dict.fromkeys(("rows", "created", "replaced", "unchanged", "refused"), 0)
     batch: list[Row] = []
@@ -348,7 +353,7 @@ def imported(kind: str, environ: Mapping[str, Any]) -> Iterator[bytes]:
         if row.problem is None:
             row.check()
         if row.asked and row.id in asked:
-            yield _done(batch, counts)  # of two, the later one is to be the last
+            yield _done(batch, counts)  # Of two rows for one id the later one has the last word.
             batch, asked, size = [], set(), 0
         batch.append(row)
         if row.asked:
@@ -370,8 +375,8 @@ def _done(batch: list[Row], counts: dict[str, int]) -> bytes:
             problem = error if isinstance(error, Problem) else unknown()
             left = [row for row in rows if not row.outcome and row.problem is None]
             if problem.status == 409:
-                # Which of them is refused, by a unique index or by a constraint of the operator's
-                # own, only one after the other tells.
+                # A unique index, or a constraint of the operator's own, refuses one of them. To
+                # find out which one, write them one by one.
                 _singly(left)
             else:
                 for row in left:
@@ -384,7 +389,8 @@ def _done(batch: list[Row], counts: dict[str, int]) -> bytes:
 
 def _write(rows: list[Row]) -> None:
     if any(row.asked for row in rows) and database.read(MOVES, _arrays(rows)):
-        # An address that a row frees may be another row's: only one after the other does as asked.
+        # A row may take an address that another row gives up. So they are written one by one, in
+        # order.
         _singly(rows)
         return
     _create(rows)
@@ -436,10 +442,12 @@ def _replace(rows: list[Row]) -> None:
             continue
         changed, same = states[row.id]
         if not changed and not same:
-            if again:  # somebody has changed it since the run that was lost
+            if again:  # Somebody has changed it since the run that was lost.
                 row.problem = unknown()
-            # Else somebody was faster, or a trigger left it alone: by itself it is told which.
+            # Otherwise somebody was faster, or a trigger left it alone. It has no outcome yet, so
+            # that it is written by itself next, which finds out.
         elif not row.asked:
-            row.outcome = "created"  # by a run whose answer was lost: nobody else knows the id
+            # A run whose answer was lost has created it, because nobody else knows the id.
+            row.outcome = "created"
         else:
             row.outcome = "replaced" if changed else "unchanged"

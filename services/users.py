@@ -1,7 +1,7 @@
 """The rules of users, and their statements.
 
-FIELDS is the one table of what a user has. Every statement is composed once, from it and the model,
-and PostgreSQL makes the JSON: what comes back is what is sent, whichever the number of rows.
+FIELDS is the one table of what a user has. Every statement is composed once, from it and the model.
+PostgreSQL makes the JSON of a user, which is passed on as it is: for one user and for a page alike.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ TOO_SLOW = (
 class Field:
     """A member of a user, and the column of the same name.
 
-    `check` takes what was sent and returns what is kept, or raises ValueError (services/values.py).
-    Where it is not `required` it may be absent, and is `default` then: None is NULL in the table
-    and null in JSON, and may be sent. `kind` is its SQL type; where it is `merged`, PATCH takes it
-    for a merge patch (RFC 7396) and not for the new value.
+    `check` takes the value that was sent and returns the one to store, or raises ValueError
+    (services/values.py). A member that is not `required` may be absent or null, and is `default`
+    then; a default of None is NULL in the table and null in JSON. `kind` is the SQL type. If it is
+    `merged`, PATCH takes the value as a merge patch (RFC 7396), and not as the new value.
     """
 
     name: str
@@ -72,9 +72,9 @@ FIELDS = (
     Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=True),
 )
 NAMES = {field.name: field for field in FIELDS}
-# What a GET gives beside them, and a PUT or PATCH may therefore send back.
+# Members that a GET also gives. A PUT or PATCH may therefore send them back, and they are ignored.
 MADE_HERE = ("created_at", "updated_at")
-# What one who creates a user without a choice of its id is told of these.
+# What a POST that sends one of these is told.
 NOT_SENT = dict.fromkeys(MADE_HERE, "is set by Gatehouse; leave it out") | {
     "id": "is made by Gatehouse; leave it out, or choose one with PUT /users/{id}"
 }
@@ -90,14 +90,15 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Condition:
-    """What a write asks of the user's present version: one of `match`, none of `none_match`.
-    None asks for nothing; ANY is any version."""
+    """A condition on the user's present version: it must be one of `match` and none of
+    `none_match`. None is no condition; ANY is any version."""
 
     match: tuple[str, ...] | None = None
     none_match: tuple[str, ...] | None = None
 
     def why_not(self, absent: Problem | None) -> Callable[[list[Any]], Problem | None]:
-        """What is in the way of a write, from the rows of GET; `absent` where there are none."""
+        """A function that takes the rows of GET, and returns the Problem that is in the way of a
+        write, or None. If there are no rows, that is `absent`."""
 
         def told(rows: list[Any]) -> Problem | None:
             if not rows:
@@ -112,8 +113,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Search:
-    """Which users are asked for: those with an address, those whose address or name contains a
-    text; None asks for nothing."""
+    """Which users are asked for: those with the address `email`, and whose address or name contains
+    `text`. None is no condition."""
 
     email: str | None = None
     text: str | None = None
@@ -136,12 +137,12 @@ class Search:
 
 
 def _storable(text: str) -> str:
-    """A text with what no user has, and some of which no statement can have, replaced by what no
-    user has either."""
+    """A text in which control characters and lone surrogates are replaced by one control character.
+    No user has either, so that nothing is found, and PostgreSQL can take it."""
     return SURROGATE.sub("\x1a", CONTROL.sub("\x1a", text))
 
 
-# What a statement may be given, and its SQL type.
+# The parameters of statements, and their SQL types.
 TYPES = {
     "id": "uuid",
     **{field.name: field.kind for field in FIELDS},
@@ -159,7 +160,7 @@ def given(name: str) -> SQL:
 
 
 def statement(query: Query, *, prepared: bool = True) -> Statement:
-    """A query whose only values are given by name."""
+    """Make a statement of a query. All its values are parameters by name: see TYPES."""
     sql, params = query.sql()
     assert not params, params
     types = {name: kind for name, kind in TYPES.items() if f"%({name})s" in sql}
@@ -183,20 +184,20 @@ def _json() -> Any:
     for field in FIELDS:
         # jsonb is JSON as it is, and asking for that costs as much as the column.
         value = _column(field) if field.kind == "jsonb" else fn.to_json(_column(field))
-        if field.default is None and not field.required:  # CONCAT drops NULL
+        if field.default is None and not field.required:  # CONCAT drops NULL.
             value = fn.coalesce(value, SQL("'null'"))
         parts += [SQL(f"""', "{field.name}": '"""), value]
     for name in MADE_HERE:
         parts += [SQL(f"""', "{name}": "'"""), in_rfc_3339(getattr(User, name)), SQL("""'"'""")]
-    return fn.CONCAT(*parts, SQL("'}'"))  # in lower case it is a method of peewee's
+    return fn.CONCAT(*parts, SQL("'}'"))  # In lower case it would be a method of peewee's.
 
 
 JSON = _json()
 _version = in_rfc_3339(User.updated_at)
 THIS = User.id == given("id")
-# Microseconds may repeat, and clocks go back: a change always makes a later time.
+# Two changes may share a microsecond, and clocks may go back: this time is later all the same.
 LATER = fn.greatest(fn.now(), User.updated_at + SQL("interval '1 microsecond'"))
-# Neither has a control character, so what is found is never partly in one and partly in the other.
+# No name, address or searched text has a line feed: no match begins in one and ends in the other.
 SEARCHED = fn.lower(User.name).concat(SQL("E'\\n'")).concat(fn.lower(User.email))
 
 
@@ -204,7 +205,7 @@ REPLACED = {field.name: given(field.name) for field in FIELDS}
 
 
 def _differs(new: Mapping[str, Any]) -> Any:
-    """Whether a user is not what it would be with these values; NULL is a value like others."""
+    """SQL that says whether these values would change the user. NULL counts as a value."""
     row = fn.ROW(*(_column(field) for field in FIELDS))
     return NodeList((row, SQL("IS DISTINCT FROM"), fn.ROW(*(new[one.name] for one in FIELDS))))
 
@@ -215,10 +216,10 @@ def _changed(new: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def _allowed() -> Any:
-    # A condition that is not asked for is null.
+    # A condition that was not given is NULL.
     match = SQL("(%(match)s IS NULL)") | (_version == SQL("ANY(%(match)s)"))
     none = SQL("(%(none_match)s IS NULL)") | ~(_version == SQL("ANY(%(none_match)s)"))
-    # A run after one of which nobody knows whether it was carried out: see Database.write.
+    # A second run, if nobody knows whether the first was carried out: see Database.write.
     since = fn.now() - SQL("make_interval(secs => %(untouched)s)")
     untouched = SQL("(%(untouched)s IS NULL)") | (User.updated_at < since)
     return match & none & untouched
@@ -230,12 +231,12 @@ def _update(new: Mapping[str, Any]) -> Statement:
 
 
 def _same(new: Mapping[str, Any]) -> Statement:
-    """Finds the user where it is what a write of these values would have made of it, and whether
-    that made it, and did not change it."""
+    """Finds the user if it looks as a write of these values would have left it. The third column
+    says whether that write created it, and did not change one that was there."""
     created = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
     unchanged = NodeList((SQL("NOT"), _differs(new)))
-    # A lock is a write: with a synchronous standby it is answered when that has all before it too,
-    # where a mere read may see what would be gone after a failover.
+    # The row is locked because a lock is a write. With a synchronous standby it is answered only
+    # when the standby has all writes before it. A mere read may see what a failover will undo.
     found = User.select(JSON, _version, created).where(THIS & unchanged)
     return statement(found.for_update())
 
@@ -246,8 +247,8 @@ _EXCLUDED = {field.name: getattr(EXCLUDED, field.name) for field in FIELDS}
 GET = statement(User.select(JSON, _version).where(THIS))
 AT_ADDRESS = SQL(MAILBOX) == SQL(lowered("CAST(%(email)s AS text)"))
 HOLDER = statement(User.select(User.id).where(AT_ADDRESS))
-# The one conflict that is ignored is with another user's address: any other, with an index or an
-# exclusion constraint of the operator's own, is the database's refusal.
+# Only the conflict with another user's address is ignored. With any other, of an index or an
+# exclusion constraint that the operator added, the database refuses the user.
 _ADDRESS = next(index for index in User._meta.indexes if index._unique)._expressions
 CREATE = statement(
     User.insert(_ROW)
@@ -265,15 +266,15 @@ DELETE = statement(User.delete().where(THIS & _allowed()).returning(User.id))
 
 @functools.cache
 def _patch(names: frozenset[str], merged: frozenset[str]) -> tuple[Statement, Statement]:
-    """Changes these fields of a user, some of which are merged into what is there; and finds it
-    where it is as it would be then."""
+    """Two statements: one changes the fields `names` of a user, of which `merged` are merged into
+    the values that are there; the other finds the user if it looks as the first would leave it."""
     new = {one.name: given(one.name) if one.name in names else _column(one) for one in FIELDS}
     new |= {name: fn.users_merged(_column(NAMES[name]), given(name)) for name in merged}
     return _update(new), _same(new)
 
 
 def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
-    """A query of users, limited to those after an id, with an address, and with a text."""
+    """A query of users, limited as asked to those after an id, with an address, with a text."""
     if after:
         query = query.where(User.id > given("after"))
     if email:
@@ -285,24 +286,24 @@ def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
 
 @functools.cache
 def _page(after: bool, email: bool, text: bool, count: bool, default: bool) -> Statement:
-    # The usual limit is part of the statement. For one that is only known when it is run,
-    # PostgreSQL does well not to keep the plan, which depends on how many rows are wanted.
+    # The usual limit is part of the statement, so that PostgreSQL can keep the plan. The right plan
+    # depends on how many rows are wanted: with a limit that is a parameter it is made each time.
     limit = str(DEFAULT_PAGE + 1) if default else "%(limit)s"
     found = matching(User.select(JSON.alias("line")), after=after, email=email, text=text)
     found = found.order_by(User.id).limit(SQL(limit))
-    # One row with a line for each user: as many rows cost both sides more.
+    # One row with a line for each user: a row for each would cost both sides more.
     columns: list[Any] = [fn.string_agg(SQL("line"), SQL(r"E'\n'"))]
     if count:
         columns.append(
             matching(User.select(fn.count(SQL("*"))), after=False, email=email, text=text)
         )
-    # How many users have a text decides which plan is right.
+    # Not prepared if there is a text: the right plan depends on how many users have it.
     return statement(Select([found.alias("found")], columns).bind(database), prepared=not text)
 
 
 class Page(NamedTuple):
-    """Users as JSON, the id after which the next page starts, None where this is the last, and how
-    many match in all where that was asked for."""
+    """Users as JSON; in `last` the id after which the next page starts, None on the last page; in
+    `total` how many users match in all, None if that was not asked for."""
 
     users: list[str]
     last: str | None
@@ -329,10 +330,10 @@ def page(limit: int, after: str | None, search: Search, *, count: bool = False) 
 
 
 def valid(members: Mapping[str, Any], *, user_id: str | None = None) -> dict[str, Any]:
-    """All fields of a user, checked and made ready to store, with what they are by default.
+    """All fields of a user, checked and ready to store. A field that is absent has its default.
 
-    With `user_id` the members may be what a GET of that user gave. Raises InvalidUser that names
-    every problem.
+    With `user_id` the members may be those that a GET of that user gave. Raises InvalidUser, which
+    names every error, up to MAX_ERRORS.
     """
     values, errors = checked(members, user_id)
     missing = [field.name for field in FIELDS if field.required and field.name not in members]
@@ -347,7 +348,7 @@ def _or_default(field: Field, value: Any) -> Any:
 
 def _raise(errors: list[tuple[str, str]]) -> None:
     if errors:
-        # What is missing or wrong comes before what is unknown, of which there may be thousands.
+        # Missing and wrong members come before unknown ones, of which there may be thousands.
         errors.sort(key=lambda error: error[1] == UNKNOWN)
         raise InvalidUser(errors=errors[:MAX_ERRORS])
 
@@ -355,7 +356,7 @@ def _raise(errors: list[tuple[str, str]]) -> None:
 def checked(
     members: Mapping[str, Any], user_id: str | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The fields among `members`, made ready to store, and what is wrong with any of them."""
+    """The fields among `members`, ready to store, and what is wrong with any of the members."""
     values: dict[str, Any] = {}
     errors: list[tuple[str, str]] = []
     for name, value in members.items():
@@ -375,7 +376,7 @@ def checked(
 
 
 def get(user_id: str) -> Found:
-    """Raises NoSuchUser."""
+    """The user with this id. Raises NoSuchUser."""
     rows = database.read(GET, {"id": user_id})
     if not rows:
         raise NoSuchUser
@@ -389,15 +390,16 @@ def create(members: Mapping[str, Any]) -> tuple[str, Found]:
 
 
 def insert(user_id: str, values: Mapping[str, Any]) -> Found:
-    """Create a user of what `valid` gave, with an id that nobody else knows. Raises EmailTaken."""
+    """Create a user from the values that `valid` returned, with a new id, which nobody else knows.
+    Raises EmailTaken."""
     user = {**values, "id": user_id}
     try:
         rows, _ = _written(CREATE, user, HOLDER, _taken)
     except Lost:
         return _done_before(SAME, user)
-    if not rows:  # perhaps the work of a first run is in the way
+    if not rows:  # Perhaps the work of a first run is in the way.
         rows = _confirmed(SAME, user)
-        if not rows and _confirmed(GET, user):  # which somebody has changed since
+        if not rows and _confirmed(GET, user):  # Somebody has changed it since.
             raise unknown()
     if not rows:
         raise _taken(database.read(HOLDER, user)) or RefusedByDatabase()
@@ -411,7 +413,8 @@ def _taken(holders: list[Any]) -> Problem | None:
 def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
     """Create the user with this id, or replace it.
 
-    Raises InvalidUser, EmailTaken, or PreconditionFailed; a user that is not there matches nothing.
+    Raises InvalidUser, EmailTaken, or PreconditionFailed. A user that does not exist
+    has no version: it fulfils no `match`, not even ANY.
     """
     errors: list[tuple[str, str]] = []
     try:
@@ -427,16 +430,16 @@ def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found
 
 
 def replace(user_id: str, values: Mapping[str, Any], condition: Condition) -> Found:
-    """The same, of what `valid` gave."""
+    """Do as `put`, with the values that `valid` returned."""
     values = {**values, "id": user_id, **_asked(condition)}
     statement, absent = (PUT, None) if condition.match is None else (REPLACE, PreconditionFailed())
     try:
         try:
             rows, again = _written(statement, values, GET, condition.why_not(absent))
         except EmailTaken:
-            # Of several that create one id at once, one may meet the winner's row by its address
-            # before it meets it by its id, and PostgreSQL then takes it for another user's: 3 in
-            # 1,000 of twelve at once. By now the winner is there to be met by its id.
+            # Several requests may create one id at once. A loser may then find the winner's row by
+            # its address before it finds it by its id, and PostgreSQL reports a taken address: 3 in
+            # 1,000 of twelve at once. By now that row is there, and is found by its id.
             rows, again = _written(statement, values, GET, condition.why_not(absent))
     except Lost:
         return _done_before(SAME, values)
@@ -446,7 +449,7 @@ def replace(user_id: str, values: Mapping[str, Any], condition: Condition) -> Fo
 
 
 def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
-    """Change some of a user. Raises InvalidUser, EmailTaken, NoSuchUser or PreconditionFailed."""
+    """Change some fields. Raises InvalidUser, EmailTaken, NoSuchUser or PreconditionFailed."""
     changes, errors = checked(members, user_id)
     _raise(errors)
     values = {name: _or_default(NAMES[name], value) for name, value in changes.items()}
@@ -461,21 +464,23 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
 
 
 def delete(user_id: str, condition: Condition) -> None:
-    """Raises NoSuchUser or PreconditionFailed."""
+    """Delete a user. Raises NoSuchUser or PreconditionFailed."""
     values = {"id": user_id, **_asked(condition)}
     try:
         rows, _ = _written(DELETE, values, GET, condition.why_not(NoSuchUser()))
     except Lost:
         raise unknown() from None
     if not rows:
-        raise unknown()  # gone, but whether by the first run or before it nobody can say
+        # It is gone. Nobody can say whether the first run deleted it, or somebody else before.
+        raise unknown()
 
 
 def _asked(condition: Condition) -> dict[str, Any]:
-    """A condition as parameters, each a list of versions or null.
+    """A condition as parameters, each a list of versions or NULL.
 
-    `If-Match: *` asks for nothing more, as a statement changes only a user that is there.
-    `If-None-Match: *` becomes the empty list of versions that would do, which none is in.
+    `If-Match: *` needs no condition, because a statement changes only a user that exists.
+    `If-None-Match: *` becomes an empty `match`: no version is in it, so that no user that exists is
+    changed.
     """
     match = None if condition.match in (None, ANY) else list(condition.match or ())
     none_match = None if condition.none_match is None else list(condition.none_match)
@@ -490,12 +495,14 @@ def _written(
     look: Statement,
     why_not: Callable[[list[Any]], Problem | None],
 ) -> tuple[list[Any], bool]:
-    """What `Database.write` gives; without rows only where it was run again.
+    """Run a write, and return what `Database.write` returns: the rows, and whether it was run
+    again. There are no rows only if it was.
 
-    Where the statement did nothing, raises what `why_not` says of the rows that `look` finds. Where
-    that is nothing, somebody was faster, and it is run again; or the database itself leaves the row
-    as it is: a trigger that returns NULL, or a policy. It does where the same is found before and
-    after a run, as every change makes another version.
+    If the statement did nothing, `why_not` is given the rows that `look` finds, and the Problem
+    that it returns is raised. If it returns none, there are two cases. Somebody was faster: the
+    statement is run once more. Or the database itself leaves the row as it is, by a trigger that
+    returns NULL or by a policy: RefusedByDatabase is raised. It is the second case if `look` finds
+    the same before and after a run, because every change makes another version.
     """
     before = None
     while True:
@@ -513,8 +520,8 @@ def _written(
 
 
 def _done_before(same: Statement, values: Mapping[str, Any]) -> Found:
-    """The user, where it is what a run whose answer was lost would have made of it: that run, or
-    one just like it, was carried out. Raises DatabaseUnavailable, outcome unknown, otherwise."""
+    """The user, if it looks as a run whose answer was lost would have left it: that run, or one
+    just like it, was carried out. Otherwise raises DatabaseUnavailable, outcome unknown."""
     rows = _confirmed(same, values)
     if not rows:
         raise unknown()
@@ -523,7 +530,7 @@ def _done_before(same: Statement, values: Mapping[str, Any]) -> Found:
 
 def _confirmed(statement: Statement, values: Mapping[str, Any]) -> list[Any]:
     """What a statement finds after a write whose answer was lost. Raises DatabaseUnavailable,
-    outcome unknown, where it cannot be asked."""
+    outcome unknown, if the database cannot be asked."""
     try:
         return database.read(statement, values)
     except DatabaseUnavailable:

@@ -1,7 +1,7 @@
 """What each value of a user has to be.
 
-A check takes what was sent and returns what is kept. It raises ValueError that says what is wrong,
-for the caller to read.
+A check takes the value that was sent and returns the one to store. It raises ValueError, which says
+what is wrong, for the caller to read.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 MAX_EMAIL = 254
-# What nearly every address looks like. The library changes none of these but for the domain's
-# case, as a test holds, but takes a third of what a create costs to say so. No part of one so
-# short can be too long.
+# What nearly every address looks like. A test holds that the library changes nothing in such an
+# address but the case of its domain. To ask the library would take a third of the time of a create.
+# In an address of MAX_PLAIN characters no part can be too long.
 PLAIN_EMAIL = re.compile(
     r"[A-Za-z0-9]+(?:[._+-][A-Za-z0-9]+)*@(?:[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*\.)+[A-Za-z]{2,}"
 )
@@ -54,7 +54,7 @@ def valid_text(value: Any) -> str:
 
 
 def valid_email(value: Any) -> str:
-    """An email address, normalised: one mailbox is always spelt in one way, but for the case of
+    """An email address, normalised: one mailbox is always spelt in one way, except for the case of
     its local part, which is kept."""
     email = valid_text(value)
     if len(email) > MAX_EMAIL:
@@ -62,11 +62,11 @@ def valid_email(value: Any) -> str:
     if len(email) <= MAX_PLAIN and PLAIN_EMAIL.fullmatch(email):
         local, _, domain = email.partition("@")
         return f"{local}@{domain.lower()}"
-    # Importing it takes an eighth of the time that the service needs to start.
+    # It is imported here because that takes an eighth of the time that the service needs to start.
     from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
 
-    # Internal domains such as .local and .test are as good as any; the library's own documentation
-    # says to say so in this way.
+    # Internal domains such as .local and .test are allowed. The library's documentation says to
+    # allow them in this way.
     SPECIAL_USE_DOMAIN_NAMES.clear()
     try:
         normalised = validate_email(email, check_deliverability=False, strict=True).normalized
@@ -90,7 +90,8 @@ def valid_name(value: Any) -> str:
 
 
 def valid_metadata(value: Any) -> str:
-    """A JSON object, as the text that was sent: PostgreSQL keeps more of a number than Python."""
+    """A JSON object, as the text that was sent: PostgreSQL keeps more of a number than Python
+    does."""
     if not isinstance(value, Object):
         raise ValueError("must be a JSON object")
     size = len(value.text.encode(errors="replace"))
@@ -105,11 +106,11 @@ def valid_metadata(value: Any) -> str:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What is directly in a JSON value, each checked for whether `jsonb` can keep it."""
+    """The values directly in a JSON value. Raises ValueError if `jsonb` cannot keep this one."""
     if isinstance(value, str):
         valid_text(value)
     elif isinstance(value, float) and math.isinf(value):
-        # PostgreSQL would write 1e100000 out with all its zeros.
+        # PostgreSQL would store 1e100000 with all its zeros.
         raise ValueError("must not contain numbers beyond 1.8e308")
     elif isinstance(value, dict):
         return [*value.keys(), *value.values()]
