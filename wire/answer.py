@@ -12,12 +12,12 @@ from wire.fields import Line, line, listed, remembering
 MAX_HEAD_BYTES = 262144
 STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
-# The end of a head. A line feed alone is taken for the end of a line (RFC 9112 section 2.2).
+# The end of a head. A line feed alone counts as a line end (RFC 9112 section 2.2).
 HEAD_END = re.compile(rb"\n\r?\n")
 SPACED = re.compile(rb"(?<=\n)([^ \t\n:]+)[ \t]++:")
 FOLD = re.compile(rb"\n[ \t]++")
 LENGTH = re.compile(r"[0-9]{1,18}")
-# The header lines that say something to a proxy.
+# The header lines that a proxy has to understand.
 TOLD = frozenset(
     {
         "connection",
@@ -30,7 +30,7 @@ TOLD = frozenset(
     }
 )
 WITHOUT_BODY = frozenset({204, 304})
-# An end of an event of an event stream: an empty line, whichever of the three line ends it has.
+# The end of an event in an event stream: an empty line, with any of the three line ends.
 EVENT_ENDS = (b"\n\n", b"\r\r", b"\n\r\n", b"\n\r", b"\r\r\n")
 EVENT_STREAM = "text/event-stream"
 
@@ -38,12 +38,12 @@ EVENT_STREAM = "text/event-stream"
 class Answer:
     """The head of one answer.
 
-    `status`, `reason` and `lines` are as they came, but for what RFC 9112 tells a proxy to mend.
-    `length` is the body's in bytes, None where no length frames it; `body` takes the body apart,
-    None where there is none. `options` are the members of Connection, `switches` those of Upgrade,
-    in lower case. `reusable` says whether the connection may carry another request after it,
-    `events` whether it is a stream of events, `coded` whether something is wrapped around these,
-    `dated` whether it has a Date.
+    `status`, `reason` and `lines` are as they came, except for what RFC 9112 tells a proxy to mend.
+    `length` is how long the body is, in bytes, None if no length frames it. `body` takes the body
+    apart; it is None if there is no body. `options` are the members of Connection, `switches` those
+    of Upgrade, in lower case. `reusable` says whether the connection may carry another request
+    after this answer, `events` whether the body is an event stream, `coded` whether it has a
+    Content-Encoding, `dated` whether there is a Date.
     """
 
     __slots__ = (
@@ -94,8 +94,8 @@ class Answer:
     def _frame(self, version: str, method: str, lengths: list[str], codings: list[str]) -> None:
         """Decide how the body ends: not at all, by chunks, by its length, or with its connection
         (RFC 9112 section 6.3)."""
-        # One length said twice is said once, and one beside chunks is not said at all; where either
-        # was needed, the connection is not trusted any further.
+        # A length that is given twice is sent on once, and a length beside chunks is left out. In
+        # both cases the connection is not used again.
         if len(lengths) > 1 or (lengths and "," in lengths[0]):
             lengths = listed(lengths)
         mended = len(lengths) > 1 or bool(codings and lengths)
@@ -118,14 +118,14 @@ class Answer:
             self.body = UntilClose()
         options = self.options
         persistent = "close" not in options and (version == "1.1" or "keep-alive" in options)
-        # An answer that has no body but announces one may be followed by it all the same, and that
-        # would be the next caller's answer.
+        # An answer that may not have a body but announces one may be followed by it all the same.
+        # On a connection that is used again that would be taken for the next answer.
         stray = bodiless and bool(codings or self.length)
         ends = not isinstance(self.body, UntilClose)
         self.reusable = ends and persistent and not stray and not mended
 
     def _say_length(self, length: str | None) -> None:
-        """Leave one Content-Length line with this value, or none."""
+        """Leave one Content-Length line, with this value; none if it is None."""
         said = [one for one in self.lines if one.key == "content-length"]
         lines = [one for one in self.lines if one not in said]
         if length is not None:
@@ -136,11 +136,11 @@ class Answer:
 
 def mended(head: bytes) -> tuple[bytes, bool]:
     """A head with its lines ended by line feeds alone and none of them folded; and whether a name
-    was followed by white space, which a proxy takes away (RFC 9112 section 5.1). The sender of that
-    is not trusted with another request on its connection.
+    was followed by white space, which a proxy removes (RFC 9112 section 5.1). A server that sends
+    that gets no other request on its connection.
 
-    A line that begins with white space goes on from the one before (section 5.2), but for the
-    first, which would go on from the status line."""
+    A line that begins with white space continues the one before it (section 5.2). The first header
+    line cannot be such a line: it would continue the status line."""
     head = head.replace(b"\r\n", b"\n")
     end = head.find(b"\n")
     if head[end + 1 : end + 2] not in (b" ", b"\t"):
@@ -169,16 +169,16 @@ def lines_of(raw: bytes) -> Line:
 
 
 def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
-    """Where the head of an answer ends in `data`, and where what follows begins; -1 and 0 while
-    the end is not there. The first `scanned` bytes have been looked at before. Raises
-    UpstreamBroken where the head is too large."""
+    """Where the head of an answer ends in `data`, and where what follows begins; -1 and 0 if the
+    end has not arrived. The first `scanned` bytes have been searched before. Raises UpstreamBroken
+    if the head is too large."""
     found = HEAD_END.search(data, scanned - 3 if scanned > 3 else 0)
     if found:
         end, begin = found.span()
         end -= data[end - 1 : end] == b"\r"
     else:
         end, begin = -1, 0
-    # Of an end that is not there yet, three bytes may be.
+    # Three bytes of an end that has not arrived may be there.
     if (end if found else len(data) - 3) > MAX_HEAD_BYTES:
         raise UpstreamBroken("The head of the upstream's answer is too large.")
     return end, begin

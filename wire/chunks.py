@@ -1,8 +1,8 @@
 """Bodies, as both sides of the wire frame them: by a length or in chunks (RFC 9112 section 6).
 
-Both kinds of reader have one shape: `feed` takes what has arrived and gives back what of it is
-the body's, and what follows the body; `complete` says that the body has ended, `malformed` that no
-end can be told any more.
+All readers have one shape. `feed` takes bytes that have arrived, and returns those that belong to
+the body and those that follow it. `complete` says that the body has ended, `malformed` that its end
+can no longer be found.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import re
 
 MAX_LINE_BYTES = 65536
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\0\r]*)?")
-# Some servers fill the size up with spaces.
+# Some servers pad the size with spaces.
 FILLED_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")
-# Chunk extensions and trailers are dropped, and a sender may send nothing else: it may send so many
-# bytes of framing for each byte of body, and so many for none.
+# Chunk extensions and trailers are dropped. So that no client can send them without end, it may
+# send this many bytes of framing for each byte of body, and this many in addition.
 FRAMING_FOR_EACH_BYTE = 16
 FRAMING_BYTES = 2 * MAX_LINE_BYTES
 
@@ -52,7 +52,7 @@ class Sized:
 
 
 class UntilClose:
-    """A body that ends where its connection ends."""
+    """Takes a body that ends when its connection ends."""
 
     __slots__ = ()
 
@@ -65,9 +65,9 @@ class UntilClose:
 class Chunks:
     """Takes a chunked body apart (RFC 9112 section 7.1), strictly; trailers are dropped.
 
-    A line may end with a line feed alone and a size with spaces, unless `exact`: a request that two
-    readers may take for two things is refused, an answer is only read. `announced` is how large the
-    body is at least, from the chunks seen so far.
+    Unless `exact`, a line may end with a line feed alone, and a size with spaces. Requests are read
+    exactly: one that two readers may understand in two ways is refused. `announced` is how many
+    bytes the body has at least, by the chunks that have begun so far.
     """
 
     __slots__ = (

@@ -9,16 +9,17 @@ from typing import NamedTuple
 # A header line of an answer that is made here: name and value, decoded as latin-1, byte for byte.
 Field = tuple[str, str]
 
-# So many header lines are remembered, none of which is longer than this, in bytes.
+# How many header lines are remembered, and how long each may be, in bytes.
 REMEMBERED, SHORT_BYTES = 1024, 256
 
-# `*` where entity tags are listed (RFC 9110 section 13.1). It is none: no tag holds a quote.
+# Stands for `*` in a list of entity tags (RFC 9110 section 13.1). It cannot be a tag, because no
+# tag has a quote in it.
 ANY = ('"',)
 
 
 class Line(NamedTuple):
-    """A header line that has been read: its name in lower case, its value, decoded as latin-1, and
-    all of it as it goes on, byte for byte but for the white space around the value."""
+    """A header line that has been read: its name in lower case; its value, decoded as latin-1; and
+    the whole line to send on, byte for byte except for the white space around the value."""
 
     key: str
     value: str
@@ -33,9 +34,9 @@ def line(name: bytes, value: bytes) -> Line:
 
 
 def remembering(read: Callable[[bytes], Line]) -> Callable[[Iterable[bytes]], list[Line]]:
-    """Reads header lines by `read`, each without its end. Heads repeat nearly all of their lines,
-    on the next request and on that of the next client: what has been made of a short one is
-    remembered, and finding it costs a fifth of reading it again."""
+    """A function that reads header lines, without their ends, each by `read`. The next request, and
+    that of the next client, has nearly all of the same lines. So the result for a short line is
+    remembered: to find it costs a fifth of reading the line again."""
     remembered = lru_cache(REMEMBERED)(read)
 
     def lines(raw: Iterable[bytes]) -> list[Line]:
@@ -55,8 +56,8 @@ def listed(values: Iterable[str]) -> list[str]:
 
 
 def authenticates_connection(values: Iterable[str]) -> bool:
-    """Whether a challenge or credentials (RFC 9110 sections 11.3 and 11.4) are of a scheme by which
-    not the request but the connection that it came on is somebody's: RFC 4559 section 6."""
+    """Whether a challenge or credentials (RFC 9110 sections 11.3 and 11.4) are of a scheme that
+    authenticates the connection instead of the request (RFC 4559 section 6)."""
     return any(
         member.partition(" ")[0].lower() in ("negotiate", "ntlm") for member in listed(values)
     )
@@ -64,5 +65,6 @@ def authenticates_connection(values: Iterable[str]) -> bool:
 
 @lru_cache(1024)
 def lowered(name: str) -> str:
-    """A header's name in lower case. Names repeat, and a look-up costs less than the work."""
+    """A header's name in lower case. Names repeat, and to find one in a cache costs less than to
+    make it."""
     return name.lower()

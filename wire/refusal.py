@@ -1,4 +1,4 @@
-"""What Gatehouse itself answers: the header lines of all of it, and problems as answers."""
+"""What Gatehouse itself answers: the header lines of every such answer, and problems as answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def own_fields(request_id: str) -> list[Field]:
 
 
 def refusal(problem: Problem, request_id: str) -> tuple[str, list[Field], bytes]:
-    """The answer that tells of a problem: a status ("404 Not Found"), header lines without those of
+    """The answer that reports a problem: a status ("404 Not Found"), header lines without those of
     `own_fields`, and the body."""
     body = problem.document(request_id)
     fields = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(body)))]

@@ -1,7 +1,8 @@
-"""The head of a request: from bytes to values, strictly, with everything as it came.
+"""The head of a request, from bytes to values. It is read strictly, and its lines are kept as they
+came.
 
-What two readers may understand in two ways is refused here, so that the upstream is never asked for
-something else than what Gatehouse has checked (RFC 9112 sections 2, 3, 6 and 11.2).
+A head that two readers may understand in two ways is refused here, so that the upstream is never
+asked for something else than Gatehouse has checked (RFC 9112 sections 2, 3, 6 and 11.2).
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ HOST = re.compile(
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]+)", re.IGNORECASE)
 LONE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 DIGITS = re.compile(r"[0-9]+")
-# No body and no chunk is as large as this; what says so only means to confuse.
+# A Content-Length of 19 digits or more counts as this. No body is so large.
 ABSURD_BYTES = 1 << 60
 
 
 class Head:
     """The head of one request.
 
-    `method`, `target` and `lines` are as they came, `values` are the header lines by lower-case
+    `method`, `target` and `lines` are as they came; `values` are the header values by lower-case
     name; `version` is "1.0" or "1.1". `origin` is the target in origin form (RFC 9112 section 3.2),
     otherwise byte for byte; `path` is its path, percent-decoded, as latin-1 text, and `query` what
     follows the first `?`. `host` is the authority that is asked for. A body is framed by `chunked`
-    or by `length` (bytes; None where there is none). `persistent` says whether the client keeps its
+    or by `length` (in bytes; None if there is none). `persistent` says whether the client keeps its
     connection, `expects` whether it waits for a 100 before it sends the body. `problem` is what
-    is wrong, if anything; what comes after such a head cannot be told from a body.
+    is wrong, if anything; after such a head nobody can tell a body from the next request.
 
-    `id` is the request's own, set by whoever decides whose the request is.
+    `id` is the request's id, which the server sets.
     """
 
     __slots__ = (
@@ -115,17 +116,17 @@ class Head:
         if target.startswith("/"):
             self.origin = target
         elif self.method == "CONNECT":
-            return  # It names a host for a tunnel, and no path; a reverse proxy refuses it.
+            return  # It names a host for a tunnel, and no path. A reverse proxy refuses it.
         elif target == "*" and self.method == "OPTIONS":
             self.origin = self.path = target
             return
         else:
             absolute = ABSOLUTE_FORM.match(target)
-            # A user name in the authority is none of the host (RFC 9110 section 4.2.4).
+            # A user name in the authority is not part of the host (RFC 9110 section 4.2.4).
             host = absolute[1].rpartition("@")[2] if absolute else ""
             if absolute is None or not is_host(host):
                 raise BadRequest("The request target is malformed.")
-            self.host = host  # It stands for Host (RFC 9112 section 3.2.2).
+            self.host = host  # It replaces the Host header (RFC 9112 section 3.2.2).
             rest = target[absolute.end() :]
             if not rest and self.method == "OPTIONS":
                 rest = "*"  # RFC 9112 section 3.2.4
@@ -139,7 +140,7 @@ class Head:
         options = self.values.get("connection")
         named = [option.lower() for option in listed(options)] if options else []
         if self.method == "CONNECT":
-            return  # A client that does not wait for the answer sends what is meant for its tunnel.
+            return  # Not persistent: the next bytes may be meant for the tunnel that is refused.
         if self.version == "1.1":
             self.persistent = "close" not in named
         else:
@@ -166,8 +167,8 @@ class Head:
     @property
     def upgrade(self) -> bool:
         """Whether the client asks to go on as a WebSocket (RFC 9110 section 7.8, RFC 6455 section
-        4.1). One that also has a body is not taken for one: where the body ends would decide what
-        is the first frame."""
+        4.1). A request with a body does not count: the end of the body would decide where the first
+        frame begins."""
         values = self.values
         return (
             "upgrade" in values
@@ -180,7 +181,7 @@ class Head:
         )
 
     def body(self) -> Chunks | Sized | None:
-        """What takes the body apart; None where there is no body."""
+        """A reader that takes the body apart; None if there is no body."""
         if self.chunked:
             return Chunks(exact=True)
         return Sized(self.length) if self.length else None
@@ -196,8 +197,8 @@ def lines_of(raw: bytes) -> Line:
 
 
 def is_host(text: str) -> bool:
-    """Whether this is a Host with an optional port, and what is in brackets an IPv6 address. Of a
-    longer one it is not remembered: 256 of 64 KB each would stay for ever."""
+    """Whether this is a Host with an optional port, and the text in brackets, if any, is an IPv6
+    address. The result for a long one is not remembered: 256 texts of 64 KB would stay for ever."""
     return _known_host(text) if len(text) <= SHORT_BYTES else _is_host(text)
 
 
@@ -216,10 +217,11 @@ _known_host = lru_cache(256)(_is_host)
 
 
 def end_of_head(data: bytes | bytearray, scanned: int = 0) -> int:
-    """Where the empty line that ends a head begins in `data`, or -1 while it is not there; the
-    first `scanned` bytes have been looked at before. Raises BadRequest where it cannot come."""
+    """Where the empty line that ends a head begins in `data`, or -1 if it has not arrived. The
+    first `scanned` bytes have been searched before. Raises BadRequest if the head is too large, or
+    if a line of it ends with a line feed alone."""
     end = data.find(b"\r\n\r\n", max(0, scanned - 3))
-    # Of an end that is not there yet, three bytes may be.
+    # The last three bytes may be the beginning of the end that is searched for.
     if (len(data) - 3 if end < 0 else end) > MAX_HEAD_BYTES:
         raise BadRequest(f"The head is larger than {MAX_HEAD_BYTES} bytes.")
     if end < 0 and LONE_LINE_FEED.search(data, max(0, scanned - 1)):

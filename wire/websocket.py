@@ -1,4 +1,4 @@
-"""WebSocket frames: where they begin and end, and the frame that says goodbye (RFC 6455)."""
+"""WebSocket frames: where they begin and end, and the frame that closes a connection (RFC 6455)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Frames:
     __slots__ = ("_header", "_left")
 
     def __init__(self) -> None:
-        self._header = b""  # of a frame whose header is not whole yet
+        self._header = b""  # the beginning of a frame's header that is not whole yet
         self._left = 0  # bytes of the current frame that are still to come
 
     @property
     def at_boundary(self) -> bool:
-        """Whether what has passed ends where a frame ends."""
+        """Whether the bytes that have passed end at the end of a frame."""
         return not self._left and not self._header
 
     def feed(self, data: bytes) -> None:
-        """Take note of bytes that pass. A peer may send nothing but the smallest of frames, so this
-        goes through each once, and calls nothing for it."""
+        """Take note of bytes that pass. A peer may send only the smallest of frames. So each frame
+        is one turn of the loop, in which no function is called for a short one."""
         if self._header:
             data, self._header = self._header + data, b""
         at, end = self._left, len(data)
@@ -45,8 +45,8 @@ class Frames:
         self._left = at - end
 
     def until_boundary(self, data: bytes) -> int:
-        """How many of these bytes belong to the frame that has begun; all where it goes on. They
-        are taken note of, the others are not."""
+        """How many of these bytes belong to the frame that has begun: all if it does not end in
+        them. These are taken note of, the others are not."""
         at = 0
         while at < len(data) and not self.at_boundary:
             step = min(self._left, len(data) - at) if self._left else 1
@@ -56,8 +56,8 @@ class Frames:
 
 
 def close_frame(*, masked: bool, code: int = GOING_AWAY) -> bytes:
-    """A Close frame. One towards the application is `masked`, as a client's has to be (section
-    5.3): it refuses any other with 1002."""
+    """A Close frame. One to the application is `masked`, as a client's frames have to be (section
+    5.3): the application would answer an unmasked frame with the error 1002."""
     payload = struct.pack("!H", code)
     if not masked:
         return bytes((0x88, len(payload))) + payload
