@@ -1,6 +1,6 @@
 """One client connection: requests in, one after the other, and their answers out.
 
-It reads heads, hands each request to whoever answers it, writes answers, and ends the connection.
+It reads heads, hands each request to a responder, writes answers, and ends the connection.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ log = logging.getLogger("gatehouse")
 # A request has this many seconds, plus one for each MIN_BYTES_PER_SECOND that have arrived.
 REQUEST_SECONDS = 30.0
 MIN_BYTES_PER_SECOND = 500
-# A client that has taken nothing for this many seconds is cut; it is looked at so often.
+# A client that takes nothing for READER_SECONDS is cut. How often that is looked at, in seconds.
 READER_SECONDS, READER_LOOK_SECONDS = 60.0, 15.0
-# The rest of a request that nobody wants is read and thrown away for so long, and while something
-# comes so often: closing a socket with unread bytes resets it, which may destroy the answer
-# before the client has read it (RFC 9112 section 9.6).
+# The rest of a request that nobody wants is read and thrown away: for LINGER_SECONDS at most, or
+# until nothing has come for LINGER_IDLE_SECONDS. To close a socket with unread bytes resets the
+# connection, which may destroy the answer before the client has read it (RFC 9112 section 9.6).
 LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 2.0
 EMPTY_LINES = re.compile(rb"\A(?:\r?\n)++")
-# So many requests of one client are begun in a turn, where each is answered at once, as one that is
-# refused is: 10,000 that came in one piece took half a second, in which nobody else was served.
+# How many requests of one client are begun in one turn, if each is answered at once, as a refused
+# one is. 10,000 that came in one piece took half a second, in which nobody else was served.
 REQUESTS_AT_ONCE = 16
-# What a client may send ahead of the answer that it waits for.
+# How many bytes a client may send while it waits for an answer, before it is not read any more.
 AHEAD_BYTES = 65536
 
 
 class Responder(Protocol):
-    """Who answers a request: an Exchange with the upstream, or a Job of the application's."""
+    """What answers a request: an Exchange with the upstream, which may become a Tunnel, or a Job of
+    the application's."""
 
     @property
     def wants_body(self) -> bool:
@@ -59,11 +60,11 @@ class Responder(Protocol):
         """The client has ended its sending half."""
 
     def settled(self) -> None:
-        """The request is behind the client, which has all of its answer or is gone. Once."""
+        """The request is over: the client has all of its answer, or is gone. Called once."""
 
 
 class Desk(Protocol):
-    """What a client connection is given by the server that let it in.
+    """The server that accepted a client connection, as far as the connection is concerned.
 
     `keepalive` is how many seconds an idle connection is kept, `closing` whether connections end
     with the present answer.
@@ -74,13 +75,14 @@ class Desk(Protocol):
     closing: bool
 
     def respond(self, client: Client, head: Head) -> None:
-        """Give the request to whoever answers it. Raises the Problem to refuse it with."""
+        """Give the request to a responder. Raises the Problem to refuse it with."""
 
     def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
-        """The head of an answer is about to be sent, `seconds` after its request was here."""
+        """The head of an answer is about to be sent, `seconds` after the head of its request was
+        complete."""
 
     def answered(self, client: Client, head: Head) -> None:
-        """A request is behind the client."""
+        """A request is over."""
 
     def refused(self, problem: Problem) -> None:
         """A request was answered with a problem."""
@@ -90,7 +92,7 @@ class Desk(Protocol):
 
 
 class Phase(enum.Enum):
-    """What a client connection is about."""
+    """What a client connection is doing."""
 
     READING = "a request is waited for, or its head is arriving"
     ANSWERING = "somebody answers a request, whose body may still be arriving"
@@ -100,11 +102,11 @@ class Phase(enum.Enum):
 
 
 class Client(Stream):
-    """The loop calls `received`, `ended`, `drained` and `failed`; whoever answers the present
+    """The loop calls `received`, `ended`, `drained` and `failed`; the responder of the present
     request calls `begin`, `write` and `finish`, or `refuse`, or `cut`.
 
-    `arrived` is when the present request was here to be answered, `status` and `sent` what has been
-    answered, the latter in bytes of its body.
+    `arrived` is when the head of the present request was complete, in seconds on the monotonic
+    clock. `status` is that of its answer, and `sent` how many bytes of the answer's body were sent.
     """
 
     __slots__ = (
@@ -149,8 +151,8 @@ class Client(Stream):
         self.lane = ""  # who answers the present request
         self.served = 0
         self.arrived = 0.0
-        self._ahead = b""  # what has come and is not read yet
-        self._scanned = 0  # how much of that has been searched for the end of a head
+        self._ahead = b""  # bytes that have come and are not read yet
+        self._scanned = 0  # how many of them have been searched for the end of a head
         self._began = 0.0  # when the first byte of the present request came; 0 between requests
         self._received = 0  # bytes of the present request
         self._paused_at = 0.0
@@ -159,11 +161,11 @@ class Client(Stream):
         self._nested = False
         self._close = False  # whether the connection ends after the present answer
         self._unread = False  # whether bytes are still coming that nobody will read
-        self._tunnel = False  # whether what passes is no HTTP any more
+        self._tunnel = False  # whether the connection has become a tunnel
         self._took = 0.0  # when the client last took something
         self._untaken = 0
         self._forget_answer()
-        # For whoever answers: one for all the requests of a connection, which costs each nothing.
+        # The responder's timer. All requests of a connection share it: none has to make its own.
         self.deadline = Timer(desk.loop)
         self._timer = Timer(desk.loop, self._look)
         self._timer.set(self._patience())
@@ -186,7 +188,8 @@ class Client(Stream):
         self._received += len(data)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
-            self._took = self.loop.now  # Whoever sends is there, and may read only after that.
+            # A client that sends is alive, and may begin to read only after that.
+            self._took = self.loop.now
             data = responder.from_client(data)
             if self.phase is Phase.ANSWERING and not responder.wants_body:
                 self._timer.set(self._patience())
@@ -199,15 +202,15 @@ class Client(Stream):
             self.pause()
 
     def take_ahead(self) -> bytes:
-        """What the client sent ahead: of a tunnel, its first bytes."""
+        """Take the bytes that the client has sent ahead: for a tunnel, the first ones."""
         ahead, self._ahead = self._ahead, b""
         return ahead
 
     def _read_requests(self) -> None:
-        """Begin each request that is here, until one is not answered at once, or it is others'
-        turn."""
+        """Begin each request that has arrived, until one is not answered at once, or until other
+        clients have to have their turn."""
         if self._nested:
-            return  # A request was answered at once, and this is its end: the loop below goes on.
+            return  # This is the end of a request that was answered at once: the loop goes on.
         self._nested = True
         try:
             for _ in range(REQUESTS_AT_ONCE):
@@ -220,13 +223,13 @@ class Client(Stream):
             self.loop.call(self._read_on_requests)
 
     def _read_on_requests(self) -> None:
-        """Begin more of the requests that are here, now that others have had their turn."""
+        """Begin more of the requests that have arrived, now that others have had their turn."""
         if self.phase is Phase.READING:
             self.resume()
             self._read_requests()
 
     def _read_head(self) -> bool:
-        """Begin the next request; False where its head is not whole yet."""
+        """Begin the next request; False if its head is not complete yet."""
         data = self._ahead
         if data[0] in b"\r\n":
             # Empty lines before a request are ignored, but no CR alone (RFC 9112 section 2.2).
@@ -261,7 +264,7 @@ class Client(Stream):
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
             self._timer.set(self._patience())
             self._received -= len(self._ahead)
-            self.received(self.take_ahead())  # Nothing, perhaps, which is what there is of it.
+            self.received(self.take_ahead())  # Even if it is empty: the responder may begin now.
         return True
 
     def pause(self) -> None:
@@ -271,7 +274,8 @@ class Client(Stream):
 
     def resume(self) -> None:
         if self.paused and self._began:
-            self._began += self.loop.now - self._paused_at  # It was not the client that waited.
+            # The pause was ours: its time is not the client's.
+            self._began += self.loop.now - self._paused_at
             self._timer.set(min(self._timer.when, self._patience()))
         super().resume()
 
@@ -298,9 +302,9 @@ class Client(Stream):
         close: bool = False,
     ) -> None:
         """Begin an answer with a status ("200 OK") and header lines, each with its end, to which
-        this hop's framing is added; it leaves with the first piece of the body, or with `flush`.
+        this hop's framing is added. It is sent with the first piece of the body, or by `flush`.
 
-        `length` is the body's in bytes, as the header lines have it, None where they do not;
+        `length` is how many bytes the body has by the header lines, None if they do not say it;
         `dated` says whether there is a Date among them, `close` that the connection ends with this
         answer.
         """
@@ -329,20 +333,20 @@ class Client(Stream):
         self._head_out = out + b"\r\n"
 
     def switch(self, status: str, lines: bytes, tunnel: Responder) -> None:
-        """Answer that the protocol is switched: what is written from here on is not framed, and
-        `tunnel` takes over."""
+        """Answer that the protocol is switched. From here on nothing is framed, and `tunnel` takes
+        over."""
         head = self.head
         assert head is not None
         self.status = status
         self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
         self.responder = tunnel
         self._close = self._tunnel = True
-        self._began = NEVER  # What comes now is no request, and may take as long as it likes.
+        self._began = NEVER  # What comes now is not a request, and may take any time.
         self._send(status_line(status) + lines + b"\r\n")
 
     @property
     def closing(self) -> bool:
-        """Whether connections end with what is under way, for the service stops."""
+        """Whether the service stops, so that connections end with what is under way."""
         return self._desk.closing
 
     def write(self, piece: bytes) -> None:
@@ -360,8 +364,8 @@ class Client(Stream):
         self._send(piece)
 
     def pass_from(self, source: Stream) -> tuple[int, bytes] | None:
-        """Have the kernel pass on what of the body has arrived at another side's socket; see
-        Stream.move_to."""
+        """Have the kernel pass on the bytes of the body that have arrived at the socket of
+        `source`; see Stream.move_to."""
         assert self._body_left is not None
         moved = source.move_to(self, self._body_left)
         if moved is not None:
@@ -379,7 +383,7 @@ class Client(Stream):
             self._send(head)
 
     def comment(self, data: bytes) -> None:
-        """Send something into the body that is not the upstream's."""
+        """Send bytes in the body that are not the upstream's; `sent` does not count them."""
         sent = self.sent
         self.write(data)
         self.sent = sent
@@ -393,7 +397,7 @@ class Client(Stream):
             self._timer.set(min(self._timer.when, self.loop.now + READER_LOOK_SECONDS))
 
     def finish(self, *, more: bool = False) -> None:
-        """The answer is complete. Where `more` of the request's body is still passed on, this is
+        """The answer is complete. If `more` of the request's body is still passed on, this is
         called again when that is done."""
         if self.phase is not Phase.ANSWERING:
             return
@@ -411,12 +415,13 @@ class Client(Stream):
             self._go_on()
 
     def _leave_unread(self) -> None:
-        """What is still to come of the body would be taken for the next request."""
+        """If more of the request's body will come, end the connection after this answer: it would
+        be taken for the next request."""
         if self.responder is not None and self.responder.wants_body:
             self._close = self._unread = True
 
     def refuse(self, problem: Problem) -> None:
-        """Answer with a problem; where an answer has begun, cut it instead."""
+        """Answer with a problem; if an answer has begun, cut that instead."""
         if self.phase is not Phase.ANSWERING:
             return
         if self.status:
@@ -427,8 +432,8 @@ class Client(Stream):
         self._desk.refused(problem)
         status, fields, body = refusal(problem, head.id)
         fields += own_fields(head.id)
-        # Where the framing is in doubt, or bytes of a body are to come that nobody reads, what
-        # follows cannot be told from a request.
+        # If the framing is in doubt, or if bytes of a body will come that nobody reads, nobody can
+        # tell what follows from a request.
         to_come = responder.wants_body if responder is not None else head.chunked or head.length
         self._unread = bool(to_come) or isinstance(problem, BadRequest) or head.problem is not None
         self.begin(status, text_of(fields), length=len(body), dated=False, close=self._unread)
@@ -437,8 +442,8 @@ class Client(Stream):
         self._go_on()
 
     def cut(self, why: str = "") -> None:
-        """End the connection so that the answer cannot be taken for a whole one. `why` is for the
-        log; none where it is the client's own doing."""
+        """End the connection so that the answer cannot be taken for a complete one. `why` is for
+        the log; it is empty if the client itself was the cause."""
         if self.phase is not Phase.ANSWERING:
             return
         if why and self.head is not None:
@@ -481,12 +486,12 @@ class Client(Stream):
                     self.resume()
                 self._read_requests()
         except Exception:
-            # Whoever answered may have let go of all that was its own: nobody else ends this one.
+            # The responder may have let go of this client already: nobody else would end it.
             self.abandon()
             raise
 
     def _settle(self) -> None:
-        """The request is behind us: let go of whoever answered it, and tell the log. Once."""
+        """The request is over: let go of its responder, and have the log written. Done once."""
         head, self.head = self.head, None
         responder, self.responder = self.responder, None
         if head is None:
@@ -501,7 +506,7 @@ class Client(Stream):
     # The connection's end.
 
     def _linger(self) -> None:
-        """End our half, and read what is still coming: see LINGER_SECONDS."""
+        """End our sending half, and read what is still coming: see LINGER_SECONDS."""
         self.phase = Phase.LINGERING
         self._ahead = b""
         self._took = self.loop.now
@@ -511,7 +516,7 @@ class Client(Stream):
         self.resume()
 
     def hang_up(self, *, reset: bool = False) -> None:
-        """Close the connection, whatever it is about."""
+        """Close the connection, whatever it is doing."""
         if self.phase is Phase.CLOSED:
             return
         self.phase = Phase.CLOSED
@@ -533,7 +538,7 @@ class Client(Stream):
             self.hang_up()
 
     def leaving(self) -> None:
-        # Of a tunnel its end is passed on in its turn, behind the bytes that have yet to be read.
+        # In a tunnel, the end is passed on after the bytes before it have been read.
         if not self._tunnel:
             self.ended()
 
@@ -541,7 +546,7 @@ class Client(Stream):
         self.hang_up()
 
     def abandon(self) -> None:
-        self.hang_up(reset=True)  # What has been sent of an answer must not look whole.
+        self.hang_up(reset=True)  # The part of an answer that has been sent must not look whole.
 
     def progressed(self) -> None:
         self._took = self.loop.now
@@ -555,7 +560,7 @@ class Client(Stream):
     # Time.
 
     def _patience(self) -> float:
-        """When to look next whether the client takes too long: to send, to read, or to ask."""
+        """When to check next whether the client takes too long: to send, to read, or to ask."""
         when = NEVER
         if self.queued:
             when = self.loop.now + READER_LOOK_SECONDS
@@ -587,7 +592,7 @@ class Client(Stream):
 
     def _reads(self, now: float) -> bool:
         """Whether the client has taken something lately. The kernel may take no more from us for
-        minutes while a slow reader empties what it holds, but that then gets less."""
+        minutes, while a slow reader takes what the kernel holds. But that then becomes less."""
         untaken = self.untaken()
         if untaken < self._untaken:
             self._took = now
@@ -596,14 +601,15 @@ class Client(Stream):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of a request is here, and nothing of an answer is left to send."""
+        """Whether no byte of a request has come, and no byte of an answer is left to send."""
         return self.phase is Phase.READING and not self._began
 
     @property
     def spare(self) -> tuple[int, float] | None:
-        """How readily this connection makes room for another, and since when: who is idle, then
-        whose last answer is behind them, then whose head, or the first of a new connection, is
-        being waited for. None where somebody waits for an answer."""
+        """How early this connection makes room for another, and since when that is so. First are
+        idle connections (0), then those whose last answer has been sent (1), then those whose head
+        is arriving, and new ones that have sent nothing (2). None if the client waits for an
+        answer, or takes one."""
         if self.phase is Phase.LINGERING:
             return 1, self._linger_until - LINGER_SECONDS
         if self.phase is not Phase.READING:
