@@ -1,7 +1,8 @@
 """One proxied request, from its head to its last byte, in both directions.
 
-Everything that can happen to it comes in by one method each: bytes and ends from either side, room
-on either side, a connection or none, time. It reads down the page as the request travels.
+Everything that can happen to it has a method: bytes or the end come from either side, either side
+takes what was sent to it, a connection is there or cannot be made, a time is up. The methods are in
+the order in which a request travels.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ from wire.request import Head
 
 log = logging.getLogger("gatehouse")
 
-# So much of a body is gathered before the upstream is asked: a slow sender of an ordinary request
-# costs it nothing, and the request can be sent again where that is safe. A larger one streams on.
+# How much of a body is gathered before the upstream is asked. Then a slow sender of an ordinary
+# request costs the upstream nothing, and the request can be sent again if that is safe. The rest of
+# a larger body streams on.
 GATHERED_BYTES = 65536
-# An answer's body of more bytes than this goes from socket to socket where the kernel can do that.
+# An answer's body of more bytes than this goes from socket to socket, if the kernel can do that.
 LARGE_BYTES = 262144
 # RFC 9110 section 9.2.2.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-# A refused connection is tried again after so many seconds, where it is.
+# A refused connection is tried again after so many seconds, if UPSTREAM_RETRY allows it.
 RETRY_SECONDS = 0.25
-# A client that waits for a 100 before it sends a large body is told to go on after so many seconds
-# where the upstream says nothing: many do not know of it.
+# A client that waits for a 100 before it sends a large body gets one after so many seconds, if the
+# upstream has sent none: many upstreams do not know of it.
 CONTINUE_SECONDS = 1.0
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -73,11 +75,11 @@ class Rules(Protocol):
     """What the proxy does to heads."""
 
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
-        """The head to send to the upstream; `length` frames a body that came in chunks and has been
-        gathered, None keeps the framing that it came with."""
+        """The head to send to the upstream. `length` frames a body that came in chunks and has been
+        gathered, in bytes; None keeps the framing that the body came with."""
 
     def answer_lines(self, answer: Answer, head: Head) -> bytes:
-        """The header lines to give back, each with its end."""
+        """The header lines that go back to the client, each with its end."""
 
     def interim_lines(self, answer: Answer) -> bytes:
         """Those of an interim answer."""
@@ -85,9 +87,10 @@ class Rules(Protocol):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an exchange waits, in seconds: for `head`s and pieces of answers, for pieces of a
-    `stream` and in a tunnel; how long a refused connection is tried again (`retry`), and after how
-    much silence of an event stream the client hears of us (`comment`, 0 never)."""
+    """How long an exchange waits, in seconds. `head` is for the head of an answer, and between
+    pieces of its body. `stream` is between pieces of an event stream, and in a tunnel. `retry` is
+    how long a refused connection is tried again. `comment` is after how much silence of an event
+    stream the client is sent a comment (0: never)."""
 
     head: float
     stream: float
@@ -96,7 +99,7 @@ class Patience:
 
 
 class State(enum.Enum):
-    """What an exchange is about."""
+    """What an exchange is doing."""
 
     GATHERING = "the body, or the first of it, is arriving"
     CONNECTING = "a connection to the upstream is being made"
@@ -109,7 +112,8 @@ class State(enum.Enum):
 
 
 class Exchange:
-    """`largest` is how many bytes the request's body may have (0: any number)."""
+    """One request that the upstream answers. `largest` is how many bytes its body may have (0: any
+    number)."""
 
     __slots__ = (
         "_answer",
@@ -164,23 +168,25 @@ class Exchange:
         self._patience = patience
         self._largest = largest
         self._upgrades = head.upgrade
-        self._gathered = b""  # of the request's body, what is not with the upstream yet
-        self._streamed = False  # whether some of the body has been let go of
+        self._gathered = b""  # the part of the body that the upstream does not have yet
+        self._streamed = False  # whether a part of the body has been sent and is not kept
         self._connection: Connection | None = None
-        self._entered = False  # whether it counts as one that is with the upstream
+        self._entered = False  # whether it counts as a request that is with the upstream
         self._streams = False  # whether it counts as a stream
         self._repeated = False
         self._refused_since = NEVER
-        self._in = b""  # of the answer's head, what has arrived
+        self._in = b""  # the part of the answer's head that has arrived
         self._scanned = 0
         self._heard = False  # whether a byte of an answer has arrived
         self._answer: Answer | None = None
-        self._tail = b"\n\n"  # the last bytes of an event stream; its beginning is an event's end
+        # The last bytes of an event stream. Before the first one a comment may be sent, as after an
+        # event.
+        self._tail = b"\n\n"
         self._silent_since = 0.0
         self._timer = client.deadline
         self._timer.action = self._expired
         self._deadline = NEVER  # when the upstream is late
-        self._nudge_at = NEVER  # when something is to be done for the client
+        self._nudge_at = NEVER  # when the client is to be sent a 100 or a comment
 
     @property
     def over(self) -> bool:
@@ -189,15 +195,16 @@ class Exchange:
     # The request arrives.
 
     def start(self) -> None:
-        """Begin: ask at once where there is no body. Else what has come of it is told of next."""
+        """Begin. Without a body the upstream is asked at once; else `from_client` is called next,
+        with the bytes of the body that have come."""
         if self.body is None:
             self._ask()
         elif not self._large:
-            self.client.ask_for_body()  # Of a larger one the upstream is asked.
+            self.client.ask_for_body()  # For a larger body that is left to the upstream.
 
     @property
     def _large(self) -> bool:
-        """Whether the body is known to be larger than what is gathered."""
+        """Whether the body is known to be larger than GATHERED_BYTES."""
         return isinstance(self.body, Sized) and self.body.announced > GATHERED_BYTES
 
     @property
@@ -209,7 +216,7 @@ class Exchange:
         """Bytes from the client; returns those that follow the request's body."""
         assert self.body is not None
         if data and self._head is not None:
-            self._head.expects = False  # It does not wait to be asked.
+            self._head.expects = False  # The client does not wait for a 100.
         piece, rest = self.body.feed(data)
         if self.body.malformed:
             self._refuse(BadRequest("The chunked body is malformed."))
@@ -218,7 +225,7 @@ class Exchange:
         elif self._connection is not None:
             self._send_on(piece)
         elif self._answer is not None:
-            pass  # Nobody takes it any more.
+            pass  # The upstream takes it no more.
         else:
             self._gathered = self._gathered + piece if self._gathered else piece
             if self.state is State.GATHERING:
@@ -248,7 +255,7 @@ class Exchange:
 
     @property
     def _repeatable(self) -> bool:
-        """Whether the request may be sent a second time, and can be."""
+        """Whether it is safe to send the request a second time, and all of it is kept."""
         head = self._head
         whole = self.body is None or self.body.complete
         return head is not None and head.method in IDEMPOTENT and whole and not self._streamed
@@ -260,7 +267,7 @@ class Exchange:
         self._upstream.connect(self)
 
     def unconnected(self, problem: Problem, refused: bool) -> None:
-        """No connection could be made."""
+        """No connection could be made, and why; `refused` says that nobody listened."""
         if self.state is not State.CONNECTING:
             return
         now = self.loop.now
@@ -273,7 +280,7 @@ class Exchange:
         self._fail(problem)
 
     def connected(self, connection: Connection) -> None:
-        """Here is a connection: send what there is of the request."""
+        """Here is a connection: send the part of the request that has arrived."""
         if self.over:
             connection.release(keep=True)
             return
@@ -301,13 +308,13 @@ class Exchange:
             self._pace_client()
 
     def _asked(self) -> None:
-        """Something of the request has been sent or taken: when will the upstream be late?"""
+        """A part of the request has been sent or taken: set anew when the upstream is late."""
         if self._in:
-            return  # A head that has begun has to be whole in time, whatever else is to be sent.
+            return  # A head that has begun must be complete in time, whatever else is to be sent.
         connection = self._connection
         unsent = self.body is not None and not self.body.complete
         if unsent and connection is not None and not connection.queued:
-            self._deadline = NEVER  # It is the client that is waited for.
+            self._deadline = NEVER  # The upstream has all that has come: it waits for the client.
         else:
             self._deadline = self.loop.now + self._patience.head
         self._wait()
@@ -353,7 +360,7 @@ class Exchange:
         if self.state is State.ANSWERING:
             self._answer_on(data)
         elif self.state is State.DELIVERING:
-            self._give_up_delivering()  # It is out of step.
+            self._give_up_delivering()  # Bytes that nobody asked for: the connection is of no use.
         elif self.state is State.ASKING:
             self._heard = True
             self._in = self._in + data if self._in else data
@@ -384,14 +391,14 @@ class Exchange:
             elif answer.status == 100:
                 self.client.ask_for_body()
             elif answer.status == 103 and not self.client.queued:
-                # Who does not keep up does without hints, or they would pile up here.
+                # A client that does not keep up gets no hints: they would pile up here.
                 self.client.interim(status, self._rules.interim_lines(answer))
         if self.state is State.ASKING and self.body is not None and not self.body.complete:
-            self._asked()  # After a 100 it is the client's turn.
+            self._asked()  # After a 100 the client has to send next.
 
     def _switch(self, answer: Answer, status: str, head: Head) -> None:
         """The upstream agrees to go on as a WebSocket: a tunnel takes over. Raises UpstreamBroken
-        where nobody asked."""
+        if the client has not asked for that."""
         if not self._upgrades or answer.switches != ["websocket"]:
             raise UpstreamBroken("The upstream switched protocols unasked.")
         self._upstream.outcome(up=True)
@@ -416,8 +423,8 @@ class Exchange:
         if answer.status == 401 and authenticates_connection(
             value for key, value, _ in answer.lines if key == "www-authenticate"
         ):
-            # From here on the upstream takes all that comes on this connection for this client's,
-            # and the next request of its log-in for part of it on this connection only.
+            # From here on the upstream takes all requests on this connection for this client's. And
+            # the log-in can only go on here: its next request means nothing elsewhere.
             connection.client = self.client
         unsent = self.body is not None and not self.body.complete
         self.client.begin(
@@ -429,7 +436,7 @@ class Exchange:
         )
         answer.lines = []
         if not unsent:
-            self._head = None  # It is not needed any more, and a stream may last for long.
+            self._head = None  # It is not needed any more, and a stream may last long.
             self._gathered = b""
         data, self._in = self._in, b""
         self._silent_since = self.loop.now
@@ -443,7 +450,7 @@ class Exchange:
         assert answer is not None
         body = answer.body
         if body is None:
-            # Bytes after the end belong to no request: the connection is out of step.
+            # Bytes after the end belong to no request: the connection cannot be used any more.
             self._end_answer(keep=not data)
             return
         piece, rest = body.feed(data)
@@ -466,20 +473,20 @@ class Exchange:
             self._wait_for_piece()
 
     def pass_straight(self, connection: Connection) -> bool:
-        """Pass on what has arrived of a large body from socket to socket, without taking it into
-        this process; False where that cannot be done now."""
+        """Pass on the bytes of a large body that have arrived, from socket to socket, without
+        taking them into this process; False if that cannot be done now."""
         answer = self._answer
         if answer is None or not isinstance(answer.body, Sized):
             return False
         if self.client.queued:
-            self._pause_upstream()  # It does not keep up: what is read for it is kept here.
+            self._pause_upstream()  # The client does not keep up: more would be kept here.
             return True
         try:
             moved = self.client.pass_from(connection)
         except WAIT:
             return True
         except OSError:
-            return False  # Reading finds out what is the matter.
+            return False  # An ordinary read finds out what is wrong.
         if moved is None:
             return False
         answer.body.left -= moved[0]
@@ -501,7 +508,7 @@ class Exchange:
         self._wait()
 
     def _comment_at(self) -> float:
-        """When the client of an event stream is to hear that its connection lives."""
+        """When the client of an event stream is to be sent a comment, as a sign of life."""
         answer, seconds = self._answer, self._patience.comment
         if not seconds or answer is None or not answer.events or answer.coded:
             return NEVER
@@ -521,20 +528,20 @@ class Exchange:
         connection = self._connection
         if connection is not None and connection.paused:
             if self.state is State.ANSWERING:
-                self._silent_since = self.loop.now  # The client has been hearing of us until now.
+                self._silent_since = self.loop.now  # Until now the client was receiving bytes.
                 self._wait_for_piece()
             connection.resume()
 
     def _end_answer(self, *, keep: bool) -> None:
-        """The answer is complete. Its connection is kept where it may carry another request."""
+        """The answer is complete. Its connection is kept if it may carry another request."""
         connection, answer = self._connection, self._answer
         assert connection is not None and answer is not None
-        # A client that waits to be asked for its body will not send it after this answer, for which
-        # a kept connection would wait in vain.
+        # A client that waits for a 100 before it sends its body will not send it after this answer.
+        # A connection that is kept would wait for it in vain.
         waits = self._head is not None and self._head.expects
         keep = keep and answer.reusable and not waits
         if keep and (self.wants_body or connection.queued):
-            # An upstream that keeps its connection goes on reading what it has been promised.
+            # An upstream that keeps its connection goes on reading the body that was announced.
             self.state = State.DELIVERING
             self._asked()
             self.client.finish(more=True)
@@ -565,7 +572,8 @@ class Exchange:
         """The upstream sends no more."""
         connection, answer = self._connection, self._answer
         if self.state is State.ANSWERING and answer is not None and connection is not None:
-            # An end of a request that the upstream would not take is no end of its answer.
+            # If the upstream stopped reading the request, this end may be that of a reset: it does
+            # not say that the answer is complete.
             if isinstance(answer.body, UntilClose) and not connection.refused:
                 self._end_answer(keep=False)
             else:
@@ -585,15 +593,16 @@ class Exchange:
             self._give_up_delivering()
 
     def _lost(self) -> None:
-        """The connection ended before there was an answer: send the request again, once, where that
-        is safe."""
+        """The connection ended before there was an answer: send the request again, once, if that is
+        safe."""
         connection = self._connection
         assert connection is not None
         again = connection.used and self._repeatable and not self._heard and not self._repeated
         self._let_go()
         if again:
             self._repeated = True
-            self._connect()  # Not on another that was kept: it may have died of the same cause.
+            # On a new connection: another kept one may have died for the same reason.
+            self._connect()
         else:
             self._fail(UpstreamBroken("The upstream closed the connection without an answer."))
 
@@ -611,7 +620,8 @@ class Exchange:
         self.client.cut(why)
 
     def _refuse(self, problem: Problem) -> None:
-        """Tell the client, and be done: also with a connection that is just being made."""
+        """Answer the client with a problem, and end. A connection that is just being made is not
+        waited for."""
         self._let_go()
         self.state = State.FAILED
         self.client.refuse(problem)
@@ -626,7 +636,8 @@ class Exchange:
     # The client ends.
 
     def client_ended(self) -> None:
-        """The client sends no more: it has gone, or looks just like it, as proxies take it."""
+        """The client sends no more. It has gone, or has closed its sending half only, which looks
+        the same: proxies take both for gone."""
         self.client.cut()
 
     def settled(self) -> None:
@@ -643,7 +654,7 @@ class Exchange:
             self._upstream.leave()
 
     def abandon(self) -> None:
-        """Something of it has failed as it never should: end it. The loop calls it."""
+        """A method of it failed, which never should happen: end it. The loop calls this."""
         try:
             self.client.hang_up(reset=True)
         finally:
@@ -655,7 +666,7 @@ class Exchange:
         self._timer.set(min(self._deadline, self._nudge_at))
 
     def _expired(self) -> None:
-        """Something is due, or late."""
+        """A time is up: something is to be done for the client, or somebody is late."""
         late = self.loop.now >= self._deadline
         if not late:
             self._nudge()
@@ -673,7 +684,7 @@ class Exchange:
             self.client.hang_up()
 
     def _nudge(self) -> None:
-        """Do what silence asks for: tell a client to send its body, or that its stream lives."""
+        """The upstream has been silent: ask the client for its body, or send it a comment."""
         self._nudge_at = NEVER
         if self.state is State.ASKING:
             self.client.ask_for_body()
