@@ -1,7 +1,7 @@
 """A tunnel: what a request becomes when both sides agree to go on as a WebSocket.
 
-It takes the exchange's place with the client and with the connection. Bytes pass in both directions
-as they come, until either side ends; frames are looked at for where they end, and for nothing else.
+It takes the place of the exchange, for the client and for the connection. Bytes pass in both
+directions as they come, until either side ends. Of the frames it only follows where they end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.stream import HIGH_WATER
 from server.upstream import Connection, Upstream
 from wire.websocket import Frames, close_frame
 
-# A tunnel that is told to end has so many seconds for that.
+# Both sides have this many seconds to end a tunnel after each has been sent a Close frame.
 GOODBYE_SECONDS = 1.0
 
 
@@ -38,7 +38,7 @@ class Talker(Protocol):
 
 
 class State(enum.Enum):
-    """What a tunnel is about."""
+    """What a tunnel is doing."""
 
     TUNNELLING = "bytes pass in both directions until either side ends"
     PARTING = "the tunnel says goodbye to both sides"
@@ -46,8 +46,8 @@ class State(enum.Enum):
 
 
 class Tunnel:
-    """`silence` is how many seconds it may be silent. The tunnel counts as a request that is with
-    the upstream, as which its exchange has entered, and as a stream."""
+    """`silence` is how many seconds it may be silent. Its exchange has been counted as a request
+    that is with the upstream. The tunnel goes on counting as that, and as a stream too."""
 
     __slots__ = (
         "_connection",
@@ -59,7 +59,7 @@ class Tunnel:
         "state",
     )
 
-    wants_body = True  # Whatever comes from the client, to its end.
+    wants_body = True  # It takes all bytes from the client, until its end.
 
     def __init__(
         self, client: Talker, connection: Connection, upstream: Upstream, silence: float
@@ -69,15 +69,15 @@ class Tunnel:
         self._connection: Connection | None = connection
         self._upstream = upstream
         self._silence = silence
-        self._to_client: Frames | None = Frames()  # None when nothing more may be said there
+        self._to_client: Frames | None = Frames()  # None if nothing more may be sent there
         self._to_upstream: Frames | None = Frames()
         connection.exchange = self
         client.deadline.action = client.hang_up
         upstream.stream(1)
 
     def begin(self, first: bytes) -> None:
-        """Go on with what the upstream has sent behind its handshake, and with what the client has
-        sent ahead."""
+        """Pass on the bytes that the upstream has sent after its handshake, and those that the
+        client has sent ahead."""
         self._heard()
         if first:
             self.from_upstream(first)
@@ -94,7 +94,7 @@ class Tunnel:
     # Bytes.
 
     def from_client(self, data: bytes) -> bytes:
-        """Bytes from the client; none of them is a request's."""
+        """Bytes from the client. Returns those that belong to a next request: none."""
         connection, frames = self._connection, self._to_upstream
         if connection is None or frames is None:
             return b""
@@ -123,22 +123,22 @@ class Tunnel:
             connection.pause()
 
     def pass_straight(self, connection: Connection) -> bool:
-        """Frames are looked at."""
+        """Returns False: the tunnel has to see where frames end."""
         return False
 
     # One side has taken all that was sent to it.
 
     def client_drained(self) -> None:
-        """The client has."""
+        """The client has taken all."""
         self._drained()
         if self._connection is not None:
             self._connection.resume()
 
     def upstream_progressed(self) -> None:
-        """Some of it."""
+        """The upstream has taken some of it."""
 
     def upstream_drained(self) -> None:
-        """The upstream has."""
+        """The upstream has taken all."""
         self._drained()
         self.client.resume()
 
@@ -161,7 +161,7 @@ class Tunnel:
     def upstream_ended(self) -> None:
         """The upstream sends no more."""
         if self._connection is not None and self._connection.refused:
-            self.upstream_failed()  # It was reset, which was seen when something was sent to it.
+            self.upstream_failed()  # It was reset: sending to it has found that out.
             return
         self.client.end()
         self._to_client = None
@@ -169,12 +169,12 @@ class Tunnel:
         self._end_if_over()
 
     def upstream_failed(self) -> None:
-        """The upstream has gone: the client gets what it has sent before, and its end."""
+        """The upstream has gone. The client gets what that has sent before, and then the end."""
         self._let_go()
         self.client.finish()
 
     def _end_if_over(self) -> None:
-        """End when both sides have ended, and what they sent has been taken."""
+        """End if both sides have ended, and have taken what was sent to them."""
         connection = self._connection
         if connection is None or not (self.client.ended_reading and connection.ended_reading):
             return
@@ -184,8 +184,8 @@ class Tunnel:
     # The service stops.
 
     def part(self) -> None:
-        """End in order, with a Close frame to each side where a frame ends. The application sees an
-        orderly end, and a browser connects again."""
+        """End in order: send each side a Close frame, as soon as the present frame has ended. The
+        application sees an orderly end, and a browser connects again."""
         connection = self._connection
         if self.state is not State.TUNNELLING or connection is None:
             return
@@ -213,7 +213,7 @@ class Tunnel:
             self._parted()
 
     def _parted(self) -> None:
-        """When both sides have been told, and have taken it, they have a moment to end."""
+        """Once both sides have taken their Close frame, they have GOODBYE_SECONDS to end."""
         connection, moment = self._connection, self.client.deadline
         if self.state is not State.PARTING or connection is None or moment.when < NEVER:
             return
@@ -239,7 +239,7 @@ class Tunnel:
             self._upstream.leave()
 
     def abandon(self) -> None:
-        """Something of it has failed as it never should: end it. The loop calls it."""
+        """A method of it failed, which never should happen: end it. The loop calls this."""
         try:
             self.client.hang_up(reset=True)
         finally:
