@@ -1,4 +1,4 @@
-"""A connected socket of the loop's: reading, writing what the other side takes, and its end.
+"""A connected socket that the loop owns: reading, writing what the other side takes, and its end.
 
 The client's side and the upstream's side of an exchange are both one of these.
 """
@@ -18,16 +18,17 @@ from typing import Any
 
 from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, Loop
 
-# One read takes so much; and so much from a side that has filled it before.
+# How many bytes one read takes: the second number if the read before got at least the first.
 READ_BYTES, LARGE_READ_BYTES = 65536, 262144
-# A side that has more than this to send asks the other to wait, until all of it is taken.
+# If more bytes than this wait to be sent to one side, the other is not read until all are taken.
 HIGH_WATER = 262144
 
-# What waits is kept in pieces of this size at least. An event or a message of two bytes costs a
-# hundred times as much by itself: a side that did not read held 4 MB, and not HIGH_WATER.
+# Small pieces that wait are joined into pieces of up to this many bytes. An event or a message of
+# two bytes costs a hundred times as much by itself: a side that did not read held 4 MB, not
+# HIGH_WATER.
 JOINED_BYTES = 4096
 
-# What splice(2) moves: pages rather than copies of them, and never waiting.
+# How splice(2) moves bytes: as pages if it can, without a copy, and without waiting.
 SPLICES = hasattr(os, "splice")
 SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if SPLICES else 0
 
@@ -35,8 +36,8 @@ WAIT = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWrit
 
 
 class Stream:
-    """Subclasses say what is to happen by `received`, `ended`, `drained` and `failed`, each of
-    which the loop calls; none of them is called after `close`.
+    """Subclasses say what is to happen in `received`, `ended`, `drained` and `failed`. The loop
+    calls each of these, but none after `close`.
 
     `queued` is how many bytes wait for the other side to take them.
     """
@@ -62,8 +63,8 @@ class Stream:
     )
 
     def __init__(self, loop: Loop, sock: Any, idle_events: int = 0) -> None:
-        """Take over a connected socket that does not block; `idle_events` are what is watched for
-        also while nothing is read."""
+        """Take over a connected socket that does not block. `idle_events` are watched for even
+        while nothing is read."""
         self._idle_events = idle_events
         self.loop = loop
         self.sock = sock
@@ -74,10 +75,10 @@ class Stream:
         self._events = 0
         self._paused = False
         self._read_bytes = READ_BYTES
-        # So much is moved at once: more as long as the other side takes all of it, for what it
-        # does not take is kept here.
+        # How much `move_to` moves at once. It grows as long as the other side takes all of it,
+        # because the bytes that the other side does not take are kept here.
         self._move_bytes = READ_BYTES
-        self._deaf = False  # whether the other side takes nothing any more
+        self._deaf = False  # whether nothing is sent to the other side any more
         self._ending = False  # whether the sending half ends when all is sent
         self._write_waits_for_read = False
         self._error = OSError()
@@ -106,18 +107,19 @@ class Stream:
         self._broke(error)
 
     def failed(self, error: OSError) -> None:
-        """The connection is broken: reset, or not to be written to. Called at the end of a turn."""
+        """The connection is broken: it was reset, or cannot be written to. Called at the end of a
+        turn."""
         raise NotImplementedError
 
     # Reading.
 
     def watch(self) -> None:
-        """Watch for what this side waits for now."""
+        """Have the loop watch for the events that this side waits for now."""
         if self.closed:
             return
         events = self._idle_events
         if self._pending and self._write_waits_for_read:
-            events |= READ  # Also while nothing is read: what was sent waits for it.
+            events |= READ  # Even while it is paused: TLS has to read before it can send on.
         elif self._pending:
             events |= WRITE
         if not self._paused and not self.ended_reading:
@@ -134,7 +136,7 @@ class Stream:
             self.watch()
 
     def resume(self) -> None:
-        """Read again. TLS may have taken bytes off the socket already, which no selector sees."""
+        """Read again. TLS may have read bytes from the socket already, which no selector sees."""
         if self._paused:
             self._paused = False
             self.watch()
@@ -160,16 +162,16 @@ class Stream:
         elif events & BROKEN:
             self._hung_up()
         elif events & LEAVING and self._paused:
-            self._idle_events = BROKEN_ONLY  # Once: the selector would say so at every turn.
+            self._idle_events = BROKEN_ONLY  # Or the selector would report it at every turn.
             self.watch()
             self.leaving()
 
     def leaving(self) -> None:
-        """The other side has ended its sending half, behind bytes that are not read yet."""
+        """The other side has ended its sending half, but bytes before that are not read yet."""
 
     def _hung_up(self) -> None:
-        """The connection was reset; or both halves have ended in order, which looks the same until
-        one asks, and leaves bytes that are not read yet where they are."""
+        """The connection was reset, or both halves have ended in order. Only SO_ERROR tells the two
+        apart. After an orderly end there may be bytes that are not read yet: they stay."""
         number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             self._broke(ConnectionResetError(number, "the connection was reset"))
@@ -184,7 +186,7 @@ class Stream:
             except WAIT:
                 return
             except ssl.SSLEOFError:
-                # A connection that ends without TLS's own end: what it cut off cannot be told.
+                # The connection ended without TLS's own end: nobody knows how much is missing.
                 self._broke(ConnectionResetError("the connection was cut beneath TLS"))
                 return
             except OSError as error:
@@ -196,7 +198,7 @@ class Stream:
             if len(data) >= READ_BYTES or self._read_bytes > READ_BYTES:
                 self._read_bytes = LARGE_READ_BYTES if len(data) >= READ_BYTES else READ_BYTES
             self.received(data)
-            # What the TLS layer has read ahead shows in no selector.
+            # No selector shows bytes that the TLS layer has read ahead.
             if not self.tls or self.closed or self._paused or not self.sock.pending():
                 return
 
@@ -209,7 +211,7 @@ class Stream:
     # Writing.
 
     def send(self, data: bytes | memoryview) -> None:
-        """Send `data`, now as far as the other side takes it, and the rest as it takes more."""
+        """Send `data`: now as much as the other side takes, and the rest when it takes more."""
         if self.closed or self._deaf or not data:
             return
         sent = 0
@@ -264,7 +266,7 @@ class Stream:
             self.watch()
 
     def stop_sending(self) -> None:
-        """Drop what is queued, and whatever else is sent."""
+        """Drop what is queued, and all that is sent from now on."""
         self._deaf = True
         self._pending, self.queued = None, 0
         self.watch()
@@ -279,9 +281,9 @@ class Stream:
 
     def _end_sending(self) -> None:
         try:
-            # Not SSLSocket.shutdown, which would take the TLS layer away from what still arrives.
-            # Nor is TLS's own end said first: SSLSocket.unwrap goes on to read the other side's,
-            # and breaks the connection where it finds data instead.
+            # Not SSLSocket.shutdown: it removes the TLS layer, which the bytes that still arrive
+            # need. Nor is TLS's own end sent first: SSLSocket.unwrap then reads that of the other
+            # side, and breaks the connection if it finds data instead.
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
         except OSError as error:
             self._broke(error)
@@ -289,7 +291,8 @@ class Stream:
     # The end.
 
     def _broke(self, error: OSError) -> None:
-        # Not at once: whoever is in the middle of sending or reading would find itself ended.
+        # `failed` is not called at once: the caller may be in the middle of sending or reading, and
+        # would find itself ended.
         if self.closed:
             return
         if self._events:
@@ -298,8 +301,9 @@ class Stream:
         self._pending, self.queued = None, 0
         self.closed = True
         self.loop.close(self.sock)
-        # Its traceback holds this stream, which would hold it: only the collector would find both,
-        # seldom, and with them what was queued for a slow reader.
+        # The error's traceback refers to this stream. If the stream kept that traceback, only the
+        # garbage collector would free both, which runs seldom, and with them what was queued for a
+        # slow reader.
         self._error = error.with_traceback(None)
         self.loop.soon(self._fail)
 
@@ -307,13 +311,13 @@ class Stream:
         self.failed(self._error)
 
     def abandon(self) -> None:
-        """Something of this connection's has failed as it never should: end all that it is about.
-        The loop calls it."""
+        """A method of this connection failed, which never should happen: end the connection and
+        all that belongs to it. The loop calls this."""
         raise NotImplementedError
 
     def close(self, *, reset: bool = False) -> None:
-        """Close the connection; `reset` makes its end visibly not an orderly one, and drops what
-        the other side has not taken."""
+        """Close the connection. With `reset` the other side sees a reset instead of an orderly end,
+        and bytes that it has not taken are dropped."""
         if self.closed:
             return
         self.closed = True
@@ -327,17 +331,17 @@ class Stream:
         self.loop.close(self.sock)
 
     def move_to(self, other: Stream, most: int) -> tuple[int, bytes] | None:
-        """Have the kernel move what has arrived, `most` bytes of it, to another side's socket,
-        without a copy into this process and out of it. Returns how many bytes were taken, and
-        those of them that the other side did not take; None at the end of what arrives. Raises
-        OSError where there is nothing to read, or the connection is broken."""
+        """Have the kernel move bytes that have arrived, `most` of them at most, to another side's
+        socket, without a copy into this process and out of it. Returns how many bytes were read,
+        and those of them that the other side did not take; None if the end was read. Raises OSError
+        if there is nothing to read, or if the connection is broken."""
         source, target = self._fd, other._fd
         intake, outlet = self.loop.pipe()
         taken = os.splice(source, intake, min(most, self._move_bytes), flags=SPLICE)
         if not taken:
             return None
         given = 0
-        # An error of the other side's is found again by whoever sends it the rest.
+        # If the other side has failed, the next write to it, which is of the rest, finds that out.
         with contextlib.suppress(OSError):
             while given < taken:
                 given += os.splice(outlet, target, taken - given, flags=SPLICE)
