@@ -1,11 +1,11 @@
 """Connections to the upstream: made by requests' adapter, watched and kept by the loop.
 
-requests finds the host's addresses, connects, does TLS and has the bundle of certificates to trust;
-that waits, so it is a helper thread's. Writing requests and reading answers is not left to it,
-because the layers below change what passes: urllib3 encodes the target anew and adds User-Agent
-and Accept-Encoding; http.client takes a 103 for the answer and gives the real one to the next
-caller, loses every header after a malformed line, and takes a body that was cut inside its chunks
-for whole.
+requests finds the host's addresses, connects, does TLS and has the bundle of certificates to trust.
+That waits, so a helper thread does it. Writing requests and reading answers is not left to
+requests, because the layers below it change what passes. urllib3 encodes the target anew and adds
+User-Agent and Accept-Encoding. http.client takes a 103 for the answer and gives the real one to the
+next caller, loses every header after a malformed line, and takes a body that was cut inside its
+chunks for a complete one.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from server.stream import Stream
 
 log = logging.getLogger("gatehouse")
 
-# A request that must not be sent twice goes on a connection that was in use this many seconds ago
-# at most: the shorter the idle time, the smaller the chance that the upstream is just closing it.
+# A request that must not be sent twice goes on a kept connection only if that was in use at most
+# this many seconds ago. The shorter it was idle, the less likely is the upstream just closing it.
 FRESH_SECONDS = 1.0
-# The log says that the cap is reached once in this many seconds.
+# The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS = 10.0
 
 
 class Waiting(Protocol):
-    """An exchange that waits for a connection; `over` once it has ended, which a helper thread may
-    look at too."""
+    """An exchange that waits for a connection. `over` says that it has ended; a helper thread may
+    look at that too."""
 
     @property
     def over(self) -> bool: ...
@@ -59,7 +59,7 @@ class Carried(Protocol):
         """Bytes of the answer."""
 
     def pass_straight(self, connection: Connection) -> bool:
-        """Pass on what has arrived without looking at it; False where that cannot be done now."""
+        """Pass on what has arrived without looking at it; False if that cannot be done now."""
 
     def upstream_ended(self) -> None:
         """No more bytes of the answer come."""
@@ -74,14 +74,15 @@ class Carried(Protocol):
         """The upstream has taken all that was sent."""
 
     def abandon(self) -> None:
-        """Something of it has failed as it never should: end it."""
+        """A method of it failed, which never should happen: end it."""
 
 
 class Connection(Stream):
     """One connection to the upstream: an exchange's, or kept for the next one.
 
-    `used` says whether it has been kept before, `refused` whether the upstream would not take all
-    of a request. `client` is the only one whose requests it may carry, where it is one's own.
+    `used` says whether it has been kept before, `refused` whether the upstream stopped reading
+    before it had all of a request. `client` is set if the connection was authenticated: then it
+    carries only that client's requests.
     """
 
     __slots__ = ("client", "exchange", "idle_since", "refused", "straight", "upstream", "used")
@@ -92,7 +93,7 @@ class Connection(Stream):
         self.exchange: Carried | None = None
         self.client: object | None = None
         self.used = False
-        self.refused = False  # whether the upstream would not take all of the request
+        self.refused = False  # whether the upstream stopped reading before it had all
         self.straight = False  # whether what arrives may go straight to the client's socket
         self.idle_since = 0.0
         self.watch()
@@ -103,13 +104,14 @@ class Connection(Stream):
 
     def received(self, data: bytes) -> None:
         if self.exchange is None:
-            self.upstream.discard(self)  # Bytes that belong to no request: it is out of step.
+            # These bytes belong to no request: they would be taken for the answer to the next one.
+            self.upstream.discard(self)
         else:
             self.exchange.from_upstream(data)
 
     def ended(self) -> None:
         if self.exchange is None:
-            self.upstream.discard(self)  # It must not be found closed by the next request.
+            self.upstream.discard(self)  # No request may be sent on a closed connection.
         else:
             self.exchange.upstream_ended()
 
@@ -126,7 +128,8 @@ class Connection(Stream):
             self.exchange.abandon()
 
     def unsendable(self, error: OSError) -> None:
-        """It may have answered before it stopped reading (RFC 9112 section 9.3)."""
+        """The upstream reads no more. Go on reading from it: it may have answered before that (RFC
+        9112 section 9.3)."""
         self.refused = True
         self.stop_sending()
 
@@ -140,9 +143,9 @@ class Connection(Stream):
 
     @property
     def silent(self) -> bool:
-        """Whether nothing has come since the last answer, which would be taken for the next one:
-        bytes, or an end, that the loop has yet to tell of. What follows a large body is not read
-        with it, and a request that is behind it in the same turn is quicker than the loop."""
+        """Whether nothing has come since the last answer: no bytes, which would be taken for the
+        next answer, and no end. The loop may not have reported them yet. What follows a large body
+        is not read with it, and the next request may be in the same turn of the loop."""
         if self.closed:
             return False
         poller = select.poll()
@@ -164,8 +167,9 @@ class Connection(Stream):
 class Upstream:
     """The upstream's connections in this worker, and how many requests are with it.
 
-    `limit` is how many may be at once. Times are in seconds: `connect_timeout` for the look-up of
-    the name, connecting and TLS together, `keepalive` how long an idle connection is kept.
+    `limit` is how many may be with it at once. Times are in seconds: `connect_timeout` for the
+    look-up of the name, connecting and TLS together, `keepalive` how long an idle connection is
+    kept.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class Upstream:
     # How many requests are with it.
 
     def enter(self) -> None:
-        """Count one more request. Raises UpstreamBusy where that is one too many."""
+        """Count one more request. Raises UpstreamBusy if that is one too many."""
         if self.in_flight >= self.limit:
             if self.loop.now - self._said >= SAY_SECONDS:
                 self._said = self.loop.now
@@ -228,8 +232,10 @@ class Upstream:
     # Connections.
 
     def take(self, *, repeatable: bool, client: object = None) -> Connection | None:
-        """A connection that was kept; None where there is none that a request of `client` may use
-        which may, or may not, be sent twice."""
+        """A connection that was kept and that a request of `client` may use; None if there is none.
+        One that was kept for this client alone comes first. Of the others, a request that is not
+        `repeatable`, so that it must not be sent twice, gets only one that was in use a moment ago:
+        see FRESH_SECONDS."""
         if self._own and (own := self._own.get(client)) is not None:
             if not own.silent or self.loop.now - own.idle_since > self._keepalive:
                 self.discard(own)
@@ -254,7 +260,7 @@ class Upstream:
         return None
 
     def connect(self, exchange: Waiting) -> None:
-        """Make a connection for an exchange, which is told when it is there."""
+        """Make a connection for an exchange, whose `connected` or `unconnected` is called then."""
         self.make_room()
         self._lane.add(lambda: self._connect(exchange))
         if self._relief.when == NEVER:
@@ -266,7 +272,7 @@ class Upstream:
             self._relief.set(self.loop.now + STALLED_SECONDS)
 
     def _connect(self, exchange: Waiting) -> None:
-        """On a helper thread: the socket, or why there is none, is a value for the loop."""
+        """On a helper thread: give the loop a connected socket, or the reason why there is none."""
         if exchange.over:
             return
         try:
@@ -297,8 +303,8 @@ class Upstream:
             self._expiry.set(self.loop.now + self._keepalive)
 
     def discard(self, connection: Connection) -> None:
-        """Close a connection, kept or not. One that broke may be discarded before it is told so,
-        and once more then."""
+        """Close a connection, kept or not. One that broke may be discarded twice: before its
+        `failed` is called, and then by that."""
         if connection.client is not None:
             if self._own.get(connection.client) is connection:
                 del self._own[connection.client]
@@ -308,19 +314,19 @@ class Upstream:
         self._connections.discard(connection)
 
     def forget(self, client: object) -> None:
-        """A client has left: what was kept for it alone is of no use any more."""
+        """A client has left: close the connection that was kept for it alone."""
         if self._own and (own := self._own.get(client)) is not None:
             self.discard(own)
 
     def drop_one(self) -> bool:
-        """Close the connection that has been idle longest; False where none is."""
+        """Close the connection that has been idle longest; False if none is idle."""
         if not self._idle:
             return False
         self.discard(self._idle[0])
         return True
 
     def _expire(self) -> None:
-        """Close what has been idle for too long."""
+        """Close the connections that have been idle for too long."""
         while self._idle and self.loop.now - self._idle[0].idle_since >= self._keepalive:
             self.discard(self._idle[0])
         for own in list(self._own.values()):
@@ -360,7 +366,7 @@ class Connector(HTTPAdapter):
         connection.timeout = seconds
         try:
             connection.connect()
-        except NewConnectionError as error:  # which is a ConnectTimeoutError too
+        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
             raise UpstreamUnreachable from error
         except (ConnectTimeoutError, TimeoutError):
             raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
@@ -371,23 +377,25 @@ class Connector(HTTPAdapter):
             sock.close()
             raise UpstreamUnreachable from ConnectionRefusedError(errno.ECONNREFUSED, "refused")
         if isinstance(sock, ssl.SSLSocket):
-            # An end of file without TLS's own would pass for the end of the body.
+            # Otherwise a connection that is cut without TLS's own end would look like the end of a
+            # body.
             sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         sock.setblocking(False)
         return sock
 
 
 def is_to_itself(sock: Any) -> bool:
-    """Whether a socket is connected to itself: the kernel may give this end of a connection the
-    very port that it knocks on, where nobody listens, and the application could not come back."""
+    """Whether a socket is connected to itself. If nobody listens at a port of this machine, the
+    kernel may choose that very port for our end of the connection. As long as that lasts, the
+    application cannot listen there again."""
     try:
         return bool(sock.getsockname() == sock.getpeername())
     except OSError:
-        return False  # The other end has gone already, which whoever sends something finds out.
+        return False  # The other end has gone already. The first write finds that out.
 
 
 def was_refused(problem: Problem) -> bool:
-    """Whether nobody listens at the upstream's address, which may be about to change."""
+    """Whether nobody listened at the upstream's address, which may soon change."""
     error: BaseException | None = problem.__cause__
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
