@@ -1,6 +1,6 @@
-"""Jobs: what waits for others, on threads that get values and give values back.
+"""Jobs: work that may have to wait, on threads that get values and give values back.
 
-A lane is a set of threads for one kind of job, so that no kind waits for another's. A `Job` is a
+A lane is a set of threads for one kind of job, so that no kind waits for another. A `Job` is a
 request that the WSGI application answers on such a thread: it is given the request's body, and what
 the application answers comes back to the loop, which alone writes to the client.
 """
@@ -29,9 +29,9 @@ log = logging.getLogger("gatehouse")
 IDLE_SECONDS = 5.0
 # A lane none of whose jobs has been taken for so many seconds gets more threads.
 STALLED_SECONDS = 0.05
-# What of an answer waits for a client that is still sending the body that it is about.
+# How much of an answer may wait for a client that is still sending its body.
 AHEAD_BYTES = 33554432
-# What of a body that is read while it arrives waits for its reader, at most.
+# How much of a body may wait for its reader, if it is read while it arrives.
 INBOX_BYTES = 262144
 
 
@@ -39,8 +39,8 @@ class Lane:
     """Threads for one kind of job, up to `limit`, started when none is idle and ended when there
     has been nothing to do for a while.
 
-    So many as are `eager` are started at once, and more by `relieve` where jobs have to wait: jobs
-    that come in a crowd and take no time need no crowd of threads.
+    The first `eager` of them are started as jobs come, and more by `relieve` if jobs have to wait:
+    many short jobs that come together do not need many threads.
     """
 
     def __init__(self, name: str, limit: int, eager: int | None = None) -> None:
@@ -49,7 +49,7 @@ class Lane:
         self._eager = limit if eager is None else eager
         self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._spare = 0  # idle threads less queued jobs
+        self._spare = 0  # idle threads minus queued jobs
         self._threads = 0
         self._moved = 0.0  # when a job was last taken, or came while none was waiting
 
@@ -75,8 +75,8 @@ class Lane:
                 self._count(-1)
 
     def relieve(self) -> bool:
-        """Start threads for all jobs that wait, where none has been taken for a while; returns
-        whether jobs wait. Threads that are all held up take no job, and cannot say so."""
+        """Start threads for all jobs that wait, if none has been taken for a while. Returns whether
+        jobs wait. The loop has to call this: threads that are all held up cannot."""
         with self._lock:
             waiting = -self._spare
             more = 0
@@ -97,7 +97,7 @@ class Lane:
                 job = self._queue.get(timeout=IDLE_SECONDS)
             except Empty:
                 with self._lock:
-                    if self._spare > 0:  # else a job has come that counts on this thread
+                    if self._spare > 0:  # Otherwise a job has come that was given to this thread.
                         self._count(-1)
                         return
                 continue
@@ -106,13 +106,13 @@ class Lane:
                 job()
             except Exception:
                 log.exception("a job failed")
-            del job  # It would keep its client alive until the next one comes.
+            del job  # The name would keep the job's client alive until the next job comes.
             with self._lock:
                 self._spare += 1
 
 
 class Asker(Protocol):
-    """The client of a job, as far as that is concerned."""
+    """The client, as far as its job is concerned."""
 
     loop: Loop
     peer: tuple[str, int]
@@ -144,14 +144,14 @@ class Inbox(io.RawIOBase):
     def __init__(self, wanted: Callable[[], None]) -> None:
         self._wanted = wanted
         self._moved = threading.Condition()
-        # Not the pieces as they arrive: one of two bytes takes forty by itself.
+        # The pieces are not kept as they arrive: one of two bytes takes forty by itself.
         self._waiting = bytearray()
         self._full = False
         self._over = False
         self._cut = False
 
     def put(self, piece: bytes) -> bool:
-        """Add what has arrived; False where no more should be given for now."""
+        """Add what has arrived; False if no more should be given for now."""
         with self._moved:
             self._waiting += piece
             self._full = len(self._waiting) >= INBOX_BYTES
@@ -159,7 +159,7 @@ class Inbox(io.RawIOBase):
             return not self._full
 
     def put_end(self, *, cut: bool = False) -> None:
-        """The body has ended; or it never will, where it was `cut`."""
+        """The body has ended; or it was `cut`, and its end will never come."""
         with self._moved:
             self._over = True
             self._cut = self._cut or cut
@@ -169,7 +169,7 @@ class Inbox(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for what arrives. Raises Left where the client has gone."""
+        """Wait for what arrives. Raises Left if the client has gone before the body's end."""
         with self._moved:
             self._moved.wait_for(lambda: self._waiting or self._over)
             if self._cut and not self._waiting:
@@ -188,8 +188,8 @@ class Job:
     """One request that the application answers: it reads the body, the application's answer comes
     by `begin`, `write` and `finish`.
 
-    `largest` is how many bytes the body may have (0: any number). Where it is `streamed`, the
-    application begins when the head is there and reads what arrives.
+    `largest` is how many bytes the body may have (0: any number). If it is `streamed`, the
+    application begins when the head is complete, and reads the body while it arrives.
     """
 
     over = False
@@ -212,7 +212,7 @@ class Job:
         self.arrived = arrived
         self.body = head.body()
         self._largest = largest
-        self._gathered = bytearray()  # not the pieces: one of two bytes takes forty by itself
+        self._gathered = bytearray()  # Not a list of pieces: one of two bytes takes forty.
         self._input: Any = None
         self._inbox: Inbox | None = None
         self._taken: threading.Event | None = None  # set when the client has taken what was written
@@ -288,14 +288,14 @@ class Job:
             task.service()
         except Left:
             pass
-        except Problem as problem:  # in the middle of its answer, which can only be cut
+        except Problem as problem:  # In the middle of an answer, which can only be cut.
             self.client.loop.call(self._told, self._failed, (problem,))
         except Exception:
             log.exception("%s %s request_id=%s", self.head.method, self.head.path, self.head.id)
             self.client.loop.call(self._told, self._failed, (Problem(),))
 
     def tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have the loop do something for the client, unless that has gone. Raises Left."""
+        """Have the loop call a function for the client. Raises Left if the client has gone."""
         if self.over:
             raise Left
         self.client.loop.call(self._told, function, arguments)
@@ -305,7 +305,7 @@ class Job:
             function(*arguments)
 
     def abandon(self) -> None:
-        """Something of it has failed as it never should: end it. The loop calls it."""
+        """A method of it failed, which never should happen: end it. The loop calls this."""
         self.client.hang_up(reset=True)
 
     def _failed(self, problem: Problem) -> None:
@@ -332,7 +332,8 @@ class Job:
 
     def give_piece(self, piece: bytes) -> None:
         self.client.write(piece)
-        # Many clients read only when they have sent all of a body, which would wait for itself.
+        # Many clients read only after they have sent all of their body. If the application waited
+        # until such a client reads, it would not take the rest of the body: neither would go on.
         if self.client.queued < (AHEAD_BYTES if self.wants_body else HIGH_WATER):
             self._let_go_on()
 
@@ -364,7 +365,7 @@ class _Channel:
         self.adj = self
         self._job = job
 
-    # Of the server and its adjustments.
+    # What the task asks of the server and of its adjustments, both of which this is.
     url_prefix = ""
     ident = "gatehouse"
     effective_port = 0
@@ -387,7 +388,8 @@ class _Request:
         self.path = head.path
         self.query = head.query
         self.request_uri = head.target
-        # Names with an underscore are dropped, as waitress does: the environ has one name for both.
+        # A name with an underscore is dropped, as waitress does: the environ has the same name for
+        # it as for the one with a hyphen.
         self.headers = {
             name.upper().replace("-", "_"): ("; " if name == "cookie" else ", ").join(values)
             for name, values in head.values.items()
@@ -400,9 +402,9 @@ class _Request:
 
 class Task(WSGITask):  # type: ignore[misc]
     """Waitress's WSGI task: it makes the environ, calls the application and checks what that
-    answers. Replaced is only where the answer goes.
+    answers. Only the writing of the answer is replaced.
 
-    Waitress's own writing sorts and re-cases header names, adds `Via`, gives HEAD a chunked body
+    Waitress's own sorts and re-cases header names, adds `Via`, gives HEAD a chunked body
     and closes the connection after every 204 and 304; here the client's side writes all answers.
     """
 
@@ -413,13 +415,14 @@ class Task(WSGITask):  # type: ignore[misc]
         self._job = job
 
     def service(self) -> None:
-        """Not waitress's, which takes an error of the application's for one of its own socket."""
+        """Replaces waitress's own, which takes an OSError that the application raises for one of
+        the client's socket."""
         self.execute()
         self.finish()
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
-        environ["REQUEST_METHOD"] = self._job.head.method  # Methods are told apart by their case.
+        environ["REQUEST_METHOD"] = self._job.head.method  # Waitress makes it upper case.
         environ["SCRIPT_NAME"] = ""
         environ["gatehouse.request_id"] = self._job.head.id
         environ["gatehouse.arrived"] = self._job.arrived
