@@ -1,4 +1,4 @@
-"""One worker: it lets clients in, gives each request to whoever answers it, and stops in order."""
+"""One worker: it accepts clients, gives each request to its responder, and stops in order."""
 
 from __future__ import annotations
 
@@ -29,42 +29,45 @@ from wire.request import Head
 log = logging.getLogger("gatehouse")
 
 BACKLOG = 1024
-# Threads that make connections to the upstream, at most and at once.
+# Threads that make connections to the upstream: how many at most, and how many without a delay.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
 # When half of more clients than this have gone, memory is given back.
 CROWD = 100
-# While it drains, an idle connection is kept for so many seconds: its client may just be asking.
+# While a worker drains, an idle connection is kept for so many seconds: its client may just be
+# sending a request.
 IDLE_SECONDS = 2.0
-# A worker lets the others be first for this many seconds for each client that one of them has
-# fewer, up to a limit: it may be starting, or waiting for the processor.
+# Before a worker accepts, it waits this many seconds for each client that it has more than the
+# worker with the fewest. The wait has a limit: that one may be starting, or waiting for the
+# processor.
 GIVE_WAY_SECONDS = 0.005
 MOST_GIVE_WAY_SECONDS = 0.025
-# So often in a row, while the others' numbers of clients stay as they are: they may all be stopped.
+# How often in a row a worker waits for the others while their numbers of clients do not change:
+# they may all be stopped.
 MOST_IN_VAIN = 20
-# A worker lets nobody in before the others are awake, or before this many seconds have passed.
+# A worker accepts nobody until the others are awake, or until this many seconds have passed.
 WAKING_SECONDS = 1.0
 # How long a thread may keep the interpreter while others want it.
 SWITCH_SECONDS = 0.001
-# At its end a worker waits this many seconds for a log's reader.
+# At its end a worker waits at most this many seconds for the reader of a log.
 LOG_SECONDS = 1.0
-# Where no descriptor is free, the clients that wait are looked at again after so many seconds.
+# If no descriptor is free, the worker tries again to accept after so many seconds.
 CROWDED_SECONDS = 0.025
-# Nobody has to make room who has been sending a head for less than so many seconds.
+# A client that connected, or began its head, less than so many seconds ago is not closed for room.
 GRACE_SECONDS = 0.1
 
 
-# What a lane's requests are counted as.
+# The owner for whom the requests of a lane are counted.
 OWNERS = {"proxy": "proxy", "users": "users", "bulk": "users", "health": "health", "live": "health"}
 
 
 def owner_of(path: str) -> str:
-    """What a request that was refused before it had a lane is counted as."""
+    """The owner for whom a request is counted that was refused before it had a lane."""
     first = path[1:].partition("/")[0]
     return first if first in ("users", "health") else "proxy"
 
 
 class Application(Protocol):
-    """What is served: a WSGI application, and what the server has to know of each request."""
+    """What is served: a WSGI application, and the rules by which the server treats each request."""
 
     board: Board
 
@@ -82,7 +85,7 @@ class Application(Protocol):
         """The head that is sent to the upstream; see server.exchange.Rules."""
 
     def answer_lines(self, answer: Answer, head: Head) -> bytes:
-        """The header lines that are given back."""
+        """The header lines that go back to the client."""
 
     def interim_lines(self, answer: Answer) -> bytes:
         """Those of an interim answer."""
@@ -127,7 +130,7 @@ class Server:
         self._accepting = False
         self._clients: set[Client] = set()
         self._room = connection_room()
-        self._spare: list[tuple[tuple[int, float], Client]] = []  # who may make room, last first
+        self._spare: list[tuple[tuple[int, float], Client]] = []  # to close for room, last first
         self._spare_until = 0.0
         self.upstream = Upstream(
             self.loop,
@@ -141,7 +144,7 @@ class Server:
         self.upstream.make_room = self._make_room
         self._lanes = {name: Lane(name, limit) for name, limit in options.threads.items()}
         self._log = Output(1) if options.access_log else None
-        # With what logging writes to, which has lines of its own that may wait.
+        # What logging writes to counts too: it has lines of its own, which may wait.
         streams = [getattr(handler, "stream", None) for handler in logging.root.handlers]
         outputs = {"access log": self._log, "log": next(iter(streams), None)}
         self._outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
@@ -159,14 +162,15 @@ class Server:
         """Serve until `stop` is called and what was under way is answered."""
         board = self.application.board
         board.set(LIMIT, self.upstream.limit)
-        # What is here now stays: the collector need not look through it in the middle of a turn.
+        # The objects that exist now live as long as the worker: the garbage collector need not look
+        # through them in the middle of a turn.
         gc.freeze()
-        # A thread of a job that computes lets the loop's go on within this time. The interpreter's
-        # own five milliseconds would be added to each request that comes meanwhile.
+        # A job's thread that computes lets the loop's thread go on after this time. By default it
+        # would be five milliseconds, which are added to each request that comes meanwhile.
         sys.setswitchinterval(SWITCH_SECONDS)
         self._await_others()
         self._listener.setblocking(False)
-        # Connections inherit it: small pieces are sent at once.
+        # Connections inherit this option: small pieces are sent at once.
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._listener.listen(BACKLOG)
         self._watch_listener(True)
@@ -192,13 +196,13 @@ class Server:
         self.loop.wake()
 
     def _await_others(self) -> None:
-        # Whoever knocks first knows nothing of workers: the first of them would take all.
+        # A worker must not accept before the others are awake: the first would get all clients.
         board, until = self.application.board, time.monotonic() + WAKING_SECONDS
         board.set(AWAKE, 1)
         while not (self.stopping or all(board.others(AWAKE)) or time.monotonic() > until):
             time.sleep(0.005)
 
-    # Letting clients in.
+    # Accepting clients.
 
     def _watch_listener(self, accepting: bool) -> None:
         if accepting != self._accepting:
@@ -207,8 +211,8 @@ class Server:
             self._accepting = accepting
 
     def on_event(self, events: int) -> None:
-        """Somebody knocks: let them in, or give way to a worker that has fewer clients. Once, for
-        that may not be awake, and not for ever to workers that let nobody in."""
+        """A client connects. Accept it, or leave it to a worker that has fewer clients, for a
+        moment: that worker may not be awake. If the others accept nobody, do not wait for them."""
         if not self.alone:
             clients, others = len(self._clients), self.application.board.others(CLIENTS)
             if others != self._others:
@@ -228,7 +232,8 @@ class Server:
         if self._draining:
             return
         self._watch_listener(True)
-        # One at a time where others may want the next; else what is here.
+        # With other workers, accept one client at a time: they may want the next. Alone, accept
+        # those that wait.
         for _ in range(16 if self.alone else 1):
             if not self._let_in():
                 return
@@ -242,29 +247,29 @@ class Server:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return False
         except OSError as error:
-            # No descriptor is free. Whoever waits goes on waiting, and the selector would go on
-            # saying so: make room, which there is when this turn is over, or wait a moment.
+            # No descriptor is free. The client goes on waiting, and the selector would report it at
+            # every turn. So make room, which is there when this turn is over, or wait a moment.
             full = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
             self._look_again(0.0 if full and self._drop_one() else CROWDED_SECONDS)
             return False
         sock.setblocking(False)
-        # A socket that listens on IPv6 for both shows IPv4 clients with a prefix.
+        # A socket that listens for both IPv6 and IPv4 shows IPv4 addresses with a prefix.
         peer = (address[0].removeprefix("::ffff:"), address[1])
         self._clients.add(Client(self, sock, peer))
         self.application.board.set(CLIENTS, len(self._clients))
         return True
 
     def _make_room(self) -> bool:
-        """Close a connection that nobody waits for, where there are as many as there may be; False
-        where there is none."""
+        """If there are as many connections as there may be, close one that nobody waits for. False
+        if there is none to close."""
         return len(self._clients) + self.upstream.open < self._room or self._drop_one()
 
     def _drop_one(self) -> bool:
-        """Close a connection that nobody waits for: the upstream's first, then clients' as they are
-        spare. False where there is none.
+        """Close a connection that nobody waits for: first one that is kept to the upstream, then a
+        client's, in the order of `Client.spare`. False if there is none.
 
         To look through ten thousand clients takes milliseconds, and a flood of connections asks for
-        that each time: what was found is good for a moment.
+        that each time. So the clients that were found serve for CROWDED_SECONDS.
         """
         if self.upstream.drop_one():
             return True
@@ -275,7 +280,7 @@ class Server:
             self._spare = sorted(found, key=lambda one: one[0], reverse=True)
         while self._spare:
             spare, client = self._spare.pop()
-            # One that has just been let in may have sent all of its request, which is not read yet.
+            # A client that was just accepted may have sent its request, which is not read yet.
             settled = not spare[0] or spare[1] <= now - GRACE_SECONDS
             if settled and client.spare == spare:
                 client.hang_up()
@@ -285,7 +290,8 @@ class Server:
     # What clients ask for.
 
     def respond(self, client: Client, head: Head) -> None:
-        """Give a request to whoever answers it. Raises the Problem to refuse it with."""
+        """Give a request to a responder: an Exchange or a Job. Raises the Problem to refuse it
+        with."""
         client.lane = ""
         lane, largest = self.application.admit(head)
         client.lane = lane
@@ -317,12 +323,12 @@ class Server:
         job.start()
 
     def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
-        """Count a request whose answer is about to be sent: whoever has that finds it counted."""
+        """Count a request just before its answer is sent: a client that has it finds it counted."""
         owner = OWNERS.get(client.lane) or owner_of(head.path)
         self.application.board.request(owner, head.method, status, seconds)
 
     def answered(self, client: Client, head: Head) -> None:
-        """A request is behind its client: write its line of the access log."""
+        """A request is over: make its line of the access log."""
         if self._log is not None:
             caller = self.application.caller(head, client.peer[0])
             milliseconds = (time.monotonic() - client.arrived) * 1000
@@ -345,14 +351,14 @@ class Server:
         self._see_to_logs()
         self.application.board.turned(self.loop.longest_turn)
         self.loop.longest_turn = 0.0
-        self._spare.clear()  # It would keep what has been closed alive.
+        self._spare.clear()  # It would keep clients alive whose connections are closed.
         self._most_clients = max(self._most_clients, len(self._clients))
         if self._most_clients > CROWD and len(self._clients) < self._most_clients / 2:
             self._most_clients = len(self._clients)
             give_memory_back()
 
     def _write_log(self) -> None:
-        """Write the lines of this turn, as many at once as a pipe takes whole."""
+        """Write the lines of this turn, as many at once as a pipe takes in one piece."""
         lines, self._lines = self._lines, []
         assert self._log is not None
         at = size = 0
@@ -373,16 +379,16 @@ class Server:
     # Stopping.
 
     def _drain(self) -> None:
-        """Answer what is under way, and let nobody in any more."""
+        """Begin to stop: answer what is under way, and accept no more clients."""
         self._draining = self.closing = True
         now = self.loop.now
         self._deadline = now + self.options.shutdown_timeout
-        Timer(self.loop).set(self._deadline)  # Else the loop might sleep a second longer.
-        # Also whose answer had begun before, and did not say that the connection ends with it.
+        Timer(self.loop).set(self._deadline)  # Otherwise the loop might sleep a second longer.
+        # This also ends connections whose answer began before, and did not say that they end.
         self.keepalive = min(self.keepalive, IDLE_SECONDS)
         if self.alone:
             let_nobody_in(self._listener)
-        # Who is in the queue has been let in by the kernel, and closing would turn them out.
+        # The kernel has accepted the clients in the queue: closing the socket now would reset them.
         waiting = select.poll()
         waiting.register(self._listener, select.POLLIN)
         while waiting.poll(0) and self._let_in():
@@ -397,7 +403,7 @@ class Server:
         goodbye.set(now + min(IDLE_SECONDS, self.options.shutdown_timeout))
 
     def _close_idle(self) -> None:
-        """Close the connections whose clients have asked for nothing since."""
+        """Close the connections whose clients have sent nothing since."""
         for client in list(self._clients):
             if client.idle:
                 self.loop.attempt(client.hang_up)
