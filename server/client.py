@@ -38,7 +38,7 @@ EMPTY_LINES = re.compile(rb"\A(?:\r?\n)++")
 # How many requests of one client are begun in one turn, if each is answered at once, as a refused
 # one is. 10,000 that came in one piece took half a second, in which nobody else was served.
 REQUESTS_AT_ONCE = 16
-# How many bytes a client may send while it waits for an answer, before it is not read any more.
+# If a client sends more bytes than this while it waits for an answer, it is not read until then.
 AHEAD_BYTES = 65536
 
 
@@ -432,8 +432,8 @@ class Client(Stream):
         self._desk.refused(problem)
         status, fields, body = refusal(problem, head.id)
         fields += own_fields(head.id)
-        # If the framing is in doubt, or if bytes of a body will come that nobody reads, nobody can
-        # tell what follows from a request.
+        # If the framing is in doubt, or if bytes of a body will come that nobody reads, what comes
+        # next cannot be told from a request.
         to_come = responder.wants_body if responder is not None else head.chunked or head.length
         self._unread = bool(to_come) or isinstance(problem, BadRequest) or head.problem is not None
         self.begin(status, text_of(fields), length=len(body), dated=False, close=self._unread)

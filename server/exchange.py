@@ -38,10 +38,10 @@ GATHERED_BYTES = 65536
 LARGE_BYTES = 262144
 # RFC 9110 section 9.2.2.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
-# A refused connection is tried again after so many seconds, if UPSTREAM_RETRY allows it.
+# A refused connection is tried again after this many seconds, if UPSTREAM_RETRY allows it.
 RETRY_SECONDS = 0.25
-# A client that waits for a 100 before it sends a large body gets one after so many seconds, if the
-# upstream has sent none: many upstreams do not know of it.
+# A client that waits for a 100 before it sends a large body gets one after this many seconds, if
+# the upstream has sent none: many upstreams do not know of it.
 CONTINUE_SECONDS = 1.0
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -308,7 +308,7 @@ class Exchange:
             self._pace_client()
 
     def _asked(self) -> None:
-        """A part of the request has been sent or taken: set anew when the upstream is late."""
+        """A part of the request has been sent or taken: set a new time for the upstream."""
         if self._in:
             return  # A head that has begun must be complete in time, whatever else is to be sent.
         connection = self._connection

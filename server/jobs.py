@@ -25,9 +25,9 @@ from wire.request import Head
 
 log = logging.getLogger("gatehouse")
 
-# A thread that has had nothing to do for so many seconds ends.
+# A thread that has had nothing to do for this many seconds ends.
 IDLE_SECONDS = 5.0
-# A lane none of whose jobs has been taken for so many seconds gets more threads.
+# A lane none of whose jobs has been taken for this many seconds gets more threads.
 STALLED_SECONDS = 0.05
 # How much of an answer may wait for a client that is still sending its body.
 AHEAD_BYTES = 33554432

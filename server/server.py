@@ -33,7 +33,7 @@ BACKLOG = 1024
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
 # When half of more clients than this have gone, memory is given back.
 CROWD = 100
-# While a worker drains, an idle connection is kept for so many seconds: its client may just be
+# While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
 IDLE_SECONDS = 2.0
 # Before a worker accepts, it waits this many seconds for each client that it has more than the
@@ -50,18 +50,19 @@ WAKING_SECONDS = 1.0
 SWITCH_SECONDS = 0.001
 # At its end a worker waits at most this many seconds for the reader of a log.
 LOG_SECONDS = 1.0
-# If no descriptor is free, the worker tries again to accept after so many seconds.
+# If no descriptor is free, the worker tries again to accept after this many seconds.
 CROWDED_SECONDS = 0.025
-# A client that connected, or began its head, less than so many seconds ago is not closed for room.
+# To make room, no client is closed that has connected, or begun its head, less than this many
+# seconds ago.
 GRACE_SECONDS = 0.1
 
 
-# The owner for whom the requests of a lane are counted.
+# The name under which the metrics count the requests of a lane.
 OWNERS = {"proxy": "proxy", "users": "users", "bulk": "users", "health": "health", "live": "health"}
 
 
 def owner_of(path: str) -> str:
-    """The owner for whom a request is counted that was refused before it had a lane."""
+    """The name under which the metrics count a request that was refused before it had a lane."""
     first = path[1:].partition("/")[0]
     return first if first in ("users", "health") else "proxy"
 
@@ -154,7 +155,7 @@ class Server:
         self._deadline = NEVER
         self._others: tuple[int, ...] = ()
         self._in_vain = 0
-        self._most_clients = 0  # of late
+        self._most_clients = 0  # since the last time that memory was given back
 
     # Serving.
 

@@ -25,7 +25,7 @@ PROBE = Statement(
     "FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege",
     {},
 )
-# /health may answer half a second later than DB_CONNECT_TIMEOUT. So much of that is for the probe.
+# /health may take half a second longer than DB_CONNECT_TIMEOUT. This much of that is for the probe.
 MARGIN_SECONDS = 0.2
 
 

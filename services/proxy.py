@@ -41,8 +41,7 @@ FORWARDED = "x-forwarded-"
 # These say where a message ends: Connection cannot name them away.
 FRAMING = frozenset({"content-length", "transfer-encoding"})
 # Many applications cannot tell X_Forwarded_For from X-Forwarded-For, nor Content_Length from
-# Content-Length. So a header that is set, removed or believed here does not pass in such a spelling
-# either.
+# Content-Length. So a header of one of these sets does not pass in such a spelling either.
 OURS = HOP_BY_HOP | SET | BELIEVED | FRAMING
 # Alt-Svc names ports of the upstream itself: a client that went there would go past Gatehouse.
 NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}

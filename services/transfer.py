@@ -447,7 +447,7 @@ def _replace(rows: list[Row]) -> None:
             # Otherwise somebody was faster, or a trigger left it alone. It has no outcome yet, so
             # that it is written by itself next, which finds out.
         elif not row.asked:
-            # A run whose answer was lost has created it, because nobody else knows the id.
+            # A run whose answer was lost has created it: nobody else knows the id.
             row.outcome = "created"
         else:
             row.outcome = "replaced" if changed else "unchanged"

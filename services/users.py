@@ -413,8 +413,8 @@ def _taken(holders: list[Any]) -> Problem | None:
 def put(user_id: str, members: Mapping[str, Any], condition: Condition) -> Found:
     """Create the user with this id, or replace it.
 
-    Raises InvalidUser, EmailTaken, or PreconditionFailed. A user that does not exist
-    has no version: it fulfils no `match`, not even ANY.
+    Raises InvalidUser, EmailTaken, or PreconditionFailed. A user that does not exist has no
+    version: it fulfils no `match`, not even ANY.
     """
     errors: list[tuple[str, str]] = []
     try:
