@@ -504,6 +504,8 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
             "live": HEALTH_THREADS,
             "bulk": BULK_THREADS,
         },
+        # One for each connection: another would only wait for one.
+        eager={"users": settings.db_pool_size},
         patience=Patience(
             head=settings.upstream_read_timeout,
             stream=settings.upstream_stream_timeout,

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from waitress.task import WSGITask
 
 from problems import BadRequest, BodyTooLarge, Problem
-from server.loop import Loop
+from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
 from wire.fields import Field, lowered, text_of
 from wire.request import Head
@@ -29,6 +29,8 @@ log = logging.getLogger("gatehouse")
 IDLE_SECONDS = 5.0
 # A lane none of whose jobs has been taken for this many seconds gets more threads.
 STALLED_SECONDS = 0.05
+# So long do these further threads stay at least.
+RELIEF_SECONDS = 1.0
 # How much of an answer may wait for a client that is still sending its body.
 AHEAD_BYTES = 33554432
 # How much of a body may wait for its reader, if it is read while it arrives.
@@ -39,14 +41,19 @@ class Lane:
     """Threads for one kind of job, up to `limit`, started when none is idle and ended when there
     has been nothing to do for a while.
 
-    The first `eager` of them are started as jobs come, and more by `relieve` if jobs have to wait:
-    many short jobs that come together do not need many threads.
+    The first `eager` of them are started as jobs come. More are only started if none of these has
+    taken a job for a while, because all are held up, and they end when that is over. A crowd of
+    short jobs needs no crowd of threads: each would want the interpreter and the processor, which
+    the others, and PostgreSQL on the same machine, would wait for.
     """
 
-    def __init__(self, name: str, limit: int, eager: int | None = None) -> None:
+    def __init__(self, loop: Loop, name: str, limit: int, eager: int | None = None) -> None:
+        self._loop = loop
         self._name = name
         self._limit = limit
-        self._eager = limit if eager is None else eager
+        self._eager = limit if eager is None else min(eager, limit)
+        self._relief = Timer(loop, self.relieve)
+        self._relieved = 0.0  # when threads were last started because jobs waited
         self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._spare = 0  # idle threads minus queued jobs
@@ -54,7 +61,7 @@ class Lane:
         self._moved = 0.0  # when a job was last taken, or came while none was waiting
 
     def add(self, job: Callable[[], None]) -> None:
-        """Have a thread do a job; callable from any thread."""
+        """Have a thread do a job; for the loop's own thread."""
         with self._lock:
             if self._spare >= 0:
                 self._moved = time.monotonic()
@@ -62,9 +69,12 @@ class Lane:
             start = self._spare < 0 and self._threads < self._limit
             start = start and self._threads < self._eager
             self._count(int(start))
+            waits = self._spare < 0
         self._queue.put(job)
         if start:
             self._start()
+        if waits and self._relief.when == NEVER:
+            self._relief.set(self._loop.now + STALLED_SECONDS)
 
     def _start(self) -> None:
         try:
@@ -74,18 +84,21 @@ class Lane:
             with self._lock:
                 self._count(-1)
 
-    def relieve(self) -> bool:
-        """Start threads for all jobs that wait, if none has been taken for a while. Returns whether
-        jobs wait. The loop has to call this: threads that are all held up cannot."""
+    def relieve(self) -> None:
+        """Start threads for all jobs that wait, if none has been taken for a while, and look again
+        as long as jobs wait. The loop calls this: threads that are all held up cannot."""
         with self._lock:
             waiting = -self._spare
             more = 0
-            if waiting > 0 and time.monotonic() - self._moved > STALLED_SECONDS:
+            now = time.monotonic()
+            if waiting > 0 and now - self._moved > STALLED_SECONDS:
                 more = min(waiting, self._limit - self._threads)
                 self._count(more)
+                self._relieved = now
         for _ in range(more):
             self._start()
-        return waiting > 0
+        if waiting > 0:
+            self._relief.set(self._loop.now + STALLED_SECONDS)
 
     def _count(self, threads: int) -> None:
         self._threads += threads
@@ -109,6 +122,12 @@ class Lane:
             del job  # The name would keep the job's client alive until the next job comes.
             with self._lock:
                 self._spare += 1
+                if self._threads > self._eager and self._relief_is_over():
+                    self._count(-1)
+                    return
+
+    def _relief_is_over(self) -> bool:
+        return time.monotonic() - self._relieved > RELIEF_SECONDS
 
 
 class Asker(Protocol):

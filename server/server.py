@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
@@ -96,14 +96,15 @@ class Application(Protocol):
 class Options:
     """How a worker serves. Times are in seconds.
 
-    `threads` says how many each lane may have; a lane that is `streamed` reads bodies while they
-    arrive. `limit` is how many requests may be with the upstream at once, 0 for as many as there
-    are descriptors for.
+    `threads` says how many each lane may have, `eager` how many it starts as jobs come, if not
+    all. A lane that is `streamed` reads bodies while they arrive. `limit` is how many requests may
+    be with the upstream at once, 0 for as many as there are descriptors for.
     """
 
     upstream_url: str
     threads: dict[str, int]
     patience: Patience
+    eager: dict[str, int] = field(default_factory=dict)
     streamed: frozenset[str] = frozenset({"bulk"})
     ca_bundle: str | None = None
     limit: int = 0
@@ -135,7 +136,7 @@ class Server:
         self._spare_until = 0.0
         self.upstream = Upstream(
             self.loop,
-            Lane("connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
+            Lane(self.loop, "connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
             Connector(options.upstream_url, options.ca_bundle),
             limit=min(options.limit or most_streams(), most_streams()),
             connect_timeout=options.connect_timeout,
@@ -143,7 +144,10 @@ class Server:
             board=application.board,
         )
         self.upstream.make_room = self._make_room
-        self._lanes = {name: Lane(name, limit) for name, limit in options.threads.items()}
+        self._lanes = {
+            name: Lane(self.loop, name, limit, options.eager.get(name))
+            for name, limit in options.threads.items()
+        }
         self._log = Output(1) if options.access_log else None
         # What logging writes to counts too: it has lines of its own, which may wait.
         streams = [getattr(handler, "stream", None) for handler in logging.root.handlers]

@@ -25,7 +25,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionErro
 
 from metrics import IN_FLIGHT, STREAMS, Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
-from server.jobs import STALLED_SECONDS, Lane
+from server.jobs import Lane
 from server.loop import NEVER, Loop, Timer
 from server.stream import Stream
 
@@ -197,7 +197,6 @@ class Upstream:
         self._idle: deque[Connection] = deque()  # the one that was used last is the last
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
-        self._relief = Timer(loop, self._relieve)
         self._said = -SAY_SECONDS
 
     # How many requests are with it.
@@ -263,13 +262,6 @@ class Upstream:
         """Make a connection for an exchange, whose `connected` or `unconnected` is called then."""
         self.make_room()
         self._lane.add(lambda: self._connect(exchange))
-        if self._relief.when == NEVER:
-            self._relieve()
-
-    def _relieve(self) -> None:
-        """Look again while connections wait for a thread."""
-        if self._lane.relieve():
-            self._relief.set(self.loop.now + STALLED_SECONDS)
 
     def _connect(self, exchange: Waiting) -> None:
         """On a helper thread: give the loop a connected socket, or the reason why there is none."""

@@ -27,9 +27,6 @@ class Lane:
     def add(self, job: Callable[[], None]) -> None:
         self.jobs.append(job)
 
-    def relieve(self) -> bool:
-        return bool(self.jobs)
-
 
 class Exchange:
     """What is told of a connection."""
