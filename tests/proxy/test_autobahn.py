@@ -9,6 +9,7 @@ answers does not depend on how these arrived.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -284,6 +285,16 @@ def last_close(received: bytes) -> int | None:
     return None if code < 0 else code
 
 
+PLACE = re.compile(rb"\x88.(\x03\xef'utf-8' codec [ -~]* in position )[0-9]+", re.DOTALL)
+
+
+def placeless(received: bytes) -> bytes:
+    """What has come, without the place of the fault in the reason of a Close, and without the
+    length of that. The application counts from the beginning of what it has read at once, which
+    TCP promises to nobody."""
+    return re.sub(PLACE, lambda found: found[1], received)
+
+
 @pytest.fixture(scope="module")
 def application() -> Iterator[Echo]:
     echo = Echo()
@@ -307,7 +318,7 @@ def test_a_case_comes_to_the_same_as_without_gatehouse(
     directly = outcome(application.port, pieces)
     assert last_close(directly) == code, directly[-200:]
     through = outcome(service.port, pieces)
-    assert through == directly, (through[-200:], directly[-200:])
+    assert placeless(through) == placeless(directly), (through[-200:], directly[-200:])
 
 
 def test_all_sections_are_here() -> None:
