@@ -66,14 +66,13 @@ class Lane:
             if self._spare >= 0:
                 self._moved = time.monotonic()
             self._spare -= 1
-            start = self._spare < 0 and self._threads < self._limit
-            start = start and self._threads < self._eager
+            start = self._spare < 0 and self._threads < self._eager
             self._count(int(start))
-            waits = self._spare < 0
         self._queue.put(job)
         if start:
             self._start()
-        if waits and self._relief.when == NEVER:
+        # After the start, which may have failed: then nobody else would look again.
+        if self._spare < 0 and self._relief.when == NEVER:
             self._relief.set(self._loop.now + STALLED_SECONDS)
 
     def _start(self) -> None:

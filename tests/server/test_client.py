@@ -290,10 +290,8 @@ def test_a_log_that_fails_leaves_neither_a_connection_nor_an_answer_open(
     assert "as it never should" in caplog.text
 
 
-def test_of_many_requests_that_are_refused_at_once_others_have_their_turn_between(
-    desk: Desk, let_in: Callable[[], Pair]
-) -> None:
-    """10,000 in one piece took half a second, in which nobody else was served."""
+def refused_at_once(desk: Desk, let_in: Callable[[], Pair]) -> Pair:
+    """A client that has sent two hundred requests in one piece, each of which is refused."""
 
     def refuse(client: Client, head: Head) -> None:
         raise NotFound
@@ -301,6 +299,15 @@ def test_of_many_requests_that_are_refused_at_once_others_have_their_turn_betwee
     desk.respond = refuse  # type: ignore[method-assign]
     client, far = let_in()
     client.received(request(b"GET /1 HTTP/1.1") * 200)
+    return client, far
+
+
+def test_of_many_requests_that_are_refused_at_once_others_have_their_turn_between(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """10,000 in one piece took half a second, in which nobody else was served."""
+
+    client, far = refused_at_once(desk, let_in)
     assert len(desk.refused_with) == REQUESTS_AT_ONCE
     assert client.paused  # What is here is taken first: more would only pile up.
     seen = []
@@ -318,12 +325,7 @@ def test_of_many_requests_that_are_refused_at_once_others_have_their_turn_betwee
 def test_a_client_that_leaves_while_its_requests_wait_their_turn_is_gone(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:
-    def refuse(client: Client, head: Head) -> None:
-        raise NotFound
-
-    desk.respond = refuse  # type: ignore[method-assign]
-    client, far = let_in()
-    client.received(request(b"GET /1 HTTP/1.1") * 200)
+    client, far = refused_at_once(desk, let_in)
     client.hang_up()
     desk.turn()
     assert len(desk.refused_with) == REQUESTS_AT_ONCE

@@ -63,6 +63,22 @@ def test_threads_that_were_started_for_a_while_end_although_there_is_more_to_do(
     over.set()
 
 
+def test_a_job_whose_thread_could_not_be_started_gets_one_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, done = Loop(), []
+    lane = Lane(loop, "later", 8)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        lane.add(lambda: done.append(1))
+    assert not done
+    wait_for(lambda: loop.turn() or done)
+
+
 def test_there_are_never_more_threads_than_the_limit() -> None:
     lane, hold, done = Lane(Loop(), "limited", 6, eager=2), threading.Event(), []
     for number in range(20):
