@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ from wire.ids import new_id
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
 MAX_ERRORS = 20
+# A searched text of at least so many characters is cut into pieces: see _pattern.
+LONG = 9
+PIECES = re.compile(r".{3}(?=.{3})|.+", re.DOTALL)
+# What has a meaning in a pattern of LIKE.
+SPECIAL = re.compile(r"[\\%_]")
 UNKNOWN = "is not a member of a user that can be set"
 TOO_SLOW = (
     "The search took longer than DB_STATEMENT_TIMEOUT. Where the database has the extension pg_trgm"
@@ -128,12 +134,21 @@ class Search:
                 email = valid_email(email.replace(" ", "+"))
             except ValueError:
                 email = _storable(email)
-        if text is not None:
-            text = _storable(text)
-            for special in "\\%_":
-                text = text.replace(special, f"\\{special}")
-            text = f"%{text}%"
-        return {"email": email, "pattern": text}
+        text = None if text is None else _storable(text)
+        return {"email": email, "text": text, "pattern": None if text is None else _pattern(text)}
+
+
+def _pattern(text: str) -> str:
+    """A pattern for LIKE that every text fits in which `text` is found, and few others.
+
+    The index has a list of users for every three letters in a row (pg_trgm), and PostgreSQL reads
+    that of each three in the pattern. A long text is therefore cut into threes that do not overlap:
+    with 3 lists instead of 7 a search for nine letters took half as long among five million users.
+    Shorter texts need all their lists to be rare, and outside ASCII `lower` may look at the letter
+    after the cut.
+    """
+    pieces = PIECES.findall(text) if len(text) >= LONG and text.isascii() else [text]
+    return "%" + "%".join(SPECIAL.sub(r"\\\g<0>", piece) for piece in pieces) + "%"
 
 
 def _storable(text: str) -> str:
@@ -151,6 +166,7 @@ TYPES = {
     "untouched": "double precision",
     "after": "uuid",
     "limit": "integer",
+    "text": "text",
     "pattern": "text",
 }
 
@@ -280,7 +296,9 @@ def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
     if email:
         query = query.where(AT_ADDRESS)
     if text:
+        # The first finds them by the index, and the second leaves out what fits the pattern alone.
         query = query.where(NodeList((SEARCHED, SQL("LIKE lower(%(pattern)s)"))))
+        query = query.where(NodeList((fn.strpos(SEARCHED, SQL("lower(%(text)s)")), SQL("> 0"))))
     return query
 
 
