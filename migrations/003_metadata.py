@@ -13,13 +13,16 @@ from __future__ import annotations
 import peewee as pw
 from peewee_migrate import Migrator
 
-# Behind a statement that waits for this lock all readers wait too. So it is asked for again and
-# again, without waiting.
+# Behind a statement that waits for this lock all readers wait too. So it waits for a moment only,
+# again and again. NOWAIT would never get it from PostgreSQL 16 and older while a writer waits.
 LOCK = """
-    DO $$ BEGIN
-        FOR attempt IN 1..60 LOOP
+    DO $$ DECLARE before text := current_setting('lock_timeout');
+    BEGIN
+        FOR attempt IN 1..30 LOOP
             BEGIN
-                LOCK TABLE users IN ACCESS EXCLUSIVE MODE NOWAIT;
+                PERFORM set_config('lock_timeout', '50ms', true);
+                LOCK TABLE users IN ACCESS EXCLUSIVE MODE;
+                PERFORM set_config('lock_timeout', before, true);
                 RETURN;
             EXCEPTION WHEN lock_not_available THEN
                 PERFORM pg_sleep(0.05);

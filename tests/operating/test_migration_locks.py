@@ -6,15 +6,18 @@ the table while it held a lock that stops readers (or writers), and whether it w
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 from peewee_migrate import Router
 
 from postgres.connect import Connector, Target
 from postgres.migrating import Migrating
-from tests.harness import Databases, checkout
+from tests.harness import Databases, checkout, wait_for
+from tests.harness.system_postgres import INITDB, system_postgres
 
 MIGRATIONS = checkout() / "migrations"
 NAMES = sorted(path.stem for path in MIGRATIONS.glob("[0-9]*.py"))
@@ -117,3 +120,64 @@ def test_what_stops_others_is_told(
     )
     found = stopped(databases.create(migrated=False), tmp_path, "999_more")
     assert [line.partition(":")[0].partition(",")[0] for line in found] == ([whom] if whom else [])
+
+
+class Crowded(Migrating):
+    """Has somebody write to users, and wait for this transaction, from its first lock on."""
+
+    def __init__(self, connector: Connector, uri: str) -> None:
+        super().__init__(connector)
+        self._uri = uri
+        self.writers: list[threading.Thread] = []
+
+    def execute_sql(self, sql: str, params: Any = None) -> Any:
+        cursor = super().execute_sql(sql, params)
+        if sql.startswith("LOCK TABLE users"):
+            thread = threading.Thread(target=self._write)
+            thread.start()
+            self.writers.append(thread)
+            wait_for(self._somebody_waits, 10, "a writer that waits")
+        return cursor
+
+    def _write(self) -> None:
+        connection = psycopg2.connect(self._uri)
+        with connection, connection.cursor() as cursor:
+            cursor.execute("UPDATE users SET name = 'Bob'")
+        connection.close()
+
+    def _somebody_waits(self) -> bool:
+        with self.connection().cursor() as cursor:
+            cursor.execute(
+                "SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted"
+            )
+            return bool(cursor.fetchone()[0])
+
+
+def migrated_with_writers(databases: Databases) -> int:
+    """How many writers waited for the migrations, on the way there and back."""
+    uri = databases.create(migrated=False)
+    database = Crowded(Connector(Target.of(uri), 10, {}), uri)
+    with database.connection_context():
+        router = Router(database, migrate_dir=MIGRATIONS)
+        router.run(NAMES[0])
+        database.execute_sql(USERS)
+        for name in NAMES[1:]:
+            router.run(name)
+        for _ in NAMES[1:]:
+            router.rollback()
+    for thread in database.writers:
+        thread.join(10)
+        assert not thread.is_alive()
+    return len(database.writers)
+
+
+def test_a_writer_that_waits_keeps_no_migration_from_its_lock(databases: Databases) -> None:
+    assert migrated_with_writers(databases)
+
+
+@pytest.mark.skipif(INITDB is None, reason="no PostgreSQL is installed")
+def test_nor_with_the_system_s_postgresql() -> None:
+    """PostgreSQL 16 and older never gave a lock without waiting while a writer waited for the same
+    transaction, so no migration went through while somebody wrote."""
+    with system_postgres() as databases:
+        assert migrated_with_writers(databases)
