@@ -350,7 +350,7 @@ class Database(Pool):
             parts.append(f"of table {diag.table_name}")
         if diag.source_function in RULES:
             parts.append(diag.message_primary or "")
-        elif diag.context:
+        if diag.context:  # its last line is the trigger's function
             parts.append(diag.context.splitlines()[-1])
         self.say(", ".join(parts))
 

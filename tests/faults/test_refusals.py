@@ -89,13 +89,13 @@ FORBIDDING = {
         " DEFERRABLE INITIALLY DEFERRED",
     ),
     "raise": (
-        "P0001, quux",
+        "P0001, quux, PL/pgSQL function the_rule()",
         "CREATE FUNCTION the_rule() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF NEW.name = 'Bob' THEN RAISE EXCEPTION 'quux'; END IF; RETURN NEW; END $$;"
         "CREATE TRIGGER t BEFORE INSERT OR UPDATE ON users FOR EACH ROW EXECUTE FUNCTION the_rule()",
     ),
     "raise at commit": (
-        "P0001, quux",
+        "P0001, quux, PL/pgSQL function the_rule()",
         "CREATE FUNCTION the_rule() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF NEW.name = 'Bob' THEN RAISE EXCEPTION 'quux'; END IF; RETURN NEW; END $$;"
         "CREATE CONSTRAINT TRIGGER t AFTER INSERT OR UPDATE ON users DEFERRABLE INITIALLY DEFERRED"
