@@ -177,7 +177,8 @@ class Server:
         self._listener.setblocking(False)
         # Connections inherit this option: small pieces are sent at once.
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._listener.listen(BACKLOG)
+        if not self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self._listener.listen(BACKLOG)  # One that is handed over keeps its own Backlog=.
         self._watch_listener(True)
         self._tick.set(self.loop.now)
         while not (self._draining and (not self._clients or self.loop.now >= self._deadline)):

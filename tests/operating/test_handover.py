@@ -58,6 +58,19 @@ def handed(listener: Listener) -> Iterator[Handed]:
         process.communicate()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO of a listener is Linux's")
+@one_or_two_workers
+def test_the_queue_of_a_handed_over_socket_stays_as_long_as_it_was(
+    handed: Handed, listener: Listener, workers: int
+) -> None:
+    """It is what systemd's Backlog= says, and holds those who connect during a restart."""
+    listener.sock.listen(100)
+    handed(WORKERS=workers)
+    assert call(listener.port, "GET", "/health/live").status == 200
+    info = listener.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    assert int.from_bytes(info[28:32], sys.byteorder) == 100  # tcpi_sacked
+
+
 @pytest.fixture
 def told(tmp_path: Path) -> Iterator[Told]:
     told = Told(tmp_path)
