@@ -6,6 +6,15 @@ APPLICATIONS := .venv-applications
 OPENAPI := .venv-openapi
 SMUGGLING := .venv-smuggling
 SOURCES := *.py services postgres server wire migrations
+# The commands in .venv name the folder that they were made in, and a .venv that is made again keeps its
+# old Python. So it is made anew after a move, without its Python, and with another one than PYTHON=.
+WHICH := -c 'import sys; print(sys.base_prefix, *sys.version_info[:2])'
+STALE := $(shell [ ! -d .venv ] || [ -x $(BIN)/python ] || echo --clear)
+STALE += $(shell [ ! -e $(BIN)/pw_migrate ] || head -n 2 $(BIN)/pw_migrate | grep -qF '$(CURDIR)/$(BIN)/' || echo --clear)
+ifneq ($(origin PYTHON),file)
+STALE += $(shell [ ! -x $(BIN)/python ] || [ "$$($(PYTHON) $(WHICH))" = "$$($(BIN)/python $(WHICH))" ] || echo --clear)
+endif
+STALE := $(sort $(STALE))
 
 # Four tests side by side: most wait for something that is not the processor. Some measure time, which
 # a neighbour can disturb: one that fails is tried again with the machine to itself, and has to pass
@@ -15,7 +24,7 @@ $(BIN)/python -m pytest -n 4 --dist worksteal $(1) \
 	|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1)
 endef
 
-.PHONY: run test bench bench-full faults faults-cluster soak fuzz smuggling install check audit applications applications-light openapi
+.PHONY: stale run test bench bench-full faults faults-cluster soak fuzz smuggling install check audit applications applications-light openapi
 
 run: $(DEVELOPED)
 	@exec $(BIN)/python app.py --dev
@@ -63,12 +72,14 @@ $(SMUGGLING)/.installed: tests/smuggling/requirements.txt
 	$(SMUGGLING)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+stale:
+
 # What production needs, and nothing else; the other targets add what they need themselves.
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt $(STALE:--clear=stale)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(STALE) .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@# The user that it runs as may not write here, and would compile all of it at each start.
 	$(BIN)/python -m compileall -q $(SOURCES)
