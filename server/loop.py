@@ -16,7 +16,7 @@ import select
 import selectors
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -195,8 +195,7 @@ class Loop:
         self._take_calls()
         self._take_timers(began)
         self.turn_over()
-        if events:
-            self.longest_turn = max(self.longest_turn, time.monotonic() - began)
+        self.longest_turn = max(self.longest_turn, time.monotonic() - began)
 
     def _take_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
@@ -308,13 +307,15 @@ class Portable:
         found = selectors.EVENT_READ if events & READ or not events & WRITE else 0
         return found | (selectors.EVENT_WRITE if events & WRITE else 0)
 
-    def poll(self, timeout: float, most: int) -> Iterable[tuple[int, int]]:
-        for key, mask in self._selector.select(timeout):
-            yield (
+    def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:
+        return [
+            (
                 key.fd,
                 (READ if mask & selectors.EVENT_READ else 0)
                 | (WRITE if mask & selectors.EVENT_WRITE else 0),
             )
+            for key, mask in self._selector.select(timeout)
+        ]
 
 
 def give_memory_back() -> None:

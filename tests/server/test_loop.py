@@ -4,6 +4,7 @@ failures that end what they belong to and nothing else."""
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
 import socket
 import threading
@@ -16,8 +17,10 @@ import pytest
 from server.loop import READ, Loop, Timer
 
 
-@pytest.fixture
-def loop() -> Iterator[Loop]:
+@pytest.fixture(params=["epoll", "portable"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    if request.param == "portable":  # as on a system without epoll
+        monkeypatch.delattr(select, "epoll")
     loop = Loop()
     yield loop
     loop.shut()
@@ -289,6 +292,17 @@ def test_a_dropped_timer_does_not_ring(loop: Loop) -> None:
     assert clock.at(2) == []
 
 
+def test_a_turn_that_a_timer_makes_long_is_told(loop: Loop) -> None:
+    def compute() -> None:
+        until = time.monotonic() + 0.05
+        while time.monotonic() < until:
+            pass
+
+    Timer(loop, compute).set(loop.now)
+    loop.turn()
+    assert loop.longest_turn >= 0.05
+
+
 def test_the_loop_sleeps_until_the_next_timer(loop: Loop) -> None:
     rung: list[float] = []
     Timer(loop, lambda: rung.append(time.monotonic())).set(loop.now + 0.1)
@@ -297,6 +311,7 @@ def test_the_loop_sleeps_until_the_next_timer(loop: Loop) -> None:
         loop.turn()
         count += 1
     assert 0.09 < rung[0] - began < 0.6 and count < 5
+    assert loop.longest_turn < 0.09, "sleep is no part of a turn"
 
 
 # Calls.
