@@ -273,11 +273,12 @@ class Client(Stream):
         super().pause()
 
     def resume(self) -> None:
-        if self.paused and self._began:
+        paused = self.paused
+        super().resume()
+        if paused and self._began:
             # The pause was ours: its time is not the client's.
             self._began += self.loop.now - self._paused_at
             self._timer.set(min(self._timer.when, self._patience()))
-        super().resume()
 
     def ask_for_body(self) -> None:
         """Send the 100 that a client may wait for before it sends a body."""
@@ -473,7 +474,7 @@ class Client(Stream):
             unread = self._unread or (self._close and (self._ahead or self.paused))
             if unread and not self.ended_reading:
                 self._linger()
-            elif self._close:
+            elif self._close or (self.ended_reading and not self._ahead):
                 self.hang_up()
             else:
                 self.phase = Phase.READING

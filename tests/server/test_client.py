@@ -225,6 +225,36 @@ def test_a_body_that_trickles_has_its_clock(desk: Desk, let_in: Callable[[], Pai
     assert desk.gone == [client] and desk.responders[0].told == ["settled"]
 
 
+def test_a_body_has_its_clock_again_after_its_client_was_made_to_wait(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """A body that had once been paused for long could stall for ever."""
+    client, _ = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
+    client.pause()
+    desk.pass_time(2 * REQUEST_SECONDS)
+    assert desk.gone == []
+    client.resume()
+    desk.pass_time(REQUEST_SECONDS - 1)
+    assert desk.gone == []
+    desk.pass_time(2)
+    assert desk.gone == [client] and desk.responders[0].told == ["settled"]
+
+
+def test_a_client_that_ends_while_it_is_answered_is_closed_after_that(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """It stayed for as long as an idle connection is kept, though no request could come any more."""
+    client, far = let_in()
+    client.received(request())
+    client.begin("200 OK", b"Content-Length: 2\r\n", length=2, dated=True)
+    far.shutdown(socket.SHUT_WR)
+    desk.turn(lambda: desk.responders[0].told == ["ended"])
+    client.write(b"ok")
+    client.finish()
+    assert desk.gone == [client]
+
+
 def test_the_end_of_a_tunnels_client_is_told_behind_its_bytes(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:
