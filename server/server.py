@@ -52,6 +52,9 @@ SWITCH_SECONDS = 0.001
 LOG_SECONDS = 1.0
 # If no descriptor is free, the worker tries again to accept after this many seconds.
 CROWDED_SECONDS = 0.025
+# If it has dropped a connection to have one, after this many: in a later turn, because sockets are
+# closed at the end of a turn. In the same one it would drop all that are idle, one after the other.
+DROPPED_SECONDS = 0.001
 # To make room, no client is closed that has connected, or begun its head, less than this many
 # seconds ago.
 GRACE_SECONDS = 0.1
@@ -254,9 +257,9 @@ class Server:
             return False
         except OSError as error:
             # No descriptor is free. The client goes on waiting, and the selector would report it at
-            # every turn. So make room, which is there when this turn is over, or wait a moment.
+            # every turn. So make room, or wait a moment.
             full = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-            self._look_again(0.0 if full and self._drop_one() else CROWDED_SECONDS)
+            self._look_again(DROPPED_SECONDS if full and self._drop_one() else CROWDED_SECONDS)
             return False
         sock.setblocking(False)
         # A socket that listens for both IPv6 and IPv4 shows IPv4 addresses with a prefix.

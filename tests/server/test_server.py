@@ -3,6 +3,7 @@ and what does not goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import threading
@@ -243,6 +244,36 @@ def test_a_client_for_whom_there_is_no_descriptor_waits_and_the_loop_does_not_sp
         assert time.monotonic() - began > 0.2 and turns < 40
         crowded.crowded = False
         assert client.reply().body == b"ok"
+
+
+class Full(Crowded):
+    """The same, until one of `others` is closed."""
+
+    others: tuple[socket.socket, ...] = ()
+
+    def accept(self) -> Any:
+        self.crowded = bool(self.others) and all(other.fileno() >= 0 for other in self.others)
+        return super().accept()
+
+
+def test_for_a_client_without_a_descriptor_one_connection_is_closed_and_no_more(
+    upstream: ScriptedUpstream,
+) -> None:
+    """All that were idle were closed: the worker tried again before the first was really closed."""
+    running = Running(upstream)
+    listener = Full(running.listener)
+    running.server._listener = listener  # type: ignore[assignment]
+    with running.start(), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(running.port)) for _ in range(10)]
+        for client in clients:
+            client.send(request())
+            assert client.reply().body == b"ok"
+        listener.others = tuple(client.sock for client in running.server._clients)
+        last = stack.enter_context(RawClient(running.port))
+        last.send(request())
+        assert last.reply().body == b"ok"
+        # The connection to the upstream was closed first, which helps nobody in this test.
+        assert listener.attempts == 2 and len(running.server._clients) == 10
 
 
 def test_an_exception_of_every_kind_of_call_is_survived(
