@@ -7,6 +7,7 @@ socket, replaces those that die and passes signals on.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import os
 import select
@@ -162,7 +163,7 @@ class Supervisor:
         self.service = service
         self.notifier = service.notifier
         self.running: dict[int, tuple[int, float]] = {}  # process id: worker number, since when
-        self.due: list[tuple[float, int]] = []  # when to start which worker
+        self.due: list[tuple[float, int]] = []  # a heap: when to start which worker
         self.failures = 0
         self.told_ready = False
         self.lifeline = os.pipe()
@@ -186,12 +187,18 @@ class Supervisor:
                 self.kill()
                 return 1
             while self.due and self.due[0][0] <= time.monotonic():
-                self.start(self.due.pop(0)[1])
+                self.start(heapq.heappop(self.due)[1])
 
     def start(self, worker: int) -> None:
         # A signal that reaches the worker before it listens for it must wait, not be lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        process = os.fork()
+        try:
+            process = os.fork()
+        except OSError as error:  # There are too many processes, or too little memory, for now.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            log.error("worker %d cannot be started: %s", worker, error.strerror)
+            heapq.heappush(self.due, (time.monotonic() + START_SECONDS, worker))
+            return
         if process == 0:
             code = 1
             try:
@@ -254,8 +261,8 @@ class Supervisor:
             now = time.monotonic()
             early = now - since < START_SECONDS and -code not in (signal.SIGKILL, signal.SIGTERM)
             self.failures = self.failures + 1 if early else 0
-            self.due.append((now + (0.1 * 2**self.failures if early else 0.0), worker))
-            self.due.sort()
+            pause = 0.1 * 2**self.failures if early else 0.0
+            heapq.heappush(self.due, (now + pause, worker))
 
     def stop(self) -> int:
         """Drain the workers, after the drain's delay; a second signal, or time running out, kills
