@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 import re
-import shlex
 import socket
 import ssl
 import time
@@ -211,11 +210,11 @@ def _readable(path: str) -> bool:
 
 def settings_in(options: str) -> dict[str, str]:
     """The settings in start-up options, `-c name=value` and `--name=value`, by name."""
-    words = shlex.shlex(options, posix=True)
-    words.whitespace_split, words.commenters, words.quotes = True, "", ""
     found: dict[str, str] = {}
     expected = False
-    for word in words:
+    # White space separates words, unless a backslash is before it (pg_split_opts in postinit.c).
+    for escaped in re.findall(r"(?:\\.|[^\s\\])+", options, re.DOTALL | re.ASCII):
+        word = re.sub(r"\\(.)", r"\1", escaped, flags=re.DOTALL)
         if expected or word.startswith(("-c", "--")):
             setting = word if expected else word[2:]
             expected = not setting

@@ -98,10 +98,10 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         # peewee's lock guards thread-local state only, and was held while connecting.
         self._lock = peewee._NoopLock()
         self._mutex = threading.Lock()
+        self._board: Board | None = None
         self._forget()
 
     def _forget(self) -> None:
-        self._pid = os.getpid()
         self._deadlines = Deadlines(self.connect_timeout, self._silent)
         self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
         self._count = 0  # connections open, or being made
@@ -113,8 +113,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._mute = False  # whether the server has answered nobody since, on any connection
         self._retry_at = 0.0
         self._logged: dict[str, float] = {}
-        self._board: Board | None = None
         self._prepares = True
+        self._pid = os.getpid()  # Last: see _leave_parent.
 
     def configure(
         self,
@@ -155,12 +155,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _acquire(self, until: float = math.inf) -> Any:
         if self._pid != os.getpid():
-            # This process was forked, and the connections are its parent's. They are not even
-            # closed here, because that would tell the server that nobody needs them.
-            self._parents = self._ready
-            board = self._board
-            self._forget()
-            self._board = board
+            self._leave_parent()
         began = time.monotonic()
         while True:
             with self._mutex:
@@ -177,6 +172,15 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
                     raise self._unavailable("no answer from the server")
                 continue
             return self._await(waiter, began, until)
+
+    def _leave_parent(self) -> None:
+        """Begin with nothing in a process that was forked: the connections are its parent's. They
+        are not even closed here, because that would tell the server that nobody needs them."""
+        with self._mutex:
+            # Several threads may come here at once, and the second one has nothing to forget.
+            if self._pid != os.getpid():
+                self._parents = self._ready
+                self._forget()
 
     def _enqueue(self, now: float, urgent: bool) -> Waiter:
         waiter = Waiter(urgent)

@@ -8,17 +8,21 @@ from __future__ import annotations
 import getpass
 import socket
 import ssl
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 import trustme
 
+from postgres import pool
 from postgres.connect import Connector, Target, settings_in
-from postgres.deadlines import borrowed
+from postgres.deadlines import Deadlines, borrowed
+from postgres.statements import Database
 from tests.harness import Service, pw_migrate, run_app, wait_for
 from tests.harness.servers import Pooler, Server
 
@@ -423,3 +427,39 @@ def test_settings_are_read_out_of_options_as_postgresql_does() -> None:
     }
     assert settings_in("--statement-timeout=5 -F -c nothing") == {"statement_timeout": "5"}
     assert settings_in("""-c a.b='"x"'""") == {"a.b": """'"x"'"""}
+    # PostgreSQL ignores a backslash that nothing follows.
+    assert settings_in("-c a=b\\\\\\") == {"a": "b\\"}
+
+
+def test_threads_that_are_first_after_a_fork_share_what_the_first_of_them_makes(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each began with nothing, in the middle of another's work: a connection was not counted."""
+    inside, done = threading.Event(), threading.Event()
+
+    class Slow(Deadlines):
+        def __init__(self, *arguments: Any) -> None:
+            inside.set()
+            done.wait(0.3)  # Until another caller has gone past, if it does.
+            super().__init__(*arguments)
+
+    database = Database()
+    database.configure(
+        server.uri(server.create()), size=2, wait=5, connect_timeout=5, statement_timeout=5
+    )
+    monkeypatch.setattr(pool, "Deadlines", Slow)
+    database._pid = -1  # as it is in a process that was forked since
+
+    def second() -> Any:
+        inside.wait(5)
+        connection = database._acquire()
+        done.set()
+        return connection
+
+    with ThreadPoolExecutor(2) as executor:
+        callers = [executor.submit(call) for call in (database._acquire, second)]
+        connections = [caller.result() for caller in callers]
+    assert (database._count, database._connecting) == (2, 0)
+    for connection in connections:
+        database._release(connection)
+    database.close_all()
