@@ -265,6 +265,8 @@ class Client(Stream):
             self._timer.set(self._patience())
             self._received -= len(self._ahead)
             self.received(self.take_ahead())  # Even if it is empty: the responder may begin now.
+        elif self.phase is Phase.ANSWERING and len(self._ahead) > AHEAD_BYTES:
+            self.pause()  # The answer before has let it be read.
         return True
 
     def pause(self) -> None:

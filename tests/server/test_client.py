@@ -10,6 +10,7 @@ import pytest
 
 from problems import NotFound, Problem
 from server.client import (
+    AHEAD_BYTES,
     READER_LOOK_SECONDS,
     REQUEST_SECONDS,
     REQUESTS_AT_ONCE,
@@ -350,6 +351,23 @@ def test_of_many_requests_that_are_refused_at_once_others_have_their_turn_betwee
     got = b""
     while got.count(b"HTTP/1.1 404") < 200:
         got += far.recv(65536)
+
+
+@pytest.mark.parametrize("body", [b"", b"ab"])
+def test_a_client_is_not_read_while_more_waits_than_it_may_send_ahead(
+    desk: Desk, let_in: Callable[[], Pair], body: bytes
+) -> None:
+    """Each answer let a quarter of a megabyte more in, whatever waited: five clients that asked for
+    ever cost 200 MB in half a minute."""
+    client, _ = let_in()
+    lines = [b"Content-Length: 2"] if body else []
+    one = request(b"POST / HTTP/1.1", *lines, body=body)
+    number = 2 * AHEAD_BYTES // len(one)
+    client.received(one * number)
+    for answered in range(number):
+        assert client.paused == ((number - answered - 1) * len(one) > AHEAD_BYTES)
+        desk.responders[-1].answer()
+    assert client.idle and not client.paused
 
 
 def test_a_client_that_leaves_while_its_requests_wait_their_turn_is_gone(
