@@ -6,6 +6,7 @@ Heads in, heads out; RFC 9110 section 7.6 says what an intermediary has to do.
 from __future__ import annotations
 
 import ipaddress
+import re
 from functools import lru_cache
 
 from problems import LoopDetected, MethodNotAllowed
@@ -41,8 +42,10 @@ FORWARDED = "x-forwarded-"
 # These say where a message ends: Connection cannot name them away.
 FRAMING = frozenset({"content-length", "transfer-encoding"})
 # Many applications cannot tell X_Forwarded_For from X-Forwarded-For, nor Content_Length from
-# Content-Length. So a header of one of these sets does not pass in such a spelling either.
+# Content-Length, and for PHP X.Real.IP is X-Real-IP. So a header of one of these sets does not pass
+# with any other mark in the place of a hyphen either.
 OURS = HOP_BY_HOP | SET | BELIEVED | FRAMING
+MARK = re.compile("[^a-z0-9-]")
 # Alt-Svc names ports of the upstream itself: a client that went there would go past Gatehouse.
 NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
 UPGRADE = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
@@ -114,7 +117,7 @@ class Proxy:
                 if key == "content-length" and head.length is not None:
                     # `007` and `7` are one length: the number goes out.
                     lines.append(b"%b: %d\r\n" % (text.partition(b":")[0], head.length))
-            elif "_" in key and self._is_ours(key, ending):
+            elif not key.replace("-", "").isalnum() and self._is_ours(key, ending):
                 pass
             elif trusted or not (key in BELIEVED or key.startswith(FORWARDED)):
                 lines.append(text)
@@ -154,7 +157,7 @@ class Proxy:
         return before.encode("latin-1") + b"".join(lines) + after.encode("latin-1")
 
     def _is_ours(self, key: str, ending: frozenset[str]) -> bool:
-        spelled = key.replace("_", "-")
+        spelled = MARK.sub("-", key)
         return spelled in OURS or spelled in ending or spelled.startswith(FORWARDED)
 
     def answer_lines(self, answer: Answer, head: Head) -> bytes:
