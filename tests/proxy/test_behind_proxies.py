@@ -174,6 +174,16 @@ def test_the_application_learns_who_the_client_is_and_that_it_used_tls(site: Sit
     assert seen.all("X-Forwarded-Host") == ["shop.example"]
 
 
+def test_no_client_says_of_itself_what_the_server_in_front_is_believed(site: Site) -> None:
+    site.upstream.script(ok)
+    names = ["Port", "Prefix", "Ssl", "Scheme", "Server", "User", "Email", "Groups"]
+    names += ["Preferred-Username", "Access-Token"]
+    lines = [b"X-Forwarded-%b: mallory" % name.encode() for name in names]
+    lines += [b"X-Real-IP: mallory", b"Forwarded: for=mallory", b"X.Real.IP: mallory"]
+    seen, _ = exchange(site, b"GET / HTTP/1.1", *lines)
+    assert b"mallory" not in seen.head
+
+
 def test_no_header_of_the_request_is_invented_or_lost(site: Site) -> None:
     site.upstream.script(ok)
     seen, _ = exchange(site, b"GET / HTTP/1.1", b"X-A: 1", b"Cookie: a=1", b"X-Request-Id: mine")
