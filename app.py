@@ -63,6 +63,8 @@ log = logging.getLogger("gatehouse")
 HEALTH_THREADS = 64
 # Threads that answer imports and exports, each of which may last long.
 BULK_THREADS = 8
+# How many seconds an import or export may wait for one of these.
+BULK_SECONDS = 10.0
 JSON = "application/json"
 # Media types of many users at once, for which the server has threads of their own.
 BULK = (transfer.CSV, transfer.NDJSON)
@@ -506,6 +508,7 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
         },
         # One for each connection: another would only wait for one.
         eager={"users": settings.db_pool_size},
+        waits={"bulk": BULK_SECONDS},
         patience=Patience(
             head=settings.upstream_read_timeout,
             stream=settings.upstream_stream_timeout,

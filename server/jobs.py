@@ -12,12 +12,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from waitress.task import WSGITask
 
-from problems import BadRequest, BodyTooLarge, Problem
+from problems import BadRequest, BodyTooLarge, DatabaseUnavailable, Problem
 from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
 from wire.fields import Field, lowered, text_of
@@ -33,6 +34,8 @@ STALLED_SECONDS = 0.05
 RELIEF_SECONDS = 1.0
 # How much of an answer may wait for a client that is still sending its body.
 AHEAD_BYTES = 33554432
+# What the client of a job is told that has waited for a thread for too long.
+ALL_HELD = "As many imports and exports as there may be are under way. Try again later."
 # How much of a body may wait for its reader, if it is read while it arrives.
 INBOX_BYTES = 262144
 
@@ -134,6 +137,7 @@ class Asker(Protocol):
 
     loop: Loop
     peer: tuple[str, int]
+    deadline: Timer
 
     @property
     def queued(self) -> int: ...
@@ -202,12 +206,29 @@ class Inbox(io.RawIOBase):
         return size
 
 
+def taken(waiting: list[Callable[[], None]]) -> Callable[[], None] | None:
+    """What waits in the list, for whoever asks first; None for all others."""
+    try:
+        return waiting.pop()
+    except IndexError:
+        return None
+
+
+def begin(waiting: list[Callable[[], None]]) -> None:
+    """Do what waits in the list, unless it was given up."""
+    work = taken(waiting)
+    if work is not None:
+        work()
+
+
 class Job:
     """One request that the application answers: it reads the body, the application's answer comes
     by `begin`, `write` and `finish`.
 
     `largest` is how many bytes the body may have (0: any number). If it is `streamed`, the
-    application begins when the head is complete, and reads the body while it arrives.
+    application begins when the head is complete, and reads the body while it arrives. `patience` is
+    how many seconds it may wait for a thread. It is not begun when that time is over, or when its
+    client has gone.
     """
 
     over = False
@@ -222,10 +243,15 @@ class Job:
         largest: int,
         streamed: bool,
         arrived: float,
+        patience: float = NEVER,
     ) -> None:
         self.client = client
         self.head = head
         self.lane = lane
+        # What a thread will do. Who takes it out of the list decides that it is begun, or that it
+        # never is. The lane has the list alone: what was given up is not kept there.
+        self._waiting: list[Callable[[], None]] = []
+        self._patience = patience
         self.application = application
         self.arrived = arrived
         self.body = head.body()
@@ -284,6 +310,9 @@ class Job:
     def settled(self) -> None:
         """The client has its answer, or is gone."""
         self.over = True
+        self._waiting.clear()
+        self.client.deadline.cancel()
+        self.client.deadline.action = None
         if self._inbox is not None:
             self._inbox.put_end(cut=True)
         self._let_go_on()
@@ -296,7 +325,15 @@ class Job:
         if self._input is None:
             self._input = io.BytesIO(self._gathered)
             self._gathered = bytearray()
-        self.lane.add(self._work)
+        self._waiting.append(self._work)
+        self.lane.add(partial(begin, self._waiting))
+        self.client.deadline.action = self._give_up
+        self.client.deadline.set(self.client.loop.now + self._patience)
+
+    def _give_up(self) -> None:
+        """Its time is over. If it has not begun, it never will."""
+        if taken(self._waiting):
+            self._refuse(DatabaseUnavailable(ALL_HELD))
 
     # On the lane's thread.
 

@@ -100,7 +100,8 @@ class Options:
     """How a worker serves. Times are in seconds.
 
     `threads` says how many each lane may have, `eager` how many it starts as jobs come, if not
-    all. A lane that is `streamed` reads bodies while they arrive. `limit` is how many requests may
+    all. A lane that is `streamed` reads bodies while they arrive. `waits` says how long a job of a
+    lane may wait for a thread, if there is a bound. `limit` is how many requests may
     be with the upstream at once, 0 for as many as there are descriptors for.
     """
 
@@ -109,6 +110,7 @@ class Options:
     patience: Patience
     eager: dict[str, int] = field(default_factory=dict)
     streamed: frozenset[str] = frozenset({"bulk"})
+    waits: dict[str, float] = field(default_factory=dict)
     ca_bundle: str | None = None
     limit: int = 0
     connect_timeout: float = 5.0
@@ -327,6 +329,7 @@ class Server:
             largest=largest,
             streamed=lane in self.options.streamed,
             arrived=client.arrived,
+            patience=self.options.waits.get(lane, NEVER),
         )
         client.responder = job
         job.start()

@@ -21,6 +21,8 @@ from tests.harness import (
     invalid_fields,
     new_email,
     problem,
+    request,
+    wait_for,
 )
 
 CSV, NDJSON = "text/csv", "application/x-ndjson"
@@ -418,3 +420,28 @@ def test_an_export_has_who_was_there_throughout_once_while_users_change(
     assert throughout <= set(ids)
     assert {"Ann", "Bob", "Cy"} == {user["name"] for user in users}
     assert max(after, worker.memory_info().rss) - before < 16 << 20
+
+
+def test_who_waits_for_eight_slow_transfers_is_told_so_and_leaves_nothing_behind(
+    alone: Service,
+) -> None:
+    """A ninth import got no answer for as long as eight exports were read slowly. One that gave up
+    left its body behind, or was carried out when nobody knew of it any more."""
+    post = b"POST /users HTTP/1.1"
+    slow = [alone.client() for _ in range(8)]
+    for client in slow:
+        client.send(request(post, b"Content-Type: text/csv", b"Transfer-Encoding: chunked"))
+    wait_for(lambda: alone.processes[-1].num_threads() >= 8)
+    row = b"email,name\nann@example.com,Ann\n"
+    lines = [b"Content-Type: text/csv", b"Content-Length: %d" % len(row)]
+    with alone.client() as leaving:
+        leaving.send(request(post, *lines, body=row))
+        assert alone.call("GET", "/users").json()["users"] == []
+    reply = send(alone, row)
+    assert "imports and exports" in problem(reply, 503, "database-unavailable")["detail"]
+    with alone.client() as patient:
+        patient.send(request(b"GET /users HTTP/1.1", b"Accept: text/csv"))
+        for client in slow:
+            client.close()
+        assert patient.reply().status == 200
+    assert alone.call("GET", "/users").json()["users"] == []
