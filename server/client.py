@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from problems import BadRequest, Problem
-from server.logs import quoted
+from server.logs import asked
 from server.loop import LEAVING, NEVER, Loop, Timer
 from server.stream import Stream
 from wire.chunks import LAST_CHUNK, chunk
@@ -450,8 +450,7 @@ class Client(Stream):
         if self.phase is not Phase.ANSWERING:
             return
         if why and self.head is not None:
-            method, target = self.head.method, quoted(self.head.target)
-            log.error("%s %s cut: %s request_id=%s", method, target, why, self.head.id)
+            log.error("%s cut: %s request_id=%s", asked(self.head), why, self.head.id)
         self.flush()
         framed = self._chunked or self._body_left is not None
         self._leave_unread()

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from waitress.task import WSGITask
 
 from problems import BadRequest, BodyTooLarge, DatabaseUnavailable, Problem
+from server.logs import asked
 from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
 from wire.fields import Field, lowered, text_of
@@ -346,7 +347,7 @@ class Job:
         except Problem as problem:  # In the middle of an answer, which can only be cut.
             self.client.loop.call(self._told, self._failed, (problem,))
         except Exception:
-            log.exception("%s %s request_id=%s", self.head.method, self.head.path, self.head.id)
+            log.exception("%s request_id=%s", asked(self.head), self.head.id)
             self.client.loop.call(self._told, self._failed, (Problem(),))
 
     def tell(self, function: Callable[..., None], *arguments: Any) -> None:

@@ -152,6 +152,11 @@ def access_line(head: Head, status: str, size: int, milliseconds: float, caller:
     )
 
 
+def asked(head: Head) -> str:
+    """A request's method and target, for a line of the log."""
+    return f"{head.method[:LONGEST_METHOD]} {quoted(head.target)}"
+
+
 def quoted(target: str) -> str:
     """A request target as a JSON string, without the user name and password that it may hold."""
     if not target.startswith("/"):

@@ -148,6 +148,21 @@ def test_a_line_is_one_write_however_long_its_target(
     assert len(told["target"]) >= 500 and (whole or (length, character) != (2000, "x"))
 
 
+def test_a_line_that_tells_of_a_cut_answer_is_no_longer(
+    run: Run, upstream: ScriptedUpstream
+) -> None:
+    """It had the whole of a method of 60 KB, as often as somebody wished."""
+    upstream.script(lambda sock, seen: sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n") or False)  # fmt: skip
+    process, port = run(UPSTREAM_URL=upstream.url)
+    with RawClient(port) as client:
+        client.send(b"M" * 30000 + b" /" + b"x" * 30000 + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert not client.reply().complete
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    [line] = [line for line in err.splitlines() if b" cut: " in line]
+    assert len(line) < select.PIPE_BUF
+
+
 def test_a_password_in_a_target_is_not_logged(run: Run, upstream: ScriptedUpstream) -> None:
     upstream.script(ok)
     process, port = run(UPSTREAM_URL=upstream.url)
