@@ -259,7 +259,8 @@ class Connector:
 
         Each pooler that refuses start-up options has its own words for that, and its own SQLSTATE,
         which psycopg2 does not tell. So a connection without them is tried. If it can be made, and
-        one with them still cannot, they were the reason.
+        one with them still cannot, they were the reason. If it cannot, its own failure counts: of
+        the first a pooler says only that it refuses the options, whatever else is wrong.
         """
         began = time.monotonic()
         refused = began - self._refused_at < REFUSED_SECONDS
@@ -270,8 +271,7 @@ class Connector:
             # restarts may have ended this connection while it began.
             if isinstance(error, OptionsRefused) or time.monotonic() - began > self._patience:
                 raise
-            reason = error
-        connection = self._without_ours(reason)
+        connection = self._without_ours()
         if refused:
             return connection
         try:
@@ -282,16 +282,13 @@ class Connector:
         connection.close()
         return preferred
 
-    def _without_ours(self, reason: psycopg2.OperationalError) -> Any:
+    def _without_ours(self) -> Any:
         try:
             return self._connect(self.target.options)
         except psycopg2.OperationalError:
             if not self.target.options:
-                raise reason from None
-        try:
-            self._connect("").close()
-        except psycopg2.OperationalError:
-            raise reason from None
+                raise
+        self._connect("").close()
         raise self._refusal("refuses")
 
     def _connect(self, options: str) -> Any:

@@ -6,6 +6,7 @@ Each of these is how somebody runs PostgreSQL: schemas by `search_path`, service
 from __future__ import annotations
 
 import getpass
+import re
 import socket
 import ssl
 import threading
@@ -166,6 +167,33 @@ def test_a_pooler_that_comes_late_and_refuses_start_up_options_is_used(
         with server.down():
             assert service.call("GET", "/users").status == 503
         wait_for(lambda: service.call("GET", "/users").status == 200, 10, "recovery")
+
+
+@pytest.mark.parametrize("options", ["", "-c search_path=app"])
+def test_behind_a_pooler_that_refuses_options_the_reason_is_the_other_one(
+    server: Server, start: Start, role: str, options: str
+) -> None:
+    """With PgBouncer's defaults all that was told of a wrong password was `options`."""
+    allow(server, f"host all {role} all scram-sha-256")
+    server.sql(f"ALTER ROLE {role} PASSWORD 'right'")
+    with Pooler(server.port, "08P01", "unsupported startup parameter: options") as pooler:
+
+        def at(database: str, password: str) -> dict[str, str]:
+            uri = server.uri(database, user=role, password=password, port=pooler.port)
+            return {"POSTGRES_URI": uri, "PGOPTIONS": options}
+
+        for given, told in (
+            (at(server.create(), "wrong"), "password authentication failed for user"),
+            (at("none", "right"), "database does not exist"),
+        ):
+            place = f"127.0.0.1:{pooler.port}"
+            assert check(**given)[1][1] == f"database: unreachable: {place}: {told}"
+            done = pw_migrate("list", uri=given["POSTGRES_URI"], PGOPTIONS=options)
+            assert done.stderr == f"the database cannot be used: {place}: {told}\n"
+            service = start(**given)
+            assert service.call("GET", "/users").status == 503
+            assert told.partition(" ")[2] in re.sub(r' "[^"]*"', "", service.log)
+            assert "unsupported" not in service.log
 
 
 @pytest.mark.parametrize("sqlstate", ["0A000", "08P01"])
