@@ -58,6 +58,11 @@ def make_index(database: pw.Database) -> None:
             print(f"{WITHOUT}: this role may not create pg_trgm")
             return
     schema = execute(where).fetchone()[0]
+    usable = "SELECT has_schema_privilege(extnamespace, 'USAGE') FROM pg_extension"
+    if not execute(f"{usable} WHERE extname = 'pg_trgm'").fetchone()[0]:
+        print(f"{WITHOUT}: this role may not use the schema of pg_trgm, {schema}")
+        return
+    schema = schema.replace("%", "%%")
     execute(
         "CREATE INDEX IF NOT EXISTS users_search ON users USING gin"
         f" ((lower(name) || E'\\n' || lower(email)) {schema}.gin_trgm_ops)"

@@ -204,6 +204,29 @@ def test_who_may_not_create_pg_trgm_does_without() -> None:
             assert found(service, q="n l") == ["Ann Lee"]
 
 
+@pytest.mark.skipif(INITDB is None, reason="no PostgreSQL with pg_trgm is installed")
+def test_pg_trgm_in_a_schema_of_its_own() -> None:
+    """Migration 004 failed where the role may not use that schema, and at a `%` in its name."""
+    with system_postgres() as databases:
+        role = f"r{uuid.uuid4().hex[:8]}"
+        uri = databases.create(migrated=False)
+        with databases.admin(uri) as cursor:
+            cursor.execute('CREATE SCHEMA "100%"; CREATE EXTENSION pg_trgm SCHEMA "100%"')
+            cursor.execute(f"CREATE ROLE {role} LOGIN")
+            cursor.execute(f"GRANT CREATE ON SCHEMA public TO {role}")
+            own = uri.replace("postgres:@", f"{role}:@")
+            done = pw_migrate("migrate", uri=own)
+            assert done.returncode == 0, done.stderr
+            assert 'may not use the schema of pg_trgm, "100%"' in done.stdout
+            assert pw_migrate("rollback", uri=own).returncode == 0
+            cursor.execute(f'GRANT USAGE ON SCHEMA "100%" TO {role}')
+            done = pw_migrate("migrate", uri=own)
+            assert done.returncode == 0 and "without" not in done.stdout, done.stderr
+            cursor.execute("SELECT to_regclass('users_search') IS NOT NULL")
+            assert cursor.fetchone()[0]
+        assert "schema: ok" in run_app("check", POSTGRES_URI=own).stdout
+
+
 def explained(uri: str, sql: str, values: dict[str, Any]) -> str:
     connection = psycopg2.connect(uri)
     try:
