@@ -26,7 +26,7 @@ ROOT = MIGRATIONS.parent
 sys.path.insert(0, str(ROOT))
 
 from postgres.connect import Connector, Target, reason  # noqa: E402
-from postgres.migrating import Migrating, explain, losses  # noqa: E402
+from postgres.migrating import Migrating, advice, explain, losses  # noqa: E402
 from postgres.schema import ENCODING, applied, names  # noqa: E402
 from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
@@ -62,12 +62,39 @@ def connected() -> pw.PostgresqlDatabase:
             raise SystemExit(f"the database's encoding is {encoding}, and must be {ENCODING}")
         database.lock(lambda: print("waiting for another pw_migrate to finish", file=sys.stderr))
         if CONTEXT.info_name == "rollback":
+            check_schema(database)
             check_rollback(database, CONTEXT.params["count"])
+        elif CONTEXT.info_name == "migrate":
+            check_schema(database)
+            check_migrate(database)
     except TimeoutError:
         raise SystemExit("another pw_migrate does not finish: see pg_stat_activity") from None
     except (pw.PeeweeException, psycopg2.Error) as error:
-        raise SystemExit(f"the database cannot be used: {reason(error, where)}") from None
+        told = f"the database cannot be used: {reason(error, where)}"
+        raise SystemExit(": ".join((told, *advice(error)))) from None
     return database
+
+
+def check_schema(database: Migrating) -> None:
+    """Exits with one line where the tables of a schema are worked with, and new ones would be made
+    in another: an empty table of users would come before the one that is in use."""
+    migrated, first = database.execute_sql(
+        "SELECT (SELECT relnamespace::regnamespace::text FROM pg_class"
+        " WHERE oid = to_regclass('migratehistory')), quote_ident(current_schema())"
+    ).fetchone()
+    if migrated and first and migrated != first:
+        raise SystemExit(
+            f"schema {migrated} was migrated, and search_path begins with schema {first}: name only"
+            " the one that is meant"
+        )
+
+
+def check_migrate(database: Migrating) -> None:
+    """Exits with one line where the history has migrations that are not here, and others are
+    pending: they would be applied to a database that is not known."""
+    done, here = set(applied(database.connection())), set(names(MIGRATIONS))
+    if done - here and here - done:
+        raise SystemExit(f"the files of {', '.join(sorted(done - here))} are not here")
 
 
 def check_rollback(database: Migrating, count: int) -> None:
@@ -134,3 +161,6 @@ elif CONTEXT.params.get("name") not in (None, *names(MIGRATIONS)):
     raise SystemExit(f"there is no migration {CONTEXT.params['name']}")
 else:
     DATABASE = connected()
+    if CONTEXT.info_name == "list":
+        # The library would make its table first, and `list` is for a role that may make none too.
+        router.BaseRouter.done = property(lambda _: applied(DATABASE.connection()))

@@ -34,9 +34,11 @@ UNLIMITED = """
         ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
 """
 ADVICE = {
-    "25006": "this server is a standby, so name the primary in POSTGRES_URI",
+    "25006": "name the primary in POSTGRES_URI, if this is a standby; else the role has"
+    " default_transaction_read_only",
     "3F000": "create the schema that search_path names, and start again",
-    "42501": "start it with the role that owns the tables",
+    "42501": "start it with the role that owns the tables, and may create in the schema",
+    "42P07": "if another program made that, give Gatehouse a database or a schema of its own",
     "53100": "make room on the server's disk, and start again",
     "55P03": "end the transaction that holds the lock (see pg_stat_activity), and start again",
 }
@@ -151,6 +153,12 @@ def _count(database: Migrating, table: str, condition: str) -> int:
     return int(count)
 
 
+def advice(error: BaseException) -> list[str]:
+    """What to do about an error, where that is known."""
+    code = getattr(getattr(error, "orig", None) or error, "pgcode", None)
+    return [ADVICE[code]] if code in ADVICE else []
+
+
 def explain(error: BaseException) -> str:
     """Why a migration failed and what to do, in one line, without the values of a statement."""
     error = getattr(error, "orig", None) or error
@@ -159,8 +167,8 @@ def explain(error: BaseException) -> str:
         return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
     if not error.pgcode:
         return "the connection was lost: `pw_migrate list` tells what is applied; start again"
-    advice = ADVICE.get(error.pgcode, "mend that, and start again")
+    [todo] = advice(error) or ["mend that, and start again"]
     return (
         f"{error.diag.message_primary} (SQLSTATE {error.pgcode}); its transaction was rolled back:"
-        f" {advice}"
+        f" {todo}"
     )

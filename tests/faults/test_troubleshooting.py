@@ -542,6 +542,9 @@ def test_what_pw_migrate_says(server: Server, template: str) -> None:
     server.sql(f"CREATE DATABASE {fresh} TEMPLATE template0")
     migrated = pw_migrate("migrate", uri=server.uri(fresh))  # the embedded one has no pg_trgm
     said.append(migrated.stdout + migrated.stderr)
+    server.sql("CREATE SCHEMA tenant", database=fresh)
+    path = "-c search_path=tenant,public"
+    said.append(pw_migrate("migrate", uri=server.uri(fresh), PGOPTIONS=path).stderr)
     server.sql("DROP TABLE migratehistory", database=fresh)
     failed = pw_migrate("migrate", uri=server.uri(fresh))
     said.append(failed.stderr)

