@@ -75,10 +75,10 @@ def units(tmp_path: Path) -> Path:
 
 @needs("systemd-analyze")
 def test_systemd_understands_every_line_of_the_units(units: Path) -> None:
-    assert (
-        run("systemd-analyze", "verify", "./gatehouse.service", "./gatehouse.socket", cwd=units)
-        == ""
-    )
+    told = run("systemd-analyze", "verify", "./gatehouse.service", "./gatehouse.socket", cwd=units)
+    # The units of other packages are read too: what is wrong with those is not ours.
+    others = re.compile(r"/(usr/lib|lib|etc|run)/systemd/system/")
+    assert [line for line in told.splitlines() if not others.match(line)] == []
 
 
 @needs("systemd-analyze")
