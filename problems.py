@@ -110,7 +110,7 @@ class BodyTooLarge(Problem):
 
 class UnsupportedMediaType(Problem):
     status, name, title = 415, "unsupported-media-type", "Unsupported media type"
-    detail = "The body must be application/json."
+    detail = "Content-Type must be application/json."
 
 
 class InvalidUser(Problem):

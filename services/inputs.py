@@ -95,7 +95,9 @@ def members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
     UnsupportedMediaType, BodyTooLarge, BadRequest, MalformedJson, or InvalidUser if it is JSON of
     another kind."""
     if media_type(environ.get("CONTENT_TYPE")) not in media_types:
-        raise UnsupportedMediaType(f"The body must be {' or '.join(media_types)}, in UTF-8.")
+        raise UnsupportedMediaType(
+            f"Content-Type must be {' or '.join(media_types)}, and the body in UTF-8."
+        )
     return parsed(_body(environ))
 
 

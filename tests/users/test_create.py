@@ -282,7 +282,9 @@ def test_a_compressed_body_is_415_and_told_as_that(service: Service) -> None:
 
 def test_a_body_without_a_media_type_is_415(service: Service) -> None:
     body = b'{"email": "untyped@example.com", "name": "Ann"}'
-    problem(service.call("POST", "/users", body), 415, "unsupported-media-type")
+    document = problem(service.call("POST", "/users", body), 415, "unsupported-media-type")
+    # What is missing is named: the body is JSON, and the caller knows that.
+    assert document["detail"].startswith("Content-Type must be application/json")
 
 
 def test_a_body_of_64_kib_is_read_and_one_byte_more_is_413(service: Service) -> None:
