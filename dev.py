@@ -149,7 +149,8 @@ class Session:
         """Wait for the end of a process that Gatehouse can do without."""
         self.wait_until(lambda: child.process.poll() is not None)
         self.children.remove(child)
-        print(f"{child.ended()}; Gatehouse goes on without it", file=sys.stderr, flush=True)
+        told = f"{child.ended()}; Gatehouse goes on without it until you start `make run` again"
+        print(told, file=sys.stderr, flush=True)
 
     def start(self, name: str, command: list[str | Path], **options: Any) -> Child:
         """Start a process, which is stopped at the end."""

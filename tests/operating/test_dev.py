@@ -141,7 +141,7 @@ def test_a_killed_run_is_no_trouble_for_the_next(checkout: Path) -> None:
     told = next(line for line in run.process.stdout or () if "ended" in line)
     assert told == (
         "PostgreSQL (see .data/postgres.log) ended by itself, with exit code -9;"
-        " Gatehouse goes on without it\n"
+        " Gatehouse goes on without it until you start `make run` again\n"
     )
     assert call(port, "GET", "/anything").status == 200
     assert call(port, "GET", "/users").json()["type"] == "urn:gatehouse:database-unavailable"
