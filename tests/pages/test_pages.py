@@ -890,6 +890,19 @@ def test_health_is_live(fresh: Service, window: Callable[..., Browser]) -> None:
 
 
 @needs_chromium
+def test_health_says_that_the_application_is_away(
+    start: Callable[..., Service], databases: Databases, window: Callable[..., Browser]
+) -> None:
+    """It said that everything works while each forwarded request was 502."""
+    service = start(POSTGRES_URI=databases.create(), UPSTREAM_URL="http://127.0.0.1:1")
+    page = window()
+    page.driver.get(f"{service.url}/health")
+    page.sees("#meaning", "Everything works.")
+    assert service.call("GET", "/").status == 502
+    page.sees("#meaning", "forwarded to your application failed. Users can be used.")
+
+
+@needs_chromium
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_the_page_is_usable_by_all(
