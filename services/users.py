@@ -47,7 +47,6 @@ LONG = 9
 PIECES = re.compile(r".{3}(?=.{3})|.+", re.DOTALL)
 # What has a meaning in a pattern of LIKE.
 SPECIAL = re.compile(r"[\\%_]")
-UNKNOWN = "is not a member of a user that can be set"
 TOO_SLOW = (
     "The search took longer than DB_STATEMENT_TIMEOUT. Where the database has the extension pg_trgm"
     " and its index users_search, a search for three letters or more is fast; a total is not."
@@ -78,6 +77,7 @@ FIELDS = (
     Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=True),
 )
 NAMES = {field.name: field for field in FIELDS}
+UNKNOWN = f"is not a member of a user; you can set {', '.join(NAMES)}"
 # Members that a GET also gives. A PUT or PATCH may therefore send them back, and they are ignored.
 MADE_HERE = ("created_at", "updated_at")
 # What a POST that sends one of these is told.
