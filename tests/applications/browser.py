@@ -9,6 +9,7 @@ from pathlib import Path
 
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 
@@ -53,6 +54,13 @@ def shows(browser: Chrome, text: str, selector: str = "body", seconds: float = 6
     except Exception as error:
         page = browser.find_element(By.CSS_SELECTOR, "body").text
         raise AssertionError(f"no {text!r} in {page!r}; console: {console(browser)}") from error
+
+
+def element(browser: Chrome, xpath: str, seconds: float = 60) -> WebElement:
+    """Wait for an element: a page may load what draws it later than the text beside it.
+    TimeoutException that says which, where it has not come in `seconds`."""
+    wait = WebDriverWait(browser, seconds)
+    return wait.until(lambda _: browser.find_element(By.XPATH, xpath), f"no {xpath}")
 
 
 def console(browser: Chrome) -> list[str]:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from browser import browsing, console, shows
+from browser import browsing, console, element, shows
 from program import run
-from selenium.webdriver.common.by import By
 
 SCRIPT = """
 import streamlit as st
@@ -36,11 +35,11 @@ def use(base: str) -> Any:
     file.write_bytes(bytes(5_000_000))
     with browsing(base) as browser:
         shows(browser, "sold: 0")
-        title = browser.find_element(By.CSS_SELECTOR, "h1").text
+        title = element(browser, "//h1").text
         for count in (1, 2):
-            browser.find_element(By.XPATH, "//button[contains(., 'One more')]").click()
+            element(browser, "//button[contains(., 'One more')]").click()
             shows(browser, f"sold: {count}")
-        browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(file))
+        element(browser, "//input[@type='file']").send_keys(str(file))
         shows(browser, "given: a file.bin, 5000000 bytes")
         return {"title": title, "console": console(browser)}
 
