@@ -371,6 +371,21 @@ def failed_upstream(house: House) -> None:
     assert health(service)["upstream"]["status"] == "down"
 
 
+def hung_upstream(house: House) -> None:
+    def silent(sock: socket.socket, seen: Seen) -> None:
+        sock.recv(1)
+
+    service = house.start()
+    assert service.call("GET", "/a").status == 200
+    house.upstream.script(silent)
+    with contextlib.ExitStack() as clients:
+        for number in (1, 2):
+            client = clients.enter_context(service.client())
+            client.send(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n")
+            wait_for(lambda n=number: health(service)["upstream"]["in_flight"] == n, what="it")
+        assert health(service)["upstream"]["status"] == "up"
+
+
 def not_ready(house: House) -> None:
     service = house.start(DEAD_DATABASE)
     ready, whole = (service.call("GET", f"/health{which}").status for which in ("/ready", ""))
@@ -383,6 +398,7 @@ HEALTH: dict[str, Callable[[House], object]] = {
     "`database.status` is `unmigrated`": not_migrated,
     "`pool.in_use` stays at `pool.size`": all_connections_busy,
     "`upstream.status` is `unknown`": nothing_forwarded,
+    "`upstream.status` is `up`, and `in_flight` grows": hung_upstream,
     "`upstream.status` is `down`": failed_upstream,
     "`in_flight` near `limit`": full_upstream,
     "`/health/ready` is 503, `/health` is 200": not_ready,
