@@ -415,9 +415,12 @@ def test_a_dump_can_be_restored(
     for commands, uri in ((dump, full), (restore, empty := databases.create(migrated=False))):
         commands = commands.replace(".venv/bin", str(Path(sys.executable).parent))
         commands = commands.replace("gatehouse.dump", str(tmp_path / "gatehouse.dump"))
+        secret = tmp_path / "postgres-uri"
+        secret.write_text(f"{uri}\n")
+        assert "/etc/gatehouse/postgres-uri" in commands
+        commands = commands.replace("/etc/gatehouse/postgres-uri", str(secret))
         environ = os.environ | {
             "PATH": f"{POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]}:{os.environ['PATH']}",
-            "POSTGRES_URI": uri,
             "UPSTREAM_URL": upstream.url,
         }
         done = subprocess.run(

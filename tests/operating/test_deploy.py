@@ -519,6 +519,21 @@ def test_check_says_what_the_page_promises(database: str, upstream: ScriptedUpst
     assert re.sub(r"\d+", "N", done.stdout) == re.sub(r"\d+", "N", told)
 
 
+def test_the_units_for_the_move_from_1_0_0_differ_in_their_names_and_port_only(
+    tmp_path: Path,
+) -> None:
+    page = (ROOT / "docs" / "upgrading.md").read_text()
+    commands = re.findall(r"(?m)^ *(sed .* > /etc/systemd/system/.*)$", page)
+    assert len(commands) == 2
+    for command in commands:
+        run("sh", "-c", command.replace("/etc/systemd/system", str(tmp_path)))
+    for kind in ("service", "socket"):
+        text = (DEPLOY / f"gatehouse.{kind}").read_text()
+        text = text.replace("/srv/gatehouse", "/srv/gatehouse-2").replace(":8080", ":8081")
+        text = text.replace("gatehouse.socket", "gatehouse-2.socket")
+        assert (tmp_path / f"gatehouse-2.{kind}").read_text() == text
+
+
 @pytest.mark.parametrize("name", ["production", "upgrading", "monitoring", "machines"])
 def test_the_page_names_files_that_there_are_and_settings_that_there_are(name: str) -> None:
     page = (ROOT / "docs" / f"{name}.md").read_text()
