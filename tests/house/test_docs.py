@@ -421,6 +421,8 @@ def test_a_dump_can_be_restored(
         commands = commands.replace("/etc/gatehouse/postgres-uri", str(secret))
         environ = os.environ | {
             "PATH": f"{POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]}:{os.environ['PATH']}",
+            # These two are in .env there.
+            "POSTGRES_URI_FILE": str(secret),
             "UPSTREAM_URL": upstream.url,
         }
         done = subprocess.run(
