@@ -12,7 +12,8 @@ class Demo(BaseHTTPRequestHandler):
     """`/slow?seconds=N`, `/events?n=N`, and an echo at every other path."""
 
     protocol_version = "HTTP/1.1"
-    # An answer's head and body are two writes; Nagle would hold the second back for 40 ms.
+    # Head and body of an answer are two writes. Nagle's algorithm would hold the second one back
+    # for 40 ms.
     disable_nagle_algorithm = True
     stopping = threading.Event()
 
@@ -49,7 +50,7 @@ class Demo(BaseHTTPRequestHandler):
 
     def send_events(self, count: int) -> None:
         """Send `count` server-sent events, one a second."""
-        self.close_connection = True  # which ends the body: its length is not known
+        self.close_connection = True  # The body has no known length: it ends with the connection.
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
@@ -60,12 +61,12 @@ class Demo(BaseHTTPRequestHandler):
                 return
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: Gatehouse's own access log has the request already."""
+        """Do nothing: Gatehouse's access log has the request already."""
 
 
 class Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: a client went away in the middle of an answer."""
+        """Do nothing: a client has left in the middle of an answer."""
 
 
 def whole(values: list[str] | None, default: int) -> int:

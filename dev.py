@@ -1,6 +1,7 @@
-"""What `make run` runs: Gatehouse, with migrations, and a PostgreSQL and an upstream if need be.
+"""What `make run` starts: the migrations and Gatehouse, and a PostgreSQL and a demo upstream unless
+the settings name others.
 
-For development only; production never imports it.
+It is for development only; production never imports it.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ DATA = ROOT / ".data"
 
 
 class Failed(Exception):
-    """Why it cannot go on, in one line."""
+    """It cannot go on. The message says why, in one line."""
 
 
 class Stopped(Exception):
-    """Ctrl-C, SIGTERM, or the terminal was closed."""
+    """Ctrl-C, SIGTERM or a closed terminal says to stop."""
 
 
 class Child:
     """A process in a session of its own, so that Ctrl-C in a terminal does not reach it too.
 
-    `ask` is the signal that it stops on, `force` the one that it stops on at once.
+    `ask` is the signal that makes it stop in order, `force` the one that makes it stop at once.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ def run() -> int:
     """Serve until Ctrl-C or SIGTERM; a second one stops at once. Returns the exit code."""
     try:
         given = environment(ROOT / ".env", parse_stream, os.environ)
-        # Judged before anything is started, with placeholders for what will be.
+        # Check the settings before anything is started, with placeholders for what will be.
         placeholders = {"UPSTREAM_URL": "http://127.0.0.1"}
         if "POSTGRES_URI_FILE" not in given:
             placeholders["POSTGRES_URI"] = "postgresql:///"
@@ -123,7 +124,7 @@ class Session:
         self.stopping.set()
 
     def serve(self) -> None:
-        """Start everything, print what to try and wait; always ends in Stopped or Failed."""
+        """Start everything, print what to try, and wait. It ends by raising Stopped or Failed."""
         host, port = self.settings.host, free_port(self.settings)
         own_upstream = "UPSTREAM_URL" in self.environ
         self.environ["PORT"] = str(port)
@@ -135,7 +136,7 @@ class Session:
             self.environ["UPSTREAM_URL"] = demo.start()
             print(f"The demo upstream is {self.environ['UPSTREAM_URL']}", flush=True)
         self.start("Gatehouse", [sys.executable, "app.py"], env=self.environ)
-        # Done before Gatehouse is asked to stop, which would wait for an endless stream.
+        # This is called before Gatehouse is asked to stop, which would wait for an endless stream.
         self.cleanup.callback(demo.Demo.stopping.set)
 
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -162,7 +163,7 @@ class Session:
     def wait_until(
         self, ready: Callable[[], bool], complaint: str = "", seconds: float = float("inf")
     ) -> None:
-        """Poll; raises Stopped, or Failed once a child has died or `seconds` have passed."""
+        """Wait until `ready()`. Raises Stopped, or Failed if a child dies or `seconds` pass."""
         deadline = time.monotonic() + seconds
         while not ready():
             if self.stopping.wait(0.05):
@@ -207,23 +208,23 @@ class Session:
         stop_left_over(data)
         try:
             if not data.exists():
-                # Made whole under another name: initdb that is killed leaves half a cluster.
+                # It is made under another name, because an initdb that is killed leaves half of it.
                 half = DATA / "initdb"
                 shutil.rmtree(half, ignore_errors=True)
                 get_server(half, start=False).ensure_pgdata_inited()
                 half.rename(data)
             server = get_server(data, start=False)
-            server.ensure_pgdata_inited()  # for root: lets the server's own user get in there
+            server.ensure_pgdata_inited()  # If we are root, it lets the server's own user in there.
         except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
             if self.stopping.is_set():
                 raise Stopped from None
             raise Failed(f"PostgreSQL's data in {data} cannot be used: {error}") from None
-        # Not in .data/: a socket's path has at most about 100 bytes.
+        # Not in .data/, because the path of a socket may have only about 100 bytes.
         sockets = tempfile.mkdtemp(prefix="gatehouse-")
         self.cleanup.callback(shutil.rmtree, sockets, ignore_errors=True)
         log = self.cleanup.enter_context((DATA / "postgres.log").open("ab"))
         options: dict[str, Any] = {}
-        if server.system_user:  # we are root, as which PostgreSQL refuses to run
+        if server.system_user:  # We are root, and PostgreSQL refuses to run as root.
             shutil.chown(sockets, server.system_user, server.system_user)
             options = {"user": server.system_user, "group": server.system_user, "extra_groups": []}
         self.postgres = self.start(
@@ -241,7 +242,8 @@ class Session:
 
 
 def stop_left_over(data: Path) -> None:
-    """Stop the PostgreSQL that a killed run left on `data`, and see through a stale pid file."""
+    """Stop the PostgreSQL that an earlier run left on `data` when it was killed. If another process
+    has its number by now, remove the pid file."""
     import psutil
 
     pid_file = data / "postmaster.pid"
@@ -259,18 +261,17 @@ def stop_left_over(data: Path) -> None:
     if ours():
         process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + 60
-        while ours():  # not until it is reaped, which nobody may do
+        while ours():  # Nobody may ever reap it, so do not wait for that.
             if time.monotonic() > deadline:
                 raise Failed(f"the PostgreSQL of an earlier run, {process.pid}, does not stop")
             time.sleep(0.05)
     else:
-        # The number is another process's by now, or a zombie's: PostgreSQL would take either
-        # for a server that is up.
+        # PostgreSQL would take another process with this number, or a zombie, for a running server.
         pid_file.unlink()
 
 
 def free_port(settings: Settings) -> int:
-    """PORT, or one that is free where it is 0; raises Failed where it cannot be had."""
+    """PORT, or a free port if that is 0. Raises Failed if it is in use."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         with socket.create_server((settings.host, settings.port), family=family) as probe:
@@ -303,7 +304,7 @@ def answers(host: str, port: int) -> bool:
 def to_try(host: str, port: int, tokens: tuple[str, ...], own_upstream: bool) -> str:
     """Three lines to paste into a shell."""
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    # An address of its own for each run, as the users of the last one are still there.
+    # Each run has an address of its own, because the users of the last run are still there.
     user = f'{{"email": "ann-{secrets.token_hex(3)}@example.com", "name": "Ann"}}'
     token = f" -H 'Authorization: Bearer {tokens[0]}'" if tokens else ""
     return (

@@ -1,8 +1,8 @@
-"""The one way in which Gatehouse connects: the service, `check`, `pw_migrate` and `make run`.
+"""The one way in which the service, `check`, `pw_migrate` and `make run` connect to PostgreSQL.
 
-libpq reads more than the URI: its environment (PGOPTIONS, PGSSLROOTCERT, …) and a service file.
-When the service alone replaced one of those, it worked in another schema than the one that had been
-migrated, and wrote to another tenant's table. So every part of Gatehouse connects by `Connector`.
+libpq reads not only the URI but also its environment (PGOPTIONS, PGSSLROOTCERT, …) and a service
+file. When the service alone set some of that anew, it worked in another schema than the one that
+had been migrated, and wrote to another tenant's table. So all of them use `Connector`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import psycopg2
 from psycopg2.extensions import parse_dsn
 
 MAX_HOSTS = 16
-# The start-up options are tried again when this many seconds have passed since they were refused.
+# After our own start-up options were refused, they are tried again this many seconds later.
 REFUSED_SECONDS = 60.0
-# Network devices forget a connection that is idle for minutes (AWS's after 350 seconds), without a
-# word to either side; libpq leaves the first probe to the system, which sends it after two hours.
+# Network devices forget a connection that is idle for minutes (those of AWS after 350 seconds), and
+# tell neither side. libpq by itself leaves the first probe to the system, after two hours.
 KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 10, "keepalives_count": 3}
-# Values of options that are no secret, so that a message may quote them.
+# Values that are known to be no secret, so that a message may quote them.
 KNOWN_WORDS = {"allow", "prefer", "require", "verify-ca", "verify-full", "direct", "disable"}
 HOST = re.compile(r"[A-Za-z0-9._:%-]+|/\S*")
 # How libpq names the server that it could not reach, before it says why.
@@ -40,8 +40,8 @@ AT_SERVER = re.compile(
     r'|could not translate host name "(?P<name>[^"]*)" to address: '
 )
 
-# Which of the start-up options the session does not have. A setting that it has shows the value as
-# it was written; or, where PostgreSQL shows it in another unit, `client` as its source.
+# Finds the start-up options that did not reach the session. A setting that did has the value as it
+# was written, or, if PostgreSQL shows that in another unit, the source `client`.
 DROPPED = """
     SELECT coalesce(string_agg(given.name, ', '), '')
     FROM unnest(%s::text[], %s::text[]) AS given (name, value)
@@ -52,18 +52,18 @@ DROPPED = """
 
 
 class UnusableURI(ValueError):
-    """What is wrong with a URI, or with what libpq reads beside it; quotes no value of it."""
+    """A URI, or what else libpq reads, is wrong. The message says how, and quotes no value."""
 
 
 class OptionsRefused(psycopg2.OperationalError):
-    """The server, or a pooler in front of it, does not take the operator's own start-up options:
-    without them another schema may be worked in, so there is no connection."""
+    """The server, or a pooler in front of it, does not take the operator's own start-up options.
+    Without them the service might work in another schema, so it does not connect at all."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A database, as the URI and what libpq reads beside it say. As in psql the URI counts first,
-    then a service file, then the environment."""
+    """A database, according to the URI and to what else libpq reads. As in psql the URI counts
+    first, then a service file, then the environment."""
 
     uri: str
     parameters: Mapping[str, str]
@@ -99,8 +99,8 @@ class Target:
         parameters, password = _resolved(uri)
         _trust(parameters)
         hosts = parameters.get("host") or given.get("hostaddr") or ""
-        # A password with an @ or a / that should have been encoded ends up in what libpq takes
-        # for the host or the database, and in its messages.
+        # If an @ or a / in the password is not encoded, libpq takes a part of the password for the
+        # host or the database, and quotes it in its messages.
         userinfo = uri.partition("//")[2].rpartition("@")[0].partition(":")[2]
         parts = {password, given.get("password") or "", *re.split(r"[@/:?]", userinfo)}
         secrets = tuple(part for part in {*parts, *map(unquote, parts)} if len(part) > 2)
@@ -119,7 +119,7 @@ class Target:
 
 
 def check_uri(uri: str) -> str | None:
-    """What is wrong with a libpq URI, in words that quote no value of it; None for nothing."""
+    """What is wrong with a libpq URI, in words that quote no value of it; None if it is right."""
     try:
         Target.of(uri)
     except UnusableURI as error:
@@ -130,8 +130,9 @@ def check_uri(uri: str) -> str | None:
 def _resolved(uri: str) -> tuple[dict[str, str], str]:
     """The parameters that libpq would connect with, without the password, and the password.
 
-    libpq tells them only of a connection. So one is begun to a socket of our own, where nobody
-    answers. The hosts of the URI stay, and libpq wants as many addresses as there are hosts.
+    libpq tells them only of a connection that has begun. So begin one to a socket of our own, where
+    nobody answers. The hosts of the URI stay, and libpq wants one address for each of them. Only
+    libpq knows how many these are, so that number is tried out.
     """
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
@@ -160,11 +161,12 @@ def _complaint(message: str) -> str:
 
 
 def _trust(parameters: dict[str, str]) -> None:
-    """See to the certificates that a server is verified with. Raises UnusableURI where there are
-    none: every connection would fail, and only then say so.
+    """Check now that the certificates and keys can be read; otherwise each connection would fail.
+    Raises UnusableURI.
 
-    The libpq of psycopg2's wheel looks for the system's certificates where they were on the machine
-    that built it. Python's own OpenSSL knows where they are on this one.
+    For sslrootcert=system also say where the system's certificates are. The libpq of psycopg2's
+    wheel looks where they were on the machine that built it; Python knows where they are on this
+    one.
     """
     file = parameters.get("sslrootcert", "")
     if file == "system":
@@ -192,7 +194,7 @@ def _trust(parameters: dict[str, str]) -> None:
         ("sslkey", parameters.get("sslkey"), ""),
     ):
         path = parameters.get(name) or str(Path("~/.postgresql/root.crt").expanduser())
-        # A name with a colon is that of a key in a device, not of a file.
+        # A value with a colon names a key in a device, not a file.
         if needed and ":" not in path and not _readable(path):
             raise UnusableURI(
                 f"asks for a file of certificates or keys that cannot be read: set {name} in it, or"
@@ -246,7 +248,7 @@ class Connector:
         self._options = f"{ours} {target.options}".strip()
         self._refused_at = -math.inf
         self._keywords: dict[str, Any] = {
-            # libpq's is in whole seconds and for each host in turn.
+            # libpq's own timeout is in whole seconds, and counts for each host anew.
             "connect_timeout": max(1, math.ceil(connect_timeout / len(target.hosts))),
             "client_encoding": "UTF8",
             "fallback_application_name": "gatehouse",
@@ -257,18 +259,19 @@ class Connector:
     def open(self) -> Any:
         """A connection in autocommit mode. Raises psycopg2.OperationalError.
 
-        Each pooler that refuses start-up options has its own words for that, and its own SQLSTATE,
-        which psycopg2 does not tell. So a connection without them is tried. If it can be made, and
-        one with them still cannot, they were the reason. If it cannot, its own failure counts: of
-        the first a pooler says only that it refuses the options, whatever else is wrong.
+        A pooler may refuse start-up options, each in its own words, and psycopg2 does not tell the
+        SQLSTATE. So after a failure a connection without our own options is tried. If that can be
+        made, and one with them still cannot, the options were the reason. If it cannot, its own
+        failure is raised: the first one may say only that the options are refused, whatever else is
+        wrong.
         """
         began = time.monotonic()
         refused = began - self._refused_at < REFUSED_SECONDS
         try:
             return self._connect(self.target.options if refused else self._options)
         except psycopg2.OperationalError as error:
-            # A server that does not answer is not asked a second time. Any other is: one that
-            # restarts may have ended this connection while it began.
+            # A server that did not answer is not tried a second time. Any other is, because a
+            # restart may have ended this connection while it began.
             if isinstance(error, OptionsRefused) or time.monotonic() - began > self._patience:
                 raise
         connection = self._without_ours()
@@ -320,7 +323,7 @@ class Direct(peewee.PostgresqlDatabase):
     """A peewee database without a pool, for commands, that connects as the service does."""
 
     def __init__(self, connector: Connector) -> None:
-        # Its name is printed by pw_migrate, and must be no URI, which may have a password in it.
+        # pw_migrate prints this name, so it must not be the URI, which may have a password in it.
         super().__init__(connector.target.database)
         self.connector = connector
 
@@ -329,8 +332,8 @@ class Direct(peewee.PostgresqlDatabase):
 
 
 def reason(error: Exception, target: Target | None = None) -> str:
-    """Why a database could not be used, in a few words: no role and no credential in them. Where
-    it could not be reached, they begin with its host and port."""
+    """Why a database could not be used, in a few words without a role or a credential. If it could
+    not be reached, they begin with its host and port."""
     # libpq says `connection to server at "10.0.0.1", port 5432 failed: FATAL:  role "ann" ...`,
     # a line for each host, with hints between them.
     error = getattr(error, "orig", error)  # in peewee's wrapping
@@ -357,6 +360,6 @@ def _cause(line: str) -> str:
 
 
 def _place(host: str, port: str) -> str:
-    if not HOST.fullmatch(host):  # most likely a password with an @ in it
+    if not HOST.fullmatch(host):  # It is most likely a part of a password with an @ in it.
         host = "a host that is no host name" if host else "localhost"
     return f"{f'[{host}]' if ':' in host else host}:{port or '5432'}"

@@ -1,8 +1,8 @@
 """Ending conversations with PostgreSQL that nobody should wait for any longer.
 
-libpq waits without end for a server that is frozen, because its kernel goes on acknowledging, and
-for one behind a path that is lost. And a deadline alone cannot tell such a server from a statement
-that waits for a lock.
+libpq waits without end for a server that is frozen, because the server's kernel still acknowledges
+what is sent, and for a server that the network no longer reaches. A deadline ends that, but cannot
+tell such a server from a statement that waits for a lock. So a silent server is asked.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from typing import Any
 
 import psycopg2
 
-# If a conversation has had no answer for this many seconds, its server is asked whether it answers
-# anyone: a statement may take long, but a server that is gone need not be waited for.
+# If a conversation has had no answer for this many seconds, a second connection finds out whether
+# its server answers at all. If it does, the statement only takes long.
 SILENCE_SECONDS = 0.5
 # libpq's SSLRequest: a server answers it with one byte, before any session is made.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 
 
 class Deadlines:
-    """Ends conversations that outlive their deadline, or whose server answers nobody any more, by
-    shutting down the connection's socket: libpq, which is blocked in a read, then reports a lost
+    """Ends conversations that outlive their deadline, or whose server answers nobody any more. It
+    shuts down the connection's socket, so that libpq, which waits for an answer, reports a lost
     connection.
 
-    A server that is asked has `patience` seconds to answer. `on_silence` is called if it does not,
-    and no other server has answered either. A server that answers others meanwhile is there: on a
-    machine with too much work a single conversation, and the question too, may wait for long.
+    A server that is asked whether it answers has `patience` seconds. An answer to another
+    conversation meanwhile is enough: on a machine with too much work any one of them, and the
+    question too, may wait for long. If neither comes, and no other server of the URI has answered
+    anybody either, `on_silence` is called.
     """
 
     def __init__(self, patience: float, on_silence: Callable[[], None]) -> None:
         self._patience = patience
         self._on_silence = on_silence
         self._lock = threading.Lock()
-        # When each began, its deadline, and the connection.
+        # By the connection's id: when the conversation began, its deadline, and the connection.
         self._running: dict[int, tuple[float, float, Any]] = {}
         self._started = False
         self._asking = False
-        self._heard: dict[Any, float] = {}  # server: when it has last answered anybody
+        self._heard: dict[Any, float] = {}  # by server: when it last answered anybody
 
     def begin(self, connection: Any, seconds: float) -> None:
         now = time.monotonic()
@@ -68,7 +69,8 @@ class Deadlines:
                 self._look(time.monotonic())
 
     def _look(self, now: float) -> None:
-        # Under the lock: once a conversation is over its descriptor may be another connection's.
+        # The lock is held, because after the end of a conversation its descriptor may become that
+        # of another connection.
         with self._lock:
             silent = None
             for key, (began, deadline, connection) in list(self._running.items()):
@@ -96,7 +98,9 @@ class Deadlines:
             heard = {other for other, when in self._heard.items() if when > asked}
         answered = answered or server in heard
         if not answered and not heard:
-            self._on_silence()  # First: a caller that is cut asks for another connection at once.
+            # Before anything is cut: a caller that is cut asks for another connection at once, and
+            # must find out that the server is down.
+            self._on_silence()
         with self._lock:
             self._asking, now = False, time.monotonic()
             if answered:
@@ -113,14 +117,14 @@ class Deadlines:
 
 
 def borrowed(connection: Any) -> socket.socket:
-    """The socket of a connection, to be closed without closing the connection."""
+    """A second descriptor for a connection's socket. To close it leaves the connection open."""
     return socket.socket(fileno=os.dup(connection.fileno()))
 
 
 def answers(family: int, server: Any, seconds: float) -> bool:
-    """Whether the server at this address does anything at all within `seconds` when it is spoken
-    to: an answer, a refusal and a closed connection are all signs of life. Raises OSError where no
-    socket can be had."""
+    """Whether the server at this address reacts in any way within `seconds`: an answer, a refusal
+    and a closed connection are all signs of life. Raises OSError if there is no descriptor for a
+    socket."""
     until = time.monotonic() + seconds
     with socket.socket(family) as sock:
         try:

@@ -1,7 +1,8 @@
-"""What `pw_migrate` needs of the database: one at a time, bounded waits, no data deleted unasked.
+"""The database as `pw_migrate` uses it: one migrator at a time, no long waits for locks, and no
+data deleted unless that is allowed.
 
-Nothing here depends on a session, because a pooler may give each transaction another one: the lock
-is a transaction's that stays open, and limits are set inside each transaction.
+A pooler may give each transaction another session. So nothing here belongs to a session: a
+transaction that stays open holds the lock, and limits are set inside each transaction.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import psycopg2
 from postgres.connect import Connector, Direct
 from postgres.schema import Parts, replayed
 
-# Seconds that a statement of a migration waits for a lock. While it waits behind a transaction
-# that someone left open, all new readers and writers of that table wait behind it.
+# A statement of a migration waits this many seconds for a lock. If somebody has left a transaction
+# open, it waits behind that, and all new readers and writers of the table wait behind it.
 LOCK_TIMEOUT = 2
 MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
 POLL_SECONDS = 0.2
-LOCK = 0x6761746568  # "gateh": any number that nobody else locks in this database
+LOCK = 0x6761746568  # "gateh" as a number, which nobody else locks in this database
 CONCURRENTLY = re.compile(
     r"\s*(CREATE\s+(UNIQUE\s+)?INDEX|DROP\s+INDEX|REINDEX\s+\w+)\s+CONCURRENTLY\b", re.IGNORECASE
 )
-# A role's own limits are for requests, and a migration may take longer. Not all versions of
-# PostgreSQL have all three.
+# The limits that a role has are meant for requests, and a migration may take longer. Not all
+# versions of PostgreSQL have all three.
 UNLIMITED = """
     SELECT set_config(name, '0', true) FROM pg_settings WHERE name IN
         ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout')
@@ -47,9 +48,9 @@ ADVICE = {
 class Migrating(Direct):
     """The database of `pw_migrate`: every migration is a transaction of its own.
 
-    CREATE, DROP and REINDEX INDEX CONCURRENTLY, which PostgreSQL refuses in a transaction, go over
-    a connection of their own. They would wait for ever for what the migration itself has locked,
-    so they stand alone in it.
+    PostgreSQL refuses CREATE, DROP and REINDEX INDEX CONCURRENTLY in a transaction. So they go over
+    a connection of their own, where they would wait for ever for what the migration has locked.
+    Therefore such a migration may have no other statement.
     """
 
     def __init__(self, connector: Connector) -> None:
@@ -58,17 +59,17 @@ class Migrating(Direct):
         self._alone = True
 
     def lock(self, tell: Callable[[], None]) -> None:
-        """Keep other migrators out until this process ends, however it ends; calls `tell` where
-        it has to wait for one of them. Raises psycopg2.Error or TimeoutError.
+        """Keep other migrators out until this process ends, however it ends. Calls `tell` if it has
+        to wait for one of them. Raises psycopg2.Error or TimeoutError.
 
-        It is asked for again and again, never waited for: a statement that waits has a snapshot,
-        and CREATE INDEX CONCURRENTLY of the one who has the lock waits until that is gone.
+        The lock is tried for again and again. A statement that waits for it would hold a snapshot,
+        and a CREATE INDEX CONCURRENTLY of the other migrator would wait for the end of that.
         """
         until = time.monotonic() + MIGRATORS_TIMEOUT
         self._lock_holder = self.connector.open()
         cursor, told = self._lock_holder.cursor(), False
         while True:
-            # At any other level the transaction itself would keep a snapshot.
+            # At any other level the transaction would hold a snapshot between its statements.
             cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
             cursor.execute(UNLIMITED)
             cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", (LOCK,))
@@ -84,7 +85,7 @@ class Migrating(Direct):
 
     def begin(self, isolation_level: str | None = None) -> None:
         if self._lock_holder is not None:
-            self._lock_holder.cursor().execute("SELECT 1")  # fails where the lock is lost
+            self._lock_holder.cursor().execute("SELECT 1")  # This fails if the lock is lost.
         super().begin("READ COMMITTED")
         self._alone = True
         cursor = self.cursor()
@@ -95,7 +96,8 @@ class Migrating(Direct):
         if not self.in_transaction():
             return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
         if not CONCURRENTLY.match(sql):
-            self._alone = self._alone and sql.startswith("SAVEPOINT")  # peewee's own
+            # peewee's own SAVEPOINT does not count.
+            self._alone = self._alone and sql.startswith("SAVEPOINT")
             return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
         if not self._alone:
             raise peewee.ProgrammingError("what is CONCURRENTLY needs a migration of its own")
@@ -109,8 +111,8 @@ class Migrating(Direct):
 
 
 def losses(database: Migrating, directory: Path | str, undone: Sequence[str]) -> list[str]:
-    """What rolling back the migrations `undone` would delete, as `122 users` or `the metadata of 3
-    users`. Which tables and columns go is found by doing it on temporary ones."""
+    """What a rollback of the migrations `undone` would delete, such as `122 users` or `the metadata
+    of 3 users`. It is tried on temporary tables, to find the tables and columns that go."""
     before, after = replayed(database, directory, undone)
     found = []
     with database.transaction():
@@ -120,7 +122,7 @@ def losses(database: Migrating, directory: Path | str, undone: Sequence[str]) ->
                 found += [f"{count} {table}"] if count else []
                 continue
             for column in _columns(parts) - _columns(after[table]):
-                count = _count(database, table, _set(database, table, column))
+                count = _count(database, table, _was_given(database, table, column))
                 found += [f"the {column} of {count} {table}"] if count else []
     return found
 
@@ -129,8 +131,8 @@ def _columns(parts: Parts) -> set[str]:
     return {name for kind, name in parts if kind == "column"}
 
 
-def _set(database: Migrating, table: str, column: str) -> str:
-    """The condition that a column has another value than by default."""
+def _was_given(database: Migrating, table: str, column: str) -> str:
+    """The SQL condition that a column has another value than its default."""
     default = database.execute_sql(
         "SELECT pg_get_expr(adbin, adrelid) FROM pg_attribute"
         " LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum"
@@ -138,7 +140,7 @@ def _set(database: Migrating, table: str, column: str) -> str:
         (table, column),
     ).fetchone()
     if default is None:
-        return "false"  # it is not there
+        return "false"  # There is no such column.
     name = '"' + column.replace('"', '""') + '"'
     return f"{name} IS NOT NULL AND {name}::text IS DISTINCT FROM ({default[0] or 'NULL'})::text"
 
@@ -160,7 +162,7 @@ def advice(error: BaseException) -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """Why a migration failed and what to do, in one line, without the values of a statement."""
+    """A line that says why a migration failed and what to do. It quotes no value of a statement."""
     error = getattr(error, "orig", None) or error
     if not isinstance(error, psycopg2.Error):
         lines = str(error).strip().splitlines()

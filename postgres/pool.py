@@ -1,12 +1,12 @@
-"""PostgreSQL connections: a PooledPostgresqlDatabase that does its network work outside every lock.
+"""PostgreSQL connections: a PooledPostgresqlDatabase that holds no lock while it uses the network.
 
 peewee's own pool connects, and sends SELECT 1 at every checkout, under two locks that all threads
-share: one server that does not answer stops them all, one after the other. Here
+share. A server that does not answer then stops all threads, one after the other. In this pool
 
-- connecting happens on a thread of its own, and callers wait in a queue, first come, first served,
-  each no longer than it is allowed to;
-- an idle connection is checked by asking the kernel whether the server has closed it, and by a
-  round trip only after a while;
+- a thread of its own makes a connection, and callers wait in a queue, first come, first served,
+  each with a time limit;
+- the kernel is asked whether the server has closed an idle connection, and the server itself only
+  if the connection has not been used for a while;
 - every conversation has a deadline on this side (postgres/deadlines.py).
 """
 
@@ -40,12 +40,13 @@ log = logging.getLogger("gatehouse.database")
 # connecting may take, and were then told that the database is down.
 VERIFY_SECONDS = 1.0
 ANSWER_SECONDS = 0.5
-# After a failed connect, callers are told at once for this many seconds; then one of them tries. An
-# urgent caller has a connect tried at once: /health tells what is, not what was.
+# For this many seconds after a connect has failed, callers are told at once that the database is
+# down. Then one of them tries again. For an urgent caller a connect is always tried: /health must
+# not tell what was true before.
 RETRY_SECONDS = 0.25
-# While one tries, the others wait this long for what it finds.
+# While one caller tries, the others wait this many seconds for what it finds.
 PROBE_SECONDS = 0.1
-# How long it may take until those who wait for a connect are told that it failed, in seconds.
+# Callers wait for a connect this many seconds longer than it may take, to be told that it failed.
 HEARSAY_SECONDS = 0.25
 # The same cause is logged once in this many seconds.
 LOG_SECONDS = 10.0
@@ -67,15 +68,15 @@ class Connection(psycopg2.extensions.connection):
 
 
 class Waiter:
-    """A caller that waits for a connection, or for the reason why there is none.
+    """A caller that waits for a connection, or for the Problem that tells why there is none.
 
-    One that is `urgent` is first in the queue. A connect is tried for it even if the last one has
-    just failed, and if all connections are in use it gets one more than `size`.
+    An `urgent` one is first in the queue. A connect is tried for it even if the last one has just
+    failed. If all connections are in use, one more than `size` is made for it.
     """
 
     def __init__(self, urgent: bool) -> None:
         self.urgent = urgent
-        self.follows = False  # The database is down, and it waits for what another's try finds.
+        self.follows = False  # whether it waits for what another caller's attempt finds
         self._ready = threading.Lock()
         self._ready.acquire()
         self.outcome: Any = None
@@ -95,7 +96,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(None)
-        # peewee's lock guards thread-local state only, and was held while connecting.
+        # peewee holds its own lock while it connects, but needs it for thread-local state only.
         self._lock = peewee._NoopLock()
         self._mutex = threading.Lock()
         self._board: Board | None = None
@@ -106,11 +107,11 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._ready: list[tuple[Any, float]] = []  # idle connections, and since when
         self._count = 0  # connections open, or being made
         self._connecting = 0
-        self._verifying = 0  # of those that are open, idle ones that are being tested
+        self._verifying = 0  # how many of the open ones are being tested after they were idle
         self._generation = 0
         self._queue: deque[Waiter] = deque()
-        self._down = False  # whether the last attempt to connect failed
-        self._mute = False  # whether the server has answered nobody since, on any connection
+        self._down = False  # whether the last attempt to connect failed, or the server is mute
+        self._mute = False  # whether the server has stopped to answer on any connection
         self._retry_at = 0.0
         self._logged: dict[str, float] = {}
         self._prepares = True
@@ -128,8 +129,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     ) -> None:
         """Say where the database is (any libpq URI), without connecting.
 
-        At most `size` connections; `wait` is how many seconds a caller waits for one that others
-        use, `connect_timeout` for a new one, whatever the number of hosts in the URI, and
+        There are at most `size` connections. A caller waits at most `wait` seconds for one that
+        others use, `connect_timeout` for a new one, however many hosts the URI has, and
         `statement_timeout` for an answer.
         """
         target = Target.of(uri)
@@ -140,8 +141,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self.connect_timeout = connect_timeout
         self.statement_timeout = statement_timeout
         self._forget()
-        # How long a caller waits while a connection is being made: so long that it hears what
-        # became of that.
+        # While a connection is being made, a caller waits until it is told what became of that.
         self._patience = max(wait, connect_timeout + HEARSAY_SECONDS)
         self._board = board
         self._connector = Connector(
@@ -184,8 +184,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     def _enqueue(self, now: float, urgent: bool) -> Waiter:
         waiter = Waiter(urgent)
-        none = self._mute or self._count == self._connecting  # is open, or of any use
-        if self._down and none and not urgent:
+        useless = self._mute or self._count == self._connecting  # whether no open one can help
+        if self._down and useless and not urgent:
             if self._connecting:
                 waiter.follows = True
             elif now < self._retry_at:
@@ -198,7 +198,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return waiter
 
     def _start_connecting(self) -> None:
-        # As many as there are callers that wait. While the server refuses, one, and after a pause.
+        # One connection for each caller that waits; while the server is down only one, after a
+        # pause.
         wanted, urgent = len(self._queue), any(waiter.urgent for waiter in self._queue)
         if self._down:
             wanted = min(wanted, int(urgent or time.monotonic() >= self._retry_at))
@@ -215,16 +216,16 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     def _await(self, waiter: Waiter, began: float, until: float) -> Any:
         limit = PROBE_SECONDS if waiter.follows else self.wait
         served = waiter.wait(min(began + limit, until) - time.monotonic())
-        # A caller that followed another's try may go on waiting if that has succeeded.
+        # A caller that followed another's attempt may go on waiting if that has succeeded.
         more = not self._down if waiter.follows else bool(self._connecting or self._verifying)
         if not served and more:
-            # Soon there will be a connection that nobody uses, or the reason why there is none.
+            # Soon a connection will be free, or it is known why there is none.
             served = waiter.wait(min(began + self._patience, until) - time.monotonic())
         if not served:
             with self._mutex:
                 if waiter in self._queue:
                     self._queue.remove(waiter)
-            # Else it was given one between the two lines.
+            # If it was not in the queue, it has been given its outcome after it stopped waiting.
             if not waiter.wait(0):
                 raise self._unavailable("no connection was free in time")
         if isinstance(waiter.outcome, Problem):
@@ -232,7 +233,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return waiter.outcome
 
     def _usable(self, connection: Any, since: float, until: float) -> bool:
-        # Readable while idle: the server has closed it, or says that it is about to.
+        # An idle connection is readable if the server has closed it, or says that it will.
         if connection.closed or connection.poller.poll(0):
             self._release(connection, broken=True)
             return False
@@ -287,13 +288,14 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._connecting -= 1
             self._count -= 1
             if self._queue or seconds >= self.connect_timeout:
-                # Else nobody waited for this one any more: the next caller finds out anew.
+                # Otherwise nobody waited for it any more, and the next caller tries again.
                 self._down = True
             self._retry_at = time.monotonic() + RETRY_SECONDS
             self._dismiss()
 
     def _silent(self) -> None:
-        """The server answers nobody any more: from now on callers are told so at once."""
+        """The server answers nobody any more. From now on callers are told at once that it is
+        down."""
         self.say("the server has stopped answering")
         with self._mutex:
             self._down = self._mute = True
@@ -302,8 +304,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._distrust()
 
     def _dismiss(self) -> None:
-        # Where the server is down and no connection is open, or being opened, nothing will ever
-        # serve those who wait; where it is mute, most likely nothing.
+        # If the server is down and no connection is open or being made, nobody who waits will ever
+        # get one. If the server is mute, the open ones will most likely not come back either.
         if self._down and (self._mute or not self._count):
             queue, self._queue = self._queue, deque()
             for waiter in queue:
@@ -334,7 +336,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             connection.close()
 
     def _hand_over(self, connection: Any) -> bool:
-        """Give a connection to the first in the queue, or keep it; False if it is one too many."""
+        """Give a connection to the first in the queue, or keep it. Returns False if there are too
+        many: then the caller closes it."""
         surplus = self._count > self.size
         kept = True
         if self._queue and (self._queue[0].urgent or not surplus):
@@ -357,7 +360,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         return DatabaseUnavailable()
 
     def say(self, cause: str) -> None:
-        """Log why something failed, without a secret, and the same at most once in LOG_SECONDS."""
+        """Log why something failed, without secrets, and each cause at most once in LOG_SECONDS."""
         cause = " ".join(self.target.redacted(cause).split())
         now = time.monotonic()
         if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:
@@ -367,8 +370,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             log.warning("%s", cause)
 
     def _distrust(self) -> None:
-        # What ended one connection, a restart or a failover, has most likely ended the others too,
-        # even if nothing shows yet: those that are open now are not used again.
+        # What ended one connection, such as a restart or a failover, has most likely ended the
+        # others too, even if nothing shows it yet. So none that is open now is used again.
         with self._mutex:
             self._generation += 1
         self.close_idle()

@@ -15,9 +15,9 @@ from psycopg2.extensions import cursor as Cursor
 from postgres.connect import Connector, Direct, Target, reason
 
 # One row for each part of a table: kind, name, definition. Both sides of a comparison come from
-# one server, so that they are spelled alike. NOT NULL is told with its column, as PostgreSQL 18
-# names it as a constraint too and others do not. The last argument of pg_get_indexdef keeps the
-# schema's name out, and pg_temp_3 with it.
+# one server, so that they are spelled alike. NOT NULL is told with its column and not as a
+# constraint, because only PostgreSQL 18 has it as one. The last argument of pg_get_indexdef leaves
+# out the name of the schema, which is pg_temp_3 or the like on one side.
 PARTS = """
     SELECT 'column', attname, format_type(atttypid, atttypmod)
         || CASE WHEN attcollation <> typcollation
@@ -42,10 +42,10 @@ PARTS = """
             SELECT FROM pg_constraint WHERE conindid = indexrelid AND conrelid = indrelid)
 """
 
-# Made only where the database offers pg_trgm (migration 004). The schema is right without it too.
+# Migration 004 makes this only if the database has pg_trgm. The schema is right without it too.
 OPTIONAL = {("index", "users_search")}
 LOCK_TIMEOUT = 5  # seconds
-# Any other has no way to write some names and addresses.
+# No other encoding can hold all names and addresses.
 ENCODING = "UTF8"
 
 Parts = dict[tuple[str, str], str]
@@ -85,13 +85,13 @@ def _pending(connection: Connection, directory: Path | str) -> list[str]:
 
 
 def differences(uri: str, directory: Path | str, connect_timeout: float = 5) -> list[str]:
-    """A line for each way in which the live tables are not what all migrations make.
+    """A line for each difference between the live tables and what all migrations make.
 
-    Tables that no migration makes are left alone; a column, constraint or index that no migration
-    makes is a difference. What the migrations make is found by running them on temporary tables,
-    in a transaction that is rolled back: it changes nothing, and asks for no privilege but
-    TEMPORARY. `connect_timeout` is in seconds. Raises psycopg2.Error or peewee.DatabaseError, also
-    where a table stays locked for LOCK_TIMEOUT.
+    A table that no migration makes is ignored. In the others a column, constraint or index that no
+    migration makes is a difference. To find out what the migrations make, they are run on temporary
+    tables, in a transaction that is rolled back. That changes nothing, and needs no privilege but
+    TEMPORARY. `connect_timeout` is in seconds. Raises psycopg2.Error or peewee.DatabaseError, for
+    instance if a table stays locked for LOCK_TIMEOUT.
     """
     database = Comparing(Connector(Target.of(uri), connect_timeout, {}))
     with database.connection_context():
@@ -136,8 +136,8 @@ def _differences(
 def verdict(
     uri: str, directory: Path | str, *, connect_timeout: float, statement_timeout: float
 ) -> tuple[int, str, str]:
-    """How the database and its schema are, found over a connection that is made as the service
-    makes its own: the exit code of `check`, and words for each. Times are in seconds."""
+    """How the database and its schema are: the exit code of `check`, and words for each of the two.
+    The connection is made in the same way as the service makes its own. Times are in seconds."""
     target = Target.of(uri)
     settings = {"statement_timeout": str(round(statement_timeout * 1000))}
     database: peewee.PostgresqlDatabase = Comparing(Connector(target, connect_timeout, settings))
@@ -152,7 +152,7 @@ def verdict(
         return 3, "ok", f"migrations pending: {', '.join(missing)}"
     try:
         lines = _differences(database, directory, rights=True)
-    except Exception as error:  # a standby, or no privilege to make temporary tables
+    except Exception as error:  # It is a standby, or the role may not make temporary tables.
         return 4, "ok", f"cannot be compared: {reason(error, target)}"
     finally:
         database.close()
@@ -162,7 +162,8 @@ def verdict(
 
 
 def _elsewhere(cursor: Cursor, table: str) -> list[str]:
-    """A line where the table that is worked in is not in the schema that was migrated."""
+    """A line if the service would work in a table of another schema than the one that was migrated;
+    otherwise none."""
     cursor.execute(
         "SELECT relname, relnamespace::regnamespace::text FROM pg_class"
         " WHERE oid IN (to_regclass(quote_ident(%s)), to_regclass('migratehistory'))",
@@ -176,7 +177,7 @@ def _elsewhere(cursor: Cursor, table: str) -> list[str]:
 
 
 def _forbidden(cursor: Cursor, table: str) -> list[str]:
-    """A line where the role may not do with a table what the service does."""
+    """A line if the role lacks a privilege on a table that the service needs; otherwise none."""
     cursor.execute(
         "SELECT string_agg(privilege, ', ') FROM unnest(%s) AS privilege"
         " WHERE NOT has_table_privilege(to_regclass(quote_ident(%s)), privilege)",
@@ -202,7 +203,8 @@ def _expected(
 ) -> tuple[dict[str, Parts], dict[str, Parts]]:
     """The parts of each table that the migrations make, and of what is left when those in `undone`
     are rolled back; leaves the transaction to be undone."""
-    from peewee_migrate import Router  # slow to import, and nothing that serves needs it
+    # It is imported here because that is slow, and the service itself does not need it.
+    from peewee_migrate import Router
 
     # Unqualified names are made in, and found in, the temporary schema, and pg_catalog.
     cursor.execute("SET LOCAL search_path TO pg_temp")

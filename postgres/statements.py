@@ -1,4 +1,5 @@
-"""Running statements on the pool's connections: what is run again, and what callers are told."""
+"""Running statements on the pool's connections: which are run again after a failure, and which
+Problem a caller is told."""
 
 from __future__ import annotations
 
@@ -28,24 +29,23 @@ from problems import (
 
 Row = tuple[Any, ...]
 
-# A connection that is lost may be followed by others that were lost with it.
+# A statement is run on at most this many connections: when one is lost, the next may be lost too.
 ATTEMPTS = 3
 # How much later than statement_timeout this side gives up on an answer.
 GRACE_SECONDS = 0.5
-# How far the clocks of two servers may be apart, and a statement's time on its way.
+# How far the clocks of two servers may be apart, and how long a statement may be on its way.
 SKEW_SECONDS = 1.0
 
-# The first pause before a statement that the server undid because of another's is run again, in
-# seconds; each is up to twice as long as the one before it, and none longer than the last.
+# Before a statement is run again that the server undid because of another's, there is a pause. Each
+# is up to twice as long as the one before it. These are the shortest and the longest, in seconds.
 FIRST_PAUSE, LAST_PAUSE = 0.005, 0.2
 
-# Neither the database nor the caller has done wrong, and it should never happen: 500, and a stack
-# trace in the log.
+# A defect of Gatehouse's own, which should never happen: 500, and a stack trace in the log.
 DEFECT = Problem
 
-# SQLSTATE, or its class (the first two characters), to what a caller is told: all classes of
-# PostgreSQL's appendix A, and those states that are told otherwise than the rest of their class.
-# Classes that only an operator's own trigger, rule or constraint can come from are refusals.
+# What a caller is told, by SQLSTATE or its class (the first two characters). All classes of
+# PostgreSQL's appendix A are here, and each state that differs from the rest of its class. Classes
+# that only a trigger, rule or constraint of the operator's can raise are refusals.
 PROBLEMS: dict[str, type[Problem]] = {
     "00": DEFECT,  # success, warnings and "no data": never an error
     "01": DEFECT,
@@ -83,7 +83,7 @@ PROBLEMS: dict[str, type[Problem]] = {
     "3F": SchemaNotMigrated,  # no such schema
     "40": DatabaseUnavailable,  # transaction rollback, once it has been tried again for long enough
     "40002": RefusedByDatabase,  # transaction integrity constraint violation
-    # The statements are fixed and tested: where one does not fit, the schema is another.
+    # The statements are fixed and tested. If one does not fit, the schema is not ours.
     "42": SchemaNotMigrated,
     "42501": DatabaseUnavailable,  # missing permission
     "42601": DEFECT,  # syntax error
@@ -101,20 +101,20 @@ PROBLEMS: dict[str, type[Problem]] = {
     "P0": RefusedByDatabase,  # PL/pgSQL: RAISE, ASSERT, no or too many rows
     "XX": DatabaseUnavailable,  # internal error
 }
-# Errors that a function in the server raises for an operator's rule, whatever their SQLSTATE: a
-# trigger's RAISE, row-level security, which has that of a missing permission, and CREATE RULE,
-# which has that of a missing feature.
+# If one of these functions of the server raises an error, a rule of the operator's refuses the
+# statement, whatever the SQLSTATE says: a trigger's RAISE or ASSERT, row-level security (which has
+# the state of a missing permission) or CREATE RULE (which has that of a missing feature).
 RULES = frozenset({"exec_stmt_raise", "exec_stmt_assert", "ExecWithCheckOptions", "RewriteQuery"})
 # Another row refers to the one that is deleted: NO ACTION, and RESTRICT since PostgreSQL 18.
 REFERRED_TO = frozenset({"23503", "23001"})
 
-# SQLSTATEs that say that the statement was undone because of another's, and may succeed when it is
-# run again: a serialization failure, and a deadlock.
+# SQLSTATEs of a statement that was undone because of another's, and may succeed if it is run again:
+# a serialization failure and a deadlock.
 CONFLICTS = frozenset({"40001", "40P01"})
-# SQLSTATEs that say that nobody knows what became of the statement, though the connection is there.
+# SQLSTATEs by which the server says that it does not know what became of the statement.
 UNKNOWN = frozenset({"08007", "40003"})
-# SQLSTATEs that say that the statement was not carried out, and may be run elsewhere or later. A
-# backend that is ended after it has committed says nothing any more.
+# SQLSTATEs of a statement that was certainly not carried out, so that it may be run elsewhere or
+# later: a backend that is ended after it has committed sends no error any more.
 NOT_DONE = frozenset(
     {
         "25006",  # a standby
@@ -127,8 +127,9 @@ NOT_DONE = frozenset(
 
 
 class Lost(Exception):
-    """The connection was lost after a statement was sent: what became of it is not known. Where it
-    was `cut` from this side, for want of an answer, the server may even carry it out later."""
+    """The connection was lost after a statement was sent, and nobody knows what became of that. If
+    the connection was `cut` on this side because no answer came, the server may even carry the
+    statement out later."""
 
     def __init__(self, cut: bool = False) -> None:
         super().__init__()
@@ -152,8 +153,8 @@ class Patience:
         self._pause = FIRST_PAUSE
 
     def wait(self) -> bool:
-        """Wait a little longer than before, and by chance, so that those who met do not meet again;
-        False where there is no more time."""
+        """Wait a little longer than before. How long is left to chance, so that statements that met
+        do not meet again. Returns False, without waiting, if there is not enough time."""
         pause = random.uniform(self._pause / 2, self._pause)
         self._pause = min(2 * self._pause, LAST_PAUSE)
         if time.monotonic() + pause > self._until:
@@ -163,10 +164,10 @@ class Patience:
 
 
 class Statement:
-    """One statement, which a connection's server parses and plans once, when it is first run.
+    """One statement. On each connection the server parses and plans it once, at its first run.
 
-    `sql` has its values by name, as psycopg2 does; `types` says of which SQL type each is. One
-    that is not `prepared` is planned anew every time, for the values that it has then.
+    `sql` has parameters by name, in psycopg2's form; `types` says of which SQL type each is. A
+    statement that is not `prepared` is planned at each run, for the values of that run.
     """
 
     def __init__(self, sql: str, types: Mapping[str, str], *, prepared: bool = True) -> None:
@@ -174,7 +175,7 @@ class Statement:
         self.deletes = sql.startswith("DELETE")
         self.prepared = prepared
         body = sql % {name: f"${number}" for number, name in enumerate(types, 1)}
-        # The same name is the same statement, whoever shares the session (PgBouncer's clients do).
+        # Clients of PgBouncer share sessions, so that one name must always be the same statement.
         digest = hashlib.sha256(body.encode()).hexdigest()[:16]
         self.name = f"gatehouse_{body.partition(' ')[0].lower()}_{digest}"
         kinds = f" ({', '.join(types.values())})" if types else ""
@@ -197,8 +198,8 @@ class Database(Pool):
     ) -> list[Row]:
         """Send one statement and return its rows: one round trip.
 
-        `until`, on the monotonic clock, bounds the whole, where it is before the usual time-outs.
-        Raises Lost, NotDone or Conflict, or the Problem that the caller is to be told.
+        It ends at `until` on the monotonic clock, if that is before the usual time-outs. Raises
+        Lost, NotDone or Conflict, or the Problem that the caller is to be told.
         """
         connection = self._acquire(until)
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
@@ -236,8 +237,9 @@ class Database(Pool):
                     raise
                 connection.prepared.add(statement.name)  # An earlier run did, and then failed.
             except (InvalidSqlStatementName, FeatureNotSupported):
-                # A pooler gives each transaction another of its servers, and this one has not
-                # prepared it; or it knows no prepared statements. Nothing has been done.
+                # A pooler gives each transaction another of its sessions, and in this one the
+                # statement is not prepared; or the pooler knows no prepared statements. In both
+                # cases nothing has been done.
                 if not prepares:
                     raise
                 prepares = False
@@ -245,8 +247,8 @@ class Database(Pool):
     def read(
         self, statement: Statement, params: Mapping[str, Any], within: float | None = None
     ) -> list[Row]:
-        """Run a statement that changes nothing; if its connection is lost, again on another.
-        `within` bounds the whole in seconds."""
+        """Run a statement that changes nothing. If its connection is lost, run it again on another.
+        All of it takes at most `within` seconds. Raises DatabaseUnavailable and other Problems."""
         until = math.inf if within is None else time.monotonic() + within
         attempts, patience = 0, Patience(self.statement_timeout)
         while attempts < ATTEMPTS:
@@ -258,20 +260,20 @@ class Database(Pool):
                 if not patience.wait():
                     break
             except Lost as lost:
-                if lost.cut:  # no answer for so long: another try would take as long again
+                if lost.cut:  # It waited for as long as it may: another run would wait again.
                     break
                 attempts += 1
             except RefusedByDatabase:
-                break  # nothing was to be changed: a rule that fails by itself, which the log names
+                break  # Nothing can be refused here. So a rule itself failed, and the log names it.
         raise DatabaseUnavailable
 
     def write(self, statement: Statement, params: Mapping[str, Any]) -> tuple[list[Row], bool]:
         """Run a statement that leads to the same state when it is run twice in a row.
 
-        If its connection is lost it is run again, which either finds the first run's work or does
-        it. The second value tells whether that happened. Its parameter `untouched` is None in the
-        first run. In a later one it is for how many seconds nobody may have changed what it
-        changes: otherwise it could be done once more, over a newer change.
+        If its connection is lost it is run again, which either finds the work of the first run or
+        does it. Returns the rows, and whether it was run again. The parameter `untouched` is None
+        in the first run. In a later one it is a number of seconds: a row that was changed less long
+        ago is left alone, because that may be a newer change than this one.
 
         Raises DatabaseUnavailable with `outcome="unknown"` if no run is answered, and Lost if a run
         was cut: the server may still carry that out, over newer changes.
@@ -295,7 +297,7 @@ class Database(Pool):
             except (EmailTaken, RefusedByDatabase):
                 if untouched is None:
                     raise
-                return [], True  # perhaps it is the first run's work that is in the way
+                return [], True  # Perhaps the work of the first run is in the way.
             except (DatabaseUnavailable, SchemaNotMigrated):
                 if untouched is not None:
                     break
@@ -320,7 +322,7 @@ class Database(Pool):
             self._note(error)
             return Conflict()
         problem = RefusedByDatabase if rule else self._problem(statement, error)
-        if problem is DEFECT:  # psycopg2's own message quotes values
+        if problem is DEFECT:  # The message of psycopg2 quotes values, so it is not passed on.
             return RuntimeError(f"SQLSTATE {state}")
         if issubclass(problem, UserInUse | RefusedByDatabase):
             self._note_rule(error)
@@ -337,11 +339,12 @@ class Database(Pool):
         # A class that PostgreSQL does not have is a trigger's own.
         problem = PROBLEMS.get(state) or PROBLEMS.get(state[:2]) or RefusedByDatabase
         if error.diag.internal_query and problem in (SchemaNotMigrated, DEFECT):
-            return RefusedByDatabase  # it is a statement inside a trigger that does not fit
+            return RefusedByDatabase  # A statement inside a trigger does not fit, not ours.
         return problem
 
     def _note_rule(self, error: psycopg2.Error) -> None:
-        # Where the message may quote a user's values it is left out; the names are the operator's.
+        # PostgreSQL's own message may quote a user's values, so it is left out. Names of tables and
+        # constraints, and the words of a RAISE, are the operator's.
         diag = error.diag
         parts = [f"refused by the database: {error.pgcode}"]
         if diag.constraint_name:
@@ -355,7 +358,7 @@ class Database(Pool):
         self.say(", ".join(parts))
 
     def _note(self, error: psycopg2.Error) -> None:
-        # Not the whole message: it quotes the statement, values and all.
+        # The whole message would quote the statement with its values.
         cause = error.diag.message_primary if error.pgcode else error
         self.say(f"{error.pgcode or 'connection lost'}: {cause}")
 

@@ -12,12 +12,13 @@ SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
 # Descriptors that are neither client connections nor connections to the upstream: those of the
 # database, the logs, and of what libraries open for a moment.
 SPARE_DESCRIPTORS = 256
-# As many as Linux gives a process by default at most (fs.nr_open).
+# Linux allows a process no more by default (fs.nr_open).
 MOST_DESCRIPTORS = 1 << 20
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not listen before a worker is ready. Raises OSError."""
+    """A socket that is bound. A worker makes it listen when it is ready, and until then clients are
+    refused. Raises OSError."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,8 +34,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def let_nobody_in(listener: socket.socket) -> None:
     """Have the kernel ignore new connections, so that the queue can be emptied before the socket is
-    closed. A client that connects in between gets no answer, tries again, and is refused then. On
-    other systems than Linux it is cut off."""
+    closed. The kernel of a client that connects meanwhile gets no answer and tries again, and is
+    refused then. On other systems than Linux such a client may be cut off."""
     if sys.platform == "linux":
         # A packet filter of one instruction, BPF_RET 0: drop. See filter.txt of the kernel.
         drop = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
@@ -50,7 +51,7 @@ def raise_descriptor_limit() -> int:
     except ImportError:  # not Unix
         return 1024
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Where there is no limit, setrlimit wants a number all the same.
+    # If there is no hard limit, setrlimit still wants a number for the soft one.
     most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
@@ -60,8 +61,8 @@ def raise_descriptor_limit() -> int:
 
 
 def most_streams() -> int:
-    """How many requests, streams and tunnels the descriptors of a worker allow at once: each has a
-    client's and one to the upstream."""
+    """How many requests, streams and tunnels a worker may have at once: each takes two descriptors,
+    one for the client and one for the upstream."""
     return connection_room() // 2
 
 

@@ -14,10 +14,11 @@ from json.encoder import encode_basestring_ascii as json_string
 
 from wire.request import Head
 
-# What waits for a slow reader, at most; lines beyond that are dropped.
+# At most this many bytes wait for a slow reader. Lines beyond that are dropped.
 PENDING_BYTES = 1 << 20
-# A line of the access log fits into PIPE_BUF, so that two workers' do not run into each other: a
-# longer method or target is cut. A character may take six bytes.
+# A line of the access log must not be longer than PIPE_BUF: the kernel writes that much in one
+# piece, so that the lines of two workers do not mix. So long methods and targets are cut to this
+# many characters. One character may become six bytes of JSON.
 LONGEST_METHOD, LONGEST_TARGET, LONGEST_ESCAPED = 100, 3000, 3500
 USERINFO = re.compile(r"//[^/?#]*@")
 
@@ -25,9 +26,9 @@ USERINFO = re.compile(r"//[^/?#]*@")
 class Output:
     """Writes lines to a descriptor, from any thread. No thread waits for the reader.
 
-    A pipe that can be written to takes PIPE_BUF bytes at once, unless another process writes first.
-    Then the thread would have to wait, and with it every thread that has a line. So a pipe gets a
-    descriptor of our own that never waits.
+    To ask first whether a pipe has room is not enough. Another process may fill it before the
+    write, which would then wait, and with it every thread that logs. So a pipe is opened once more,
+    for a descriptor on which no write ever waits.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -38,7 +39,7 @@ class Output:
         self._size = 0
         self._dropped = 0
         self._writing = threading.Lock()
-        # Lines that wait at a fork are the parent's to write.
+        # The parent writes the lines that wait at a fork; the child must not write them again.
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
@@ -49,7 +50,7 @@ class Output:
         """Write lines, now or when the reader takes them."""
         data = text.encode(errors="backslashreplace")
         short = len(data) <= select.PIPE_BUF
-        # Nearly always: nothing waits, and all of it is taken.
+        # The usual case: nothing waits, and the reader takes all of it.
         if short and not self._pending and self._writing.acquire(blocking=False):
             try:
                 data = self._give(data)
@@ -70,7 +71,8 @@ class Output:
 
     def flush(self) -> None:
         """Write what the reader takes now."""
-        # Again after the release: a line may have been left to this thread just before it.
+        # Look again after each release of the lock: another thread that could not get it has left
+        # its line to this one.
         while self._pending and self._writing.acquire(blocking=False):
             try:
                 while self._pending:
@@ -80,7 +82,7 @@ class Output:
                 self._writing.release()
 
     def finish(self, seconds: float) -> None:
-        """Wait this long at most for the reader to take what is left."""
+        """Give the reader what is left, and wait for it at most this many seconds."""
         until = time.monotonic() + seconds
         while self._pending:
             self.flush()
@@ -106,23 +108,23 @@ class Output:
         return len(left) < len(data)
 
     def _give(self, data: bytes) -> bytes:
-        """Write what the reader takes of it now, and return the rest."""
+        """Write as much of `data` as the reader takes now, and return the rest."""
         if self._waits and not self._poller.poll(0):
             return data
         try:
             return data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
         except BlockingIOError:
             return data
-        except OSError:  # nobody reads it any more: no reason to stop serving
+        except OSError:  # Nobody reads it any more, which is no reason to stop serving.
             return b""
 
 
 def never_waiting(descriptor: int) -> tuple[int, bool]:
-    """A descriptor for the same output, and whether a writer may have to wait on it.
+    """A descriptor for the same output, and whether a write to it may have to wait.
 
-    A pipe is opened anew, with O_NONBLOCK. The given descriptor stays as it is: other processes
-    share it, and the flag would be theirs too. This works on Linux, for a user who may write to
-    the pipe. In all other cases the given descriptor is used. A file never has a writer wait.
+    A pipe is opened anew, with O_NONBLOCK. The flag is not set on the given descriptor, because
+    other processes share that. Opening it works on Linux, for a user who may write to the pipe. In
+    all other cases the given descriptor is returned. A write to a file never waits.
     """
     mode = os.fstat(descriptor).st_mode
     try:
@@ -134,15 +136,16 @@ def never_waiting(descriptor: int) -> tuple[int, bool]:
 
 
 def writable(descriptor: int) -> select.poll:
-    """What tells whether a descriptor can be written to; one for each thread that asks."""
+    """An object that tells whether a descriptor can be written to. Two threads must not use one at
+    once."""
     poller = select.poll()
     poller.register(descriptor, select.POLLOUT)
     return poller
 
 
 def access_line(head: Head, status: str, size: int, milliseconds: float, caller: str) -> str:
-    """The access log's line, of JSON, for a request that has just been answered; `size` is in bytes
-    of the body, a `status` that is empty was never sent."""
+    """The line of JSON in the access log for a request that has just been answered. `size` is that
+    of the answer's body in bytes; `status` is empty if no answer was sent."""
     now = time.time_ns() // 1_000_000
     return (
         f'{{"time": "{second(now // 1000)}.{now % 1000:03}Z",'

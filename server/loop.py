@@ -1,6 +1,7 @@
-"""The event loop: which sockets are ready, whose time is up, what threads have brought.
+"""The event loop: it waits for sockets that are ready, timers that are due, and calls of threads.
 
-One thread turns it, and that thread owns every socket. Others reach it by `call` alone.
+One thread turns it, and that thread owns every socket. Other threads may use `call` and `wake`, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -23,33 +24,34 @@ from typing import Any, Protocol
 log = logging.getLogger("gatehouse")
 
 NEVER = math.inf
-# How many events one turn takes from the selector at most; the others are in the next turn.
+# How many events one turn takes at most. The others come in the next turn.
 BATCH = 256
-# A wake-up: eight bytes, as an eventfd takes them.
+# What is written to wake the loop: the number one in eight bytes, which an eventfd asks for.
 ONE = (1).to_bytes(8, sys.byteorder)
-# What one splice moves at most: the largest pipe that any user may have (fs.pipe-max-size).
+# One splice moves at most this many bytes: the size of the largest pipe that an ordinary user may
+# have (fs.pipe-max-size).
 PIPE_BYTES = 1 << 20
-# What may happen at a socket. Epoll says that a peer has closed its sending half while bytes before
-# that end are still unread (LEAVING). Elsewhere they have to be read first.
+# What may happen at a socket. LEAVING is that the peer has closed its sending half. Epoll tells it
+# while earlier bytes are still unread; other systems show it only when those have been read.
 READ, WRITE, BROKEN = 1, 4, 8 | 16  # EPOLLIN, EPOLLOUT, EPOLLERR | EPOLLHUP
 LEAVING = getattr(select, "EPOLLRDHUP", 0)
-# What is watched for where nothing but BROKEN is of interest: epoll tells of that whatever it is
-# asked for, but it has to be asked for something. No socket is ever EPOLLMSG; one that has urgent
-# data, which any client can send, is EPOLLPRI at every turn.
+# Watch for this to hear of BROKEN alone. Epoll always tells of that, but has to be asked for some
+# event, and EPOLLMSG never happens. EPOLLPRI would: a client that sends urgent data could wake the
+# loop at every turn.
 BROKEN_ONLY = getattr(select, "EPOLLMSG", 0)
 
 
 class Watched(Protocol):
-    """What the loop looks after: something with a descriptor."""
+    """The owner of a descriptor that the loop watches."""
 
     def on_event(self, events: int) -> None:
         """Called with the events that have happened, of those watched for, or BROKEN."""
 
 
 class Timer:
-    """A deadline that may be moved as often as one likes: moving it later costs an assignment.
+    """A deadline that may be moved often: to move it to a later time is only an assignment.
 
-    `when` is in seconds on the monotonic clock, NEVER for no deadline; `action` is called then.
+    `when` is the time at which `action` is called, in seconds on the monotonic clock, or NEVER.
     """
 
     __slots__ = ("_loop", "_queued", "action", "dropped", "when")
@@ -79,9 +81,9 @@ class Timer:
             self._loop.timer_dropped()
 
     def due(self, queued: float, now: float) -> None:
-        """The entry that was queued for `queued` has come up."""
+        """An entry of this timer has come up in the loop's heap: that of the time `queued`."""
         if queued != self._queued:
-            return  # An earlier entry stood for this timer.
+            return  # The timer was moved to an earlier time, and has already come up then.
         self._queued = NEVER
         if self.when > now:
             if self.when < NEVER:
@@ -100,7 +102,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.now = time.monotonic()
-        self.longest_turn = 0.0  # seconds; whoever reads it sets it back
+        self.longest_turn = 0.0  # in seconds, since the reader last set it to 0
         self._poller: Any = Epoll() if hasattr(select, "epoll") else Portable()
         self._watched: dict[int, Watched] = {}
         self._timers: list[tuple[float, int, Timer]] = []
@@ -118,25 +120,27 @@ class Loop:
     # Sockets.
 
     def watch(self, descriptor: int, watched: Watched, before: int, events: int) -> None:
-        """Watch a descriptor for `events`, which until now was watched for the events `before`."""
+        """Watch a descriptor for `events`. Until now it was watched for the events `before`; 0 is
+        for none."""
         if not before:
             self._poller.register(descriptor, events)
             self._watched[descriptor] = watched
         elif events:
             self._poller.modify(descriptor, events)
         else:
-            # A broken one that is watched for nothing would still be reported, at every turn.
+            # Epoll would report a broken connection at every turn, even if it is asked for nothing.
             self._poller.unregister(descriptor)
             del self._watched[descriptor]
 
     def close(self, sock: Any) -> None:
-        """Close a socket that is watched no more, at the end of this turn: an event of this turn
-        that was meant for it must not find another connection under the same number."""
+        """Close a socket that is no longer watched, at the end of this turn. If it were closed at
+        once, a new connection could get its number, and with it an event of this turn that was
+        meant for the old one."""
         self._closing.append(sock)
 
     def pipe(self) -> tuple[int, int]:
-        """A pipe's two ends, to write into and to read from, through which the kernel moves bytes
-        from socket to socket. It is empty between two uses, so one is enough."""
+        """The two ends of a pipe, to write into and to read from, through which the kernel moves
+        bytes from socket to socket. Each user leaves it empty, so that one is enough for all."""
         if self._pipe is None:
             outlet, intake = os.pipe()
             os.set_blocking(outlet, False)
@@ -153,8 +157,8 @@ class Loop:
         heapq.heappush(self._timers, (when, self._sequence, timer))
 
     def timer_dropped(self) -> None:
-        """An entry of the heap stands for a timer that nobody uses. Connections come and go by the
-        thousand, and each would stay there until its idle time had passed: sweep now and then."""
+        """An entry of the heap is of no use any more. It would stay until its time comes, which may
+        be minutes, and connections come and go by the thousand. So sweep the heap now and then."""
         self._dropped += 1
         if self._dropped > 1000 and self._dropped * 2 > len(self._timers):
             self._timers = [entry for entry in self._timers if not entry[2].dropped]
@@ -176,7 +180,7 @@ class Loop:
 
     def wake(self) -> None:
         """End the loop's sleep; callable from any thread and from a signal handler."""
-        with contextlib.suppress(OSError):  # It is full of wake-ups already, or the loop is gone.
+        with contextlib.suppress(OSError):  # It has wake-ups enough already, or the loop has ended.
             os.write(self._waker, ONE)
 
     def turn(self) -> None:
@@ -203,7 +207,7 @@ class Loop:
             self.attempt(timer.due, queued, now)
 
     def turn_over(self) -> None:
-        """Do what was left to the end of the turn."""
+        """Do what was put off to the end of the turn."""
         while self._soon:
             soon, self._soon = self._soon, []
             for function in soon:
@@ -214,7 +218,7 @@ class Loop:
                 self.attempt(sock.close)
 
     def _patience(self) -> float:
-        # After `_asleep` is set: a call that comes in now either is seen here, or wakes the loop.
+        # `_asleep` is set already: a call is either seen here, or comes later and wakes the loop.
         if self._calls.qsize() or self._soon:
             return 0.0
         if not self._timers:
@@ -222,7 +226,7 @@ class Loop:
         return min(1.0, max(0.0, self._timers[0][0] - time.monotonic()))
 
     def _take_calls(self) -> None:
-        # Only those that are there now: quick threads could otherwise keep the sockets waiting.
+        # Only those that are here now. Otherwise quick threads could keep the sockets waiting.
         for _ in range(self._calls.qsize()):
             try:
                 function, arguments = self._calls.get_nowait()
@@ -232,12 +236,12 @@ class Loop:
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            # Where there are more wake-ups than that, the rest ends the next sleep.
+            # If a pipe has more wake-ups than that, the rest ends the next sleep.
             os.read(self._wake, 4096)
 
     def attempt(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a method. It never should fail. If it does, nobody knows the state of the object
-        that it belongs to: that is ended, by its `abandon`, and the loop goes on."""
+        """Call a method, which should never fail. If it fails, its object may be in any state, so
+        that is ended, by its `abandon`. The loop goes on."""
         try:
             function(*arguments)
         except Exception:
@@ -258,8 +262,8 @@ class Loop:
 
 
 def wake_descriptors() -> tuple[int, int]:
-    """A descriptor to read wake-ups from, and one to write them to: on Linux one counter for both,
-    which costs a third of a pipe."""
+    """A descriptor to read wake-ups from, and one to write them to. On Linux both are one eventfd,
+    which costs a third of what a pipe costs."""
     if hasattr(os, "eventfd"):
         counter = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         return counter, counter
@@ -277,7 +281,7 @@ def abandon(method: Any) -> None:
 
 
 class Epoll:
-    """Linux's poller, of which READ, WRITE and BROKEN are the numbers."""
+    """Linux's poller. READ, WRITE and BROKEN are its own numbers."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -289,7 +293,7 @@ class Epoll:
 
 
 class Portable:
-    """The same by Python's selectors, for systems without epoll."""
+    """A poller with the same methods, for systems without epoll."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -303,7 +307,7 @@ class Portable:
         self._selector.modify(descriptor, self._translated(events))
 
     def _translated(self, events: int) -> int:
-        # A selector has to watch for something: where nothing is asked for it watches for reading.
+        # A selector has to watch for something. If nothing is asked for, that is reading.
         found = selectors.EVENT_READ if events & READ or not events & WRITE else 0
         return found | (selectors.EVENT_WRITE if events & WRITE else 0)
 
@@ -319,7 +323,7 @@ class Portable:
 
 
 def give_memory_back() -> None:
-    """Give freed memory back to the system. glibc keeps it for later, but a crowd that has gone may
-    never come again."""
+    """Give freed memory back to the system. glibc keeps it for the next crowd of clients, which may
+    never come."""
     with contextlib.suppress(OSError, AttributeError):  # Another C library has no such function.
         ctypes.CDLL(None).malloc_trim(0)

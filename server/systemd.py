@@ -1,7 +1,8 @@
-"""What systemd, or a program that does as it does, hands over to a service and wants to be told.
+"""The listening socket that systemd hands over, and the messages that it wants: ready, stopping,
+still alive.
 
-See sd_listen_fds(3) and sd_notify(3). The variables are taken out of the environment that they are
-read from, so that no child process takes them for its own.
+Other service managers do the same. See sd_listen_fds(3) and sd_notify(3). Each variable is removed
+from the environment when it is read, so that no child process takes it for its own.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from collections.abc import Callable, MutableMapping
 from metrics import HEARTBEAT, Board
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
-# Once a second a loop notes that it turns. If it has not for so many seconds, it does not turn.
+# A loop notes once a second that it turns. Without such a note for this many seconds it is taken to
+# be stuck.
 SILENT_SECONDS = 3.0
 
 
 def handed_over(environ: MutableMapping[str, str]) -> socket.socket | None:
-    """The listening socket that this process was given; None where it was given none.
+    """The listening socket that was handed over to this process, or None.
 
-    Raises ValueError that says what is wrong with it.
+    Raises ValueError, which says what is wrong with it.
     """
     count, process = environ.pop("LISTEN_FDS", ""), environ.pop("LISTEN_PID", "")
     environ.pop("LISTEN_FDNAMES", None)
@@ -42,9 +44,9 @@ def handed_over(environ: MutableMapping[str, str]) -> socket.socket | None:
 
 
 class Notifier:
-    """Tells the program that started the service how it is, if that has asked to be told.
+    """Sends messages to the program that started the service. It is false if that wants none.
 
-    `interval` is how often it wants to hear that all is well, in seconds; 0.0 where it does not.
+    `interval` is how often it wants to hear that all is well, in seconds; 0.0 for never.
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
@@ -62,7 +64,7 @@ class Notifier:
         return bool(self._address)
 
     def tell(self, state: str) -> None:
-        """Send one message, such as READY=1. Does nothing where nobody listens."""
+        """Send one message, such as READY=1, if anybody wants it."""
         if self._address:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 try:
@@ -85,8 +87,8 @@ def ready(board: Board, workers: int) -> bool:
 
 
 def turning(board: Board, numbers: list[int]) -> bool:
-    """Whether the loops of these workers turn. One that has not begun is not counted: a worker that
-    cannot start is replaced, and in the end given up, by the supervisor."""
+    """Whether the loops of these workers turn. A worker that has not begun to serve does not count:
+    if it cannot start, the supervisor sees to that."""
     oldest = time.monotonic_ns() - SILENT_SECONDS * 1e9
     beats = board.each(HEARTBEAT)
     return all(not beats[number] or beats[number] > oldest for number in numbers)

@@ -25,23 +25,23 @@ from server.systemd import Notifier, ready, turning
 
 log = logging.getLogger("gatehouse")
 
-# A terminal that was closed is as good a reason to stop as any.
+# SIGHUP says that the terminal was closed.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# A worker that ends by itself sooner than this many seconds could not start…
+# A worker that ends by itself within START_SECONDS could not start. After START_ATTEMPTS such
+# workers in a row the service gives up.
 START_SECONDS = 1.0
-# …and after so many of them in a row the service gives up.
 START_ATTEMPTS = 5
 # How often to look whether all workers serve, until they do, in seconds.
 READY_SECONDS = 0.02
-# A worker ends by itself when its time is over. If it has not, the supervisor ends it so many
-# seconds later.
+# A worker that stops ends by itself after SHUTDOWN_TIMEOUT. If it has not ended this many seconds
+# after that, the supervisor kills it.
 LATE_SECONDS = 1.0
 
 
 class Server(Protocol):
     """What serves in a worker."""
 
-    alone: bool  # whether nobody else listens on the same socket: no worker, no next instance
+    alone: bool  # whether no other process listens on the same socket
 
     def run(self) -> None:
         """Serve until `stop` is called and what was under way is answered. Notes on the board that
@@ -94,17 +94,17 @@ def begin(service: Service, number: int) -> Server:
 
 
 def pin(number: int, workers: int) -> None:
-    """Keep this process on a core of its own, where each core gets as many workers as any other.
+    """Keep this process on one core, if the workers can be spread evenly over all cores.
 
-    With fewer workers than cores it cannot know which cores other services have chosen: three
-    containers, whose first process is number 1 in each, were all on the core of that number. See
+    With fewer workers than cores they stay free to move, because other services may have chosen the
+    same cores: three containers with one worker each all ran on one core. See
     docs/decisions/0009-cores.md for what it brings.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1 and workers % len(cores) == 0:
-        # A sandbox may refuse it, and everything works without.
+        # A sandbox may refuse it. Everything works without it.
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, {cores[number % len(cores)]})
 
@@ -112,8 +112,8 @@ def pin(number: int, workers: int) -> None:
 def on_signals(service: Service, server: Server, *, supervised: bool) -> None:
     """Stop at the first signal, after the drain's delay, and end at once at the second.
 
-    If a worker is supervised, its supervisor decides that, and tells it by SIGTERM. Other signals
-    are ignored: one that is sent to the whole process group reaches the supervisor too.
+    A supervised worker leaves that to its supervisor, which sends it SIGTERM. It ignores the other
+    signals: Ctrl-C in a terminal sends SIGINT to all processes, and so to the supervisor too.
     """
     seen: list[int] = []
 
@@ -150,8 +150,8 @@ def keep_told(service: Service) -> None:
 
 
 def stop_without(lifeline: int, server: Server) -> None:
-    """Stop the worker when its supervisor ends, whatever the reason: the other end of this pipe is
-    closed then. Runs on a thread of its own."""
+    """Stop the worker when its supervisor ends. The supervisor alone has the other end of this pipe
+    open, so that reading returns when it ends for whatever reason. Runs on a thread."""
     os.read(lifeline, 1)
     server.stop()
 
@@ -227,7 +227,8 @@ class Supervisor:
         self.service.close()
 
     def wait(self, until: float | None) -> bytes:
-        """Wait until then for signals, and return them. Meanwhile tell systemd how things are."""
+        """Wait for signals until the time `until`, and return their numbers. Meanwhile tell systemd
+        that all workers serve, and that they still do."""
         times = [] if until is None else [until]
         if not self.told_ready and self.notifier:
             if ready(self.service.board, self.service.workers):
@@ -249,7 +250,7 @@ class Supervisor:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
-            # In a container this may be the first process, to which the children of others come.
+            # As the first process of a container it also gets the children of processes that ended.
             if process in self.running:
                 yield *self.running.pop(process), os.waitstatus_to_exitcode(status)
 
@@ -283,7 +284,8 @@ class Supervisor:
         return 0
 
     def await_end(self, until: float) -> bool:
-        """Wait for the end of all workers, or for that time; False where a second signal came."""
+        """Wait until all workers have ended, or until the time `until`. Returns False if a second
+        signal came, and then the workers are killed."""
         while self.running and time.monotonic() < until:
             if told_to_stop(self.wait(until)):
                 self.kill()
