@@ -457,6 +457,7 @@ class Gatehouse:
             preserve_host=settings.upstream_preserve_host,
             trusted=settings.trusted_proxies,
         )
+        # The server asks the application for these rules too: see server.server.Application.
         self.caller = self.proxy.caller
         self.request_head = self.proxy.request_head
         self.answer_lines = self.proxy.answer_lines
@@ -499,14 +500,14 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
         upstream_url=settings.upstream_url,
         ca_bundle=os.environ.get(commands.CA_BUNDLE),
         threads={
-            # At least two threads more than connections: they tell other callers that no
-            # connection is free.
+            # At least two threads more than connections, which tell callers that no connection is
+            # free.
             "users": max(settings.threads, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
             "live": HEALTH_THREADS,
             "bulk": BULK_THREADS,
         },
-        # One for each connection: another would only wait for one.
+        # As many as there are connections: one more thread would only wait for a connection.
         eager={"users": settings.db_pool_size},
         waits={"bulk": BULK_SECONDS},
         patience=Patience(

@@ -31,7 +31,7 @@ log = logging.getLogger("gatehouse")
 IDLE_SECONDS = 5.0
 # A lane none of whose jobs has been taken for this many seconds gets more threads.
 STALLED_SECONDS = 0.05
-# So long do these further threads stay at least.
+# These further threads stay for at least this many seconds.
 RELIEF_SECONDS = 1.0
 # How much of an answer may wait for a client that is still sending its body.
 AHEAD_BYTES = 33554432
@@ -45,10 +45,10 @@ class Lane:
     """Threads for one kind of job, up to `limit`, started when none is idle and ended when there
     has been nothing to do for a while.
 
-    The first `eager` of them are started as jobs come. More are only started if none of these has
-    taken a job for a while, because all are held up, and they end when that is over. A crowd of
-    short jobs needs no crowd of threads: each would want the interpreter and the processor, which
-    the others, and PostgreSQL on the same machine, would wait for.
+    The first `eager` of them are started as jobs come. More are only started if no job has been
+    taken for a while, because all threads are held up, and they end when that is over. Many short
+    jobs do not need many threads: these would take the interpreter and the processor from each
+    other, and from PostgreSQL on the same machine.
     """
 
     def __init__(self, loop: Loop, name: str, limit: int, eager: int | None = None) -> None:
@@ -89,7 +89,7 @@ class Lane:
 
     def relieve(self) -> None:
         """Start threads for all jobs that wait, if none has been taken for a while, and look again
-        as long as jobs wait. The loop calls this: threads that are all held up cannot."""
+        as long as jobs wait. The loop calls this, because the threads may all be held up."""
         with self._lock:
             waiting = -self._spare
             more = 0
@@ -113,7 +113,7 @@ class Lane:
                 job = self._queue.get(timeout=IDLE_SECONDS)
             except Empty:
                 with self._lock:
-                    if self._spare > 0:  # Otherwise a job has come that was given to this thread.
+                    if self._spare > 0:  # Otherwise a job has just come, and counts on this thread.
                         self._count(-1)
                         return
                 continue
@@ -167,7 +167,7 @@ class Inbox(io.RawIOBase):
     def __init__(self, wanted: Callable[[], None]) -> None:
         self._wanted = wanted
         self._moved = threading.Condition()
-        # The pieces are not kept as they arrive: one of two bytes takes forty by itself.
+        # Not a list of the pieces: each would take forty bytes more than it has.
         self._waiting = bytearray()
         self._full = False
         self._over = False
@@ -257,7 +257,7 @@ class Job:
         self.arrived = arrived
         self.body = head.body()
         self._largest = largest
-        self._gathered = bytearray()  # Not a list of pieces: one of two bytes takes forty.
+        self._gathered = bytearray()  # Not a list of the pieces, for the same reason as in Inbox.
         self._input: Any = None
         self._inbox: Inbox | None = None
         self._taken: threading.Event | None = None  # set when the client has taken what was written

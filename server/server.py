@@ -154,9 +154,9 @@ class Server:
             for name, limit in options.threads.items()
         }
         self._log = Output(1) if options.access_log else None
-        # What logging writes to counts too: it has lines of its own, which may wait.
-        streams = [getattr(handler, "stream", None) for handler in logging.root.handlers]
-        outputs = {"access log": self._log, "log": next(iter(streams), None)}
+        # The log too has lines that may wait for a reader.
+        stream = getattr(next(iter(logging.root.handlers), None), "stream", None)
+        outputs = {"access log": self._log, "log": stream}
         self._outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
         self._lines: list[str] = []
         self._again = Timer(self.loop, self._accept)
@@ -279,8 +279,8 @@ class Server:
         """Close a connection that nobody waits for: first one that is kept to the upstream, then a
         client's, in the order of `Client.spare`. False if there is none.
 
-        To look through ten thousand clients takes milliseconds, and a flood of connections asks for
-        that each time. So the clients that were found serve for CROWDED_SECONDS.
+        To look through ten thousand clients takes milliseconds, and a flood of connections would do
+        that each time. So what was found is used for CROWDED_SECONDS.
         """
         if self.upstream.drop_one():
             return True

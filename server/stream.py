@@ -64,7 +64,7 @@ class Stream:
 
     def __init__(self, loop: Loop, sock: Any, idle_events: int = 0) -> None:
         """Take over a connected socket that does not block. `idle_events` are watched for even
-        while nothing is read."""
+        while this side is paused."""
         self._idle_events = idle_events
         self.loop = loop
         self.sock = sock
