@@ -67,40 +67,22 @@ def applied(connection: Connection) -> list[str]:
         return [name for (name,) in cursor]
 
 
-def pending(uri: str, directory: Path | str, connect_timeout: float = 5) -> list[str]:
-    """The names of the migrations in `directory` that the database does not have, in order.
-
-    `connect_timeout` is in seconds. Raises psycopg2.Error.
-    """
-    connection = Connector(Target.of(uri), connect_timeout, {}).open()
-    try:
-        return _pending(connection, directory)
-    finally:
-        connection.close()
-
-
-def _pending(connection: Connection, directory: Path | str) -> list[str]:
+def pending(connection: Connection, directory: Path | str) -> list[str]:
+    """The names of the migrations in `directory` that the database does not have, in order. Raises
+    psycopg2.Error."""
     done = applied(connection)
     return [name for name in names(directory) if name not in done]
 
 
-def differences(uri: str, directory: Path | str, connect_timeout: float = 5) -> list[str]:
+def differences(database: Comparing, directory: Path | str, *, rights: bool = False) -> list[str]:
     """A line for each difference between the live tables and what all migrations make.
 
     A table that no migration makes is ignored. In the others a column, constraint or index that no
     migration makes is a difference. To find out what the migrations make, they are run on temporary
     tables, in a transaction that is rolled back. That changes nothing, and needs no privilege but
-    TEMPORARY. `connect_timeout` is in seconds. Raises psycopg2.Error or peewee.DatabaseError, for
-    instance if a table stays locked for LOCK_TIMEOUT.
+    TEMPORARY. With `rights`, a privilege that the role lacks is a difference too. Raises
+    psycopg2.Error or peewee.DatabaseError, for instance if a table stays locked for LOCK_TIMEOUT.
     """
-    database = Comparing(Connector(Target.of(uri), connect_timeout, {}))
-    with database.connection_context():
-        return _differences(database, directory)
-
-
-def _differences(
-    database: peewee.PostgresqlDatabase, directory: Path | str, *, rights: bool = False
-) -> list[str]:
     with (
         database.connection().cursor() as cursor,
         database.transaction() as transaction,
@@ -140,10 +122,10 @@ def verdict(
     The connection is made in the same way as the service makes its own. Times are in seconds."""
     target = Target.of(uri)
     settings = {"statement_timeout": str(round(statement_timeout * 1000))}
-    database: peewee.PostgresqlDatabase = Comparing(Connector(target, connect_timeout, settings))
+    database = Comparing(Connector(target, connect_timeout, settings))
     try:
         database.connect()
-        missing = _pending(database.connection(), directory)
+        missing = pending(database.connection(), directory)
     except InsufficientPrivilege as error:
         return 4, "ok", f"cannot be read: {reason(error, target)}"
     except Exception as error:
@@ -151,7 +133,7 @@ def verdict(
     if missing:
         return 3, "ok", f"migrations pending: {', '.join(missing)}"
     try:
-        lines = _differences(database, directory, rights=True)
+        lines = differences(database, directory, rights=True)
     except Exception as error:  # It is a standby, or the role may not make temporary tables.
         return 4, "ok", f"cannot be compared: {reason(error, target)}"
     finally:

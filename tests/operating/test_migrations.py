@@ -15,8 +15,10 @@ from pathlib import Path
 import psycopg2
 import pytest
 
+from postgres import schema
+from postgres.connect import Connector, Target
 from postgres.migrating import LOCK_TIMEOUT as MIGRATION_LOCK_TIMEOUT
-from postgres.schema import LOCK_TIMEOUT, PARTS, differences, names, pending
+from postgres.schema import LOCK_TIMEOUT, PARTS, names
 from tests.harness import (
     DEAD_DATABASE,
     ROOT,
@@ -54,6 +56,17 @@ def scratch() -> Iterator[Callable[[str, str], None]]:
     yield write
     for path in written:
         path.unlink()
+
+
+def pending(uri: str, directory: Path) -> list[str]:
+    with contextlib.closing(Connector(Target.of(uri), 5, {}).open()) as connection:
+        return schema.pending(connection, directory)
+
+
+def differences(uri: str, directory: Path) -> list[str]:
+    database = schema.Comparing(Connector(Target.of(uri), 5, {}))
+    with database.connection_context():
+        return schema.differences(database, directory)
 
 
 def execute(uri: str, sql: str) -> None:
