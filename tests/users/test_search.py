@@ -10,6 +10,8 @@ from urllib.parse import quote, urlencode
 import psycopg2
 import pytest
 
+from app import MIGRATIONS
+from postgres.schema import names
 from services import users
 from tests.harness import (
     Databases,
@@ -179,7 +181,8 @@ def test_with_pg_trgm_a_search_goes_by_an_index() -> None:
         with databases.admin(uri) as cursor:
             cursor.execute("DROP INDEX users_search")
         assert "schema: ok" in run_app("check", POSTGRES_URI=uri).stdout
-        assert pw_migrate("rollback", uri=uri).returncode == 0
+        since = [name for name in names(MIGRATIONS) if name >= "004_search"]
+        assert pw_migrate("rollback", "--count", str(len(since)), uri=uri).returncode == 0
         assert pw_migrate("migrate", uri=uri).returncode == 0
         with databases.admin(uri) as cursor:
             cursor.execute("SELECT to_regclass('users_search') IS NOT NULL")
