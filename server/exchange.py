@@ -36,6 +36,8 @@ log = logging.getLogger("gatehouse")
 GATHERED_BYTES = 65536
 # An answer's body of more bytes than this goes from socket to socket, if the kernel can do that.
 LARGE_BYTES = 262144
+# How many bytes of interim answers may come before an answer. That is enough for a thousand 102s.
+INTERIM_BYTES = 65536
 # RFC 9110 section 9.2.2.
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 # A refused connection is tried again after this many seconds, if UPSTREAM_RETRY allows it.
@@ -124,6 +126,7 @@ class Exchange:
         "_head",
         "_heard",
         "_in",
+        "_interim",
         "_largest",
         "_name",
         "_nudge_at",
@@ -176,6 +179,7 @@ class Exchange:
         self._repeated = False
         self._refused_since = NEVER
         self._in = b""  # the part of the answer's head that has arrived
+        self._interim = 0  # bytes of interim answers
         self._scanned = 0
         self._heard = False  # whether a byte of an answer has arrived
         self._answer: Answer | None = None
@@ -384,10 +388,13 @@ class Exchange:
             answer = Answer(self._in[:end], head.method)
             self._in, self._scanned = self._in[begin:], 0
             status = f"{answer.status} {answer.reason}"
+            self._interim += begin
             if answer.status == 101:
                 self._switch(answer, status, head)
             elif answer.status >= 200:
                 self._begin_answer(answer, status, head)
+            elif self._interim > INTERIM_BYTES:
+                raise UpstreamBroken("The upstream sent interim answers without an end.")
             elif answer.status == 100:
                 self.client.ask_for_body()
             elif answer.status == 103 and not self.client.queued:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from problems import UpstreamTimeout, UpstreamUnreachable
-from server.exchange import GATHERED_BYTES, KEEP_ALIVE, Patience, State
+from server.exchange import GATHERED_BYTES, INTERIM_BYTES, KEEP_ALIVE, Patience, State
 from server.stream import HIGH_WATER
 from tests.harness import chunked, message
 from tests.server.sides import PATIENCE, World, client_ends, of_the_upstream, upstream_ends
@@ -407,6 +407,21 @@ def test_the_whole_head_of_an_answer_has_one_time_however_it_trickles() -> None:
     assert world.exchange.state is State.ASKING
     world.clock.pass_time(1.1)
     assert world.client.told == [("refuse", "upstream-timeout")]
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_interim_answers_without_an_end_are_refused(at_once: int) -> None:
+    """They went on for UPSTREAM_READ_TIMEOUT, and each quarter of a megabyte of them held everybody
+    else up for a third of a second."""
+    world = asking()
+    interim = message(b"HTTP/1.1 102 Processing") * at_once
+    sent = 0
+    while not world.exchange.over:
+        world.exchange.from_upstream(interim)
+        sent += len(interim)
+        assert sent < INTERIM_BYTES + 2 * len(interim)
+    assert sent > INTERIM_BYTES
+    assert world.client.told == [("refuse", "upstream-broken")]
 
 
 def test_interim_answers_do_not_give_the_upstream_more_time() -> None:
