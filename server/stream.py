@@ -13,6 +13,7 @@ import ssl
 import struct
 import sys
 import termios
+import time
 from collections import deque
 from typing import Any
 
@@ -20,6 +21,9 @@ from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, L
 
 # How many bytes one read takes: the second number if the read before got at least the first.
 READ_BYTES, LARGE_READ_BYTES = 65536, 262144
+# If it took more seconds than this to handle what was read, the next read is a small one, so that
+# others have their turn between the two. After each that is full, one is four times as large.
+SLOW_SECONDS, SMALL_READ_BYTES = 0.005, 8192
 # If more bytes than this wait to be sent to one side, the other is not read until all are taken.
 HIGH_WATER = 262144
 
@@ -132,7 +136,7 @@ class Stream:
         """Read no more for now."""
         if not self._paused:
             self._paused = True
-            self._read_bytes = READ_BYTES
+            self._read_bytes = min(self._read_bytes, READ_BYTES)
             self.watch()
 
     def resume(self) -> None:
@@ -181,6 +185,7 @@ class Stream:
 
     def _read(self) -> None:
         while True:
+            began = time.monotonic()
             try:
                 data = self.sock.recv(self._read_bytes)
             except WAIT:
@@ -195,9 +200,13 @@ class Stream:
             if not data:
                 self._end_reading()
                 return
-            if len(data) >= READ_BYTES or self._read_bytes > READ_BYTES:
-                self._read_bytes = LARGE_READ_BYTES if len(data) >= READ_BYTES else READ_BYTES
             self.received(data)
+            if time.monotonic() - began > SLOW_SECONDS:
+                self._read_bytes = SMALL_READ_BYTES
+            elif len(data) >= min(self._read_bytes, READ_BYTES):
+                self._read_bytes = min(4 * self._read_bytes, LARGE_READ_BYTES)
+            else:
+                self._read_bytes = min(self._read_bytes, READ_BYTES)
             # No selector shows bytes that the TLS layer has read ahead.
             if not self.tls or self.closed or self._paused or not self.sock.pending():
                 return

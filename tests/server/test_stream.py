@@ -18,7 +18,7 @@ import pytest
 import trustme
 
 from server.loop import LEAVING, Loop
-from server.stream import Stream
+from server.stream import SMALL_READ_BYTES, Stream
 
 
 class Recorded(Stream):
@@ -167,6 +167,30 @@ def test_a_paused_stream_reads_nothing_and_then_all(
     assert stream.data == b""
     stream.resume()
     turn(loop, lambda: stream.data == b"hello")
+
+
+def test_what_takes_long_to_handle_is_read_in_small_pieces_for_as_long_as_it_does(
+    loop: Loop, connect: Callable[..., Pair]
+) -> None:
+    """A quarter of a megabyte of the smallest chunks was handled in one piece, which took 50 ms, and
+    as long again for each client that did the same."""
+    stream, far = connect()
+    slow = True
+
+    def handle(data: bytes) -> None:
+        until = time.monotonic() + len(data) * 1e-6
+        while slow and time.monotonic() < until:
+            pass
+
+    stream.on_data = handle
+    sender = threading.Thread(target=far.sendall, args=(bytes(16 << 20),))
+    sender.start()
+    turn(loop, lambda: len(stream.pieces) > 30)
+    assert max(map(len, stream.pieces[5:])) <= SMALL_READ_BYTES
+    slow = False
+    turn(loop, lambda: len(stream.data) == 16 << 20)
+    sender.join()
+    assert max(map(len, stream.pieces)) > 65536
 
 
 def test_an_end_behind_bytes_that_are_not_read_is_told_of_once_and_is_read_in_its_turn(
