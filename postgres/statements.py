@@ -349,6 +349,8 @@ class Database(Pool):
         parts = [f"refused by the database: {error.pgcode}"]
         if diag.constraint_name:
             parts.append(f"constraint {diag.constraint_name}")
+        if diag.column_name:
+            parts.append(f"column {diag.column_name}")
         if diag.table_name:
             parts.append(f"of table {diag.table_name}")
         if diag.source_function in RULES:

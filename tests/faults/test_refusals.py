@@ -61,7 +61,7 @@ FORBIDDING = {
         "ALTER TABLE users ADD CONSTRAINT the_rule CHECK (name <> 'Bob')",
     ),
     "not null": (
-        "23502",
+        "23502, column badge, of table users",
         "CREATE FUNCTION the_rule() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF NEW.name <> 'Bob' THEN NEW.badge = 'yes'; END IF; RETURN NEW; END $$;"
         "ALTER TABLE users ADD badge text DEFAULT 'yes' NOT NULL;"
