@@ -26,8 +26,9 @@ ROOT = MIGRATIONS.parent
 sys.path.insert(0, str(ROOT))
 
 from postgres.connect import Connector, Target, reason  # noqa: E402
+from postgres.deadlines import ended_after  # noqa: E402
 from postgres.migrating import Migrating, advice, explain, losses  # noqa: E402
-from postgres.schema import ENCODING, applied, names  # noqa: E402
+from postgres.schema import applied, names, unsuitable  # noqa: E402
 from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
 CONNECT_TIMEOUT = 10  # seconds
@@ -57,9 +58,10 @@ def connected() -> pw.PostgresqlDatabase:
     database = Migrating(connector)
     try:
         database.connect()
-        encoding = database.connection().info.parameter_status("server_encoding")
-        if encoding != ENCODING:
-            raise SystemExit(f"the database's encoding is {encoding}, and must be {ENCODING}")
+        wrong = unsuitable(database.connection())
+        if wrong:
+            raise SystemExit(wrong)
+        check_answers(database)
         database.lock(lambda: print("waiting for another pw_migrate to finish", file=sys.stderr))
         if CONTEXT.info_name == "rollback":
             check_schema(database)
@@ -73,6 +75,15 @@ def connected() -> pw.PostgresqlDatabase:
         told = f"the database cannot be used: {reason(error, where)}"
         raise SystemExit(": ".join((told, *advice(error)))) from None
     return database
+
+
+def check_answers(database: Migrating) -> None:
+    """Exits with one line where only a pooler answers, with no server behind it."""
+    try:
+        with ended_after(database.connection(), CONNECT_TIMEOUT):
+            database.cursor().execute("SELECT 1")
+    except TimeoutError as error:
+        raise SystemExit(f"the database cannot be used: {error}") from None
 
 
 def check_schema(database: Migrating) -> None:

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg2
@@ -114,6 +114,30 @@ class Deadlines:
         connection = self._running.pop(key)[2]
         with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
             sock.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def ended_after(connection: Any, seconds: float) -> Iterator[None]:
+    """End the conversation of a single connection where it takes longer: raises TimeoutError then.
+    A pooler lets a statement wait for minutes, or for ever, for a server that is gone."""
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except psycopg2.Error:
+        if late.is_set():
+            raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+        raise
+    finally:
+        timer.cancel()
 
 
 def borrowed(connection: Any) -> socket.socket:

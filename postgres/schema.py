@@ -13,6 +13,7 @@ from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
 
 from postgres.connect import Connector, Direct, Target, reason
+from postgres.deadlines import ended_after
 
 # One row for each part of a table: kind, name, definition. Both sides of a comparison come from
 # one server, so that they are spelled alike. NOT NULL is told with its column and not as a
@@ -47,8 +48,29 @@ OPTIONAL = {("index", "users_search")}
 LOCK_TIMEOUT = 5  # seconds
 # No other encoding can hold all names and addresses.
 ENCODING = "UTF8"
+# The first one in which the queries of this module can be asked.
+OLDEST = 13
+# The service gives up so many seconds after PostgreSQL should have ended a statement.
+MARGIN = 0.5
+LONGEST = 100  # characters of a definition in a message; the index of mailboxes has 4000
+# What `check` says beside PostgreSQL's reason.
+ADVICE = {
+    "25006": "this is a standby, or the role has default_transaction_read_only",
+    "42501": "GRANT that to the role (docs/operating.md, Permissions)",
+}
 
 Parts = dict[tuple[str, str], str]
+
+
+def unsuitable(connection: Connection) -> str | None:
+    """Why no migration can be applied to a database, or None."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != ENCODING:
+        return f"the database's encoding is {encoding}, and must be {ENCODING}"
+    version = connection.server_version // 10000
+    if version < OLDEST:
+        return f"PostgreSQL {version} is too old: {OLDEST} or newer is needed"
+    return None
 
 
 def names(directory: Path | str) -> list[str]:
@@ -87,9 +109,9 @@ def differences(database: Comparing, directory: Path | str, *, rights: bool = Fa
         database.connection().cursor() as cursor,
         database.transaction() as transaction,
     ):
-        encoding = database.connection().info.parameter_status("server_encoding")
-        if encoding != ENCODING:
-            return [f"the encoding is {encoding}, not {ENCODING}"]
+        wrong = unsuitable(database.connection())
+        if wrong:
+            return [wrong]
         cursor.execute("SET LOCAL statement_timeout = 0")  # that is for requests
         # Since PostgreSQL 18 pg_get_expr waits for the lock of a reader.
         cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
@@ -125,22 +147,31 @@ def verdict(
     database = Comparing(Connector(target, connect_timeout, settings))
     try:
         database.connect()
-        missing = pending(database.connection(), directory)
+        connection = database.connection()
+        with ended_after(connection, statement_timeout + MARGIN):
+            wrong, missing = unsuitable(connection), pending(connection, directory)
     except InsufficientPrivilege as error:
-        return 4, "ok", f"cannot be read: {reason(error, target)}"
+        return 4, "ok", f"cannot be read: {_advised(error, target)}"
     except Exception as error:
         return 5, f"unreachable: {reason(error, target)}", "unknown"
+    if wrong:
+        return 4, "ok", wrong
     if missing:
         return 3, "ok", f"migrations pending: {', '.join(missing)}"
     try:
         lines = differences(database, directory, rights=True)
     except Exception as error:  # It is a standby, or the role may not make temporary tables.
-        return 4, "ok", f"cannot be compared: {reason(error, target)}"
+        return 4, "ok", f"cannot be compared: {_advised(error, target)}"
     finally:
         database.close()
     if lines:
         return 4, "ok", f"not what the migrations make: {'; '.join(lines)}"
     return 0, "ok", "ok"
+
+
+def _advised(error: Exception, target: Target) -> str:
+    code = getattr(getattr(error, "orig", None) or error, "pgcode", None)
+    return ": ".join(filter(None, (reason(error, target), ADVICE.get(code or ""))))
 
 
 def _elsewhere(cursor: Cursor, table: str) -> list[str]:
@@ -238,10 +269,15 @@ def _difference(expected: str | None, live: str | None) -> str | None:
     if expected == live:
         return None
     if live is None:
-        return f"is missing ({expected})"
+        return f"is missing ({_short(expected)})"
     if expected is None:
-        return f"is not from the migrations ({live})"
-    return f"is ({live}), not ({expected})"
+        return f"is not from the migrations ({_short(live)})"
+    return f"is ({_short(live)}), not ({_short(expected)})"
+
+
+def _short(definition: str | None) -> str:
+    words = " ".join((definition or "").split())
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
 
 
 def _value(cursor: Cursor) -> Any:

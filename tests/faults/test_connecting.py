@@ -5,6 +5,7 @@ Each of these is how somebody runs PostgreSQL: schemas by `search_path`, service
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import re
 import socket
@@ -435,6 +436,27 @@ def test_a_client_certificate_is_shown_and_a_wrong_name_is_told(
         paths["sslkey"].chmod(0o644)
         code, lines = check(POSTGRES_URI=uri)
         assert code == 5 and "private key file has group or world access" in lines[1]
+
+
+class Older(Pooler):
+    """A server that says that it is PostgreSQL 12."""
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(re.sub(rb"(server_version\0)[0-9]{2}", rb"\g<1>12", data))
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_postgresql_that_is_too_old_is_told(server: Server) -> None:
+    """All that was told of PostgreSQL 12 was `type does not exist`."""
+    with Older(server.port) as older:
+        uri = server.uri(server.create(), port=older.port)
+        told = "PostgreSQL 12 is too old: 13 or newer is needed"
+        assert check(POSTGRES_URI=uri)[1][1:3] == ["database: ok", f"schema: {told}"]
+        assert pw_migrate("migrate", uri=uri).stderr == f"{told}\n"
 
 
 def test_idle_connections_are_kept_alive(server: Server) -> None:

@@ -880,7 +880,8 @@ def test_a_history_that_may_not_be_read_is_no_database_that_is_away(
     assert done.returncode == 4
     assert done.stdout.splitlines()[1:3] == [
         "database: ok",
-        "schema: cannot be read: permission denied for table migratehistory",
+        "schema: cannot be read: permission denied for table migratehistory: GRANT that to the role"
+        " (docs/operating.md, Permissions)",
     ]
 
 

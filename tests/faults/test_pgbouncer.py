@@ -6,6 +6,7 @@ connection may reach different servers' sessions.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -256,6 +257,30 @@ def test_reads_are_503_in_time_while_the_server_behind_is_down(
         assert reply.status == 503, reply
         assert reply.json()["type"] == "urn:gatehouse:database-unavailable"
     wait_for(lambda: service.call("GET", "/users").status == 200, 20, "recovery")
+
+
+def test_commands_do_not_wait_for_ever_behind_a_pooler_that_is_paused(
+    server: Server, store: str
+) -> None:
+    """They waited for PgBouncer's `query_wait_timeout`, two minutes, which may also be off."""
+    bouncer = PgBouncer(server, "query_wait_timeout = 0", "admin_users = postgres")
+    try:
+        uri = bouncer.uri(store)
+        assert run_app("check", POSTGRES_URI=uri).stdout.splitlines()[1] == "database: ok"
+        admin = psycopg2.connect(bouncer.uri("pgbouncer"))
+        admin.autocommit = True
+        with contextlib.closing(admin):
+            admin.cursor().execute("PAUSE")
+            done = run_app("check", POSTGRES_URI=uri, DB_STATEMENT_TIMEOUT=1)
+            assert done.returncode == 5
+            assert "database: unreachable: no answer within 1.5 seconds" in done.stdout
+            listed = pw_migrate("list", uri=uri)
+            told = "the database cannot be used: no answer within 10 seconds\n"
+            assert (listed.returncode, listed.stderr) == (1, told)
+            admin.cursor().execute("RESUME")
+        assert run_app("check", POSTGRES_URI=uri).stdout.splitlines()[1] == "database: ok"
+    finally:
+        bouncer.close()
 
 
 def test_no_write_is_lost_when_the_server_or_pgbouncer_restarts(

@@ -259,7 +259,8 @@ def test_a_database_of_another_encoding_is_refused(databases: Databases) -> None
     done = pw_migrate("migrate", uri=uri)
     assert done.returncode == 1
     assert done.stderr == "the database's encoding is LATIN1, and must be UTF8\n"
-    assert differences(uri, MIGRATIONS) == ["the encoding is LATIN1, not UTF8"]
+    assert differences(uri, MIGRATIONS) == [done.stderr.strip()]
+    assert f"schema: {done.stderr}" in run_app("check", POSTGRES_URI=uri).stdout
 
 
 def test_a_rollback_without_its_file_is_one_clear_line(empty: str) -> None:
@@ -571,6 +572,24 @@ def test_a_change_by_hand_is_found(databases: Databases, change: str) -> None:
     execute(uri, change)
     found = differences(uri, MIGRATIONS)
     assert any(CHANGES[change] in line for line in found), found
+
+
+def test_a_long_definition_is_told_in_part(databases: Databases) -> None:
+    """`check` says all in one line; the index of mailboxes has 4000 characters, in several."""
+    uri = databases.create()
+    execute(uri, "DROP INDEX users_mailbox")
+    [line] = differences(uri, MIGRATIONS)
+    assert len(line) < 200 and "\n" not in line and line.endswith("…)")
+
+
+def test_a_role_that_is_read_only_by_itself_is_no_standby(databases: Databases) -> None:
+    uri, role = databases.create(), f"test_{uuid.uuid4().hex[:12]}"
+    execute(uri, f"CREATE ROLE {role} LOGIN SUPERUSER")
+    execute(uri, f"ALTER ROLE {role} SET default_transaction_read_only = on")
+    theirs = uri.replace("postgres:@", f"{role}:@")
+    assert "default_transaction_read_only" in pw_migrate("rollback", uri=theirs).stderr
+    done = run_app("check", POSTGRES_URI=theirs)
+    assert done.returncode == 4 and "default_transaction_read_only" in done.stdout
 
 
 def test_the_check_leaves_no_trace(database: str) -> None:
