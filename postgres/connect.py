@@ -161,33 +161,15 @@ def _complaint(message: str) -> str:
 
 
 def _trust(parameters: dict[str, str]) -> None:
-    """Check now that the certificates and keys can be read; otherwise each connection would fail.
-    Raises UnusableURI.
-
-    For sslrootcert=system also say where the system's certificates are. The libpq of psycopg2's
-    wheel looks where they were on the machine that built it; Python knows where they are on this
-    one.
-    """
-    file = parameters.get("sslrootcert", "")
-    if file == "system":
-        if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
-            return
-        found = ssl.get_default_verify_paths()
-        if found.cafile:
-            os.environ["SSL_CERT_FILE"] = found.cafile
-        elif found.capath and any(Path(found.capath).iterdir()):
-            os.environ["SSL_CERT_DIR"] = found.capath
-        else:
-            raise UnusableURI(
-                "has sslrootcert=system, and this system's certificates were not found: set"
-                " SSL_CERT_FILE to a file of them"
-            )
-        return
+    """Check now that the certificates and keys can be used; otherwise each connection would fail.
+    Raises UnusableURI."""
+    system = parameters.get("sslrootcert") == "system"
+    if system:
+        _trust_the_system()
     hosts = parameters.get("host", "").split(",")
     # There is no TLS on Unix sockets.
-    verified = parameters.get("sslmode") in ("verify-ca", "verify-full") and not all(
-        host[:1] in ("", "/", "@") for host in hosts
-    )
+    local = all(host[:1] in ("", "/", "@") for host in hosts)
+    verified = parameters.get("sslmode") in ("verify-ca", "verify-full") and not (local or system)
     for name, needed, otherwise in (
         ("sslrootcert", verified, ", or sslrootcert=system"),
         ("sslcert", parameters.get("sslcert"), ""),
@@ -200,6 +182,10 @@ def _trust(parameters: dict[str, str]) -> None:
                 f"asks for a file of certificates or keys that cannot be read: set {name} in it, or"
                 f" PG{name.upper()}, to one{otherwise}"
             )
+    key = parameters.get("sslkey", "")
+    if parameters.get("sslcert") and not parameters.get("sslpassword") and _encrypted(key):
+        # libpq would ask for it on the terminal, and wait for ever, also when it is to stop.
+        raise UnusableURI("has a key with a passphrase: set sslpassword in it, or take one without")
 
 
 def _readable(path: str) -> bool:
@@ -208,6 +194,29 @@ def _readable(path: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def _trust_the_system() -> None:
+    """Say where the system's certificates are. The libpq of psycopg2's wheel looks where they were
+    on the machine that built it; Python knows where they are on this one."""
+    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+        return
+    found = ssl.get_default_verify_paths()
+    if found.cafile:
+        os.environ["SSL_CERT_FILE"] = found.cafile
+    elif found.capath and any(Path(found.capath).iterdir()):
+        os.environ["SSL_CERT_DIR"] = found.capath
+    else:
+        raise UnusableURI(
+            "has sslrootcert=system, and this system's certificates were not found: set"
+            " SSL_CERT_FILE to a file of them"
+        )
+
+
+def _encrypted(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        return b"ENCRYPTED" in Path(path).read_bytes()
+    return False
 
 
 def settings_in(options: str) -> dict[str, str]:

@@ -20,6 +20,12 @@ from urllib.parse import quote
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from postgres import pool
 from postgres.connect import Connector, Target, settings_in
@@ -286,6 +292,7 @@ def test_the_systems_certificates_are_found(
         ),
         ("sslmode=verify-ca&sslrootcert=/not/there", "set sslrootcert in it"),
         ("sslcert=/not/there", "set sslcert in it, or PGSSLCERT, to one"),
+        ("sslrootcert=system&sslcert=/not/there", "set sslcert in it, or PGSSLCERT, to one"),
         ("sslmode=require&sslrootcert=system", 'weak sslmode "require" may not be used with'),
         ("service=nobody", "definition of service … not found"),
         ("sslnegotiation=direct&sslmode=prefer", "may not be used with sslnegotiation=direct"),
@@ -302,6 +309,22 @@ def test_what_libpq_can_never_connect_with_is_told_at_the_start(query: str, told
     done = pw_migrate("list", uri=f"postgresql://ann@db.invalid/none?{query}", HOME="/")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("POSTGRES_URI ") and told in done.stderr
+
+
+def test_a_key_with_a_passphrase_is_told_at_the_start(server: Server, tmp_path: Path) -> None:
+    """libpq asked for it on the terminal, again and again, and the service could not be stopped."""
+    pair = trustme.CA().issue_cert("gatehouse@example.com")
+    (tmp_path / "client.pem").write_bytes(pair.cert_chain_pems[0].bytes())
+    key = load_pem_private_key(pair.private_key_pem.bytes(), None)
+    secret = BestAvailableEncryption(b"hush")
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, secret)
+    (tmp_path / "client.key").write_bytes(locked)
+    (tmp_path / "client.key").chmod(0o600)
+    uri = f"{server.uri()}?sslcert={tmp_path}/client.pem&sslkey={tmp_path}/client.key"
+    done = run_app("check", POSTGRES_URI=uri)
+    assert done.returncode == 2
+    assert done.stdout.startswith("POSTGRES_URI has a key with a passphrase: set sslpassword in it")
+    assert run_app("check", POSTGRES_URI=f"{uri}&sslpassword=hush").returncode != 2
 
 
 def allow(server: Server, *lines: str) -> None:
