@@ -62,5 +62,15 @@ def test_s3_accepts_signed_requests(both_ways: Callable[..., Any]) -> None:
     }
 
 
+def test_webdav_copies_moves_and_locks(both_ways: Callable[..., Any]) -> None:
+    assert both_ways("webdav_files") == {
+        "listed": [["another/moved.bin", 3_072_000]],
+        "same": True,
+        "lock": [200, 423, 204, 204],
+        "refused": [502, 401],
+        "left": [],
+    }
+
+
 def test_a_log_in_by_ntlm_is_ones_own(both_ways: Callable[..., Any]) -> None:
     assert both_ways("ntlm_site") == {"people": [[200, True]], "strangers": [[401, ""]]}
