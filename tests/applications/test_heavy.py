@@ -50,6 +50,12 @@ def test_vite_replaces_a_module_in_the_page(both_ways: Callable[..., Any]) -> No
     assert found == {"texts": ["before", "after"], "kept": True, "console": []}
 
 
+def test_nexts_page_calls_its_server(both_ways: Callable[..., Any]) -> None:
+    found = both_ways("next_dev", 240)
+    counts = ["counted 41", "counted 41"]
+    assert found == {"asked": "BASE", "counts": counts, "console": []}
+
+
 def test_streamlits_page_shows_its_text(both_ways: Callable[..., Any]) -> None:
     assert both_ways("streamlit_page", 180) == {"title": "The shop", "console": []}
 

@@ -233,11 +233,15 @@ def test_every_application_that_is_tried_is_listed_and_nothing_else_is(
     assert pins == pinned(requirements)
 
 
-def test_the_version_of_vite_that_is_tried_is_listed() -> None:
-    """npm installs it, so it is in no requirements file."""
-    source = (ROOT / "tests" / "applications" / "vite_reload.py").read_text()
-    [version] = re.findall(r'(?m)^VITE = "(.+)"$', source)
-    assert f"`vite@{version}`" in APPLICATIONS.read_text()
+@pytest.mark.parametrize(
+    ("program", "package"),
+    [("vite_reload", "vite"), ("next_dev", "next"), ("next_dev", "react")],
+)
+def test_the_version_that_npm_installs_is_listed(program: str, package: str) -> None:
+    """It is in no requirements file."""
+    source = (ROOT / "tests" / "applications" / f"{program}.py").read_text()
+    [version] = re.findall(rf'(?m)^{package.upper()} = "(.+)"$', source)
+    assert f"`{package}@{version}`" in APPLICATIONS.read_text()
 
 
 def anchors(path: Path) -> set[str]:
