@@ -534,6 +534,12 @@ def test_the_units_for_the_move_from_1_0_0_differ_in_their_names_and_port_only(
         assert (tmp_path / f"gatehouse-2.{kind}").read_text() == text
 
 
+def test_the_way_back_to_1_0_0_undoes_all_migrations_but_its_own() -> None:
+    page = (ROOT / "docs" / "upgrading.md").read_text()
+    [count] = re.findall(r"pw_migrate rollback --count (\d+)", page)
+    assert int(count) == len([*(ROOT / "migrations").glob("[0-9]*.py")]) - 1
+
+
 @pytest.mark.parametrize("name", ["production", "upgrading", "monitoring", "machines"])
 def test_the_page_names_files_that_there_are_and_settings_that_there_are(name: str) -> None:
     page = (ROOT / "docs" / f"{name}.md").read_text()
