@@ -18,7 +18,7 @@ from server.logs import asked
 from server.loop import LEAVING, NEVER, Loop, Timer
 from server.stream import Stream
 from wire.chunks import LAST_CHUNK, chunk
-from wire.fields import text_of
+from wire.fields import remembering_short, text_of
 from wire.ids import request_id
 from wire.refusal import own_fields, refusal
 from wire.request import Head, end_of_head
@@ -621,7 +621,7 @@ class Client(Stream):
         return (0 if self.served else 2), self.idle_since
 
 
-@lru_cache(64)
+@remembering_short
 def status_line(status: str) -> bytes:
     """The first line of an answer."""
     return b"HTTP/1.1 %b\r\n" % status.encode("latin-1")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
 from problems import UpstreamBroken
 from wire.chunks import Chunks, Sized, UntilClose
-from wire.fields import Line, line, listed, remembering
+from wire.fields import Line, line, listed, remembering, remembering_short
 
 MAX_HEAD_BYTES = 262144
 STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
@@ -149,7 +148,7 @@ def mended(head: bytes) -> tuple[bytes, bool]:
     return head, spaced > 0
 
 
-@lru_cache(64)
+@remembering_short
 def status_of(raw: bytes) -> tuple[str, int, str]:
     """The version, status and reason of a status line. Raises UpstreamBroken."""
     found = STATUS_LINE.fullmatch(raw)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # A header line of an answer that is made here: name and value, decoded as latin-1, byte for byte.
 Field = tuple[str, str]
 
 # How many header lines are remembered, and how long each may be, in bytes.
 REMEMBERED, SHORT_BYTES = 1024, 256
+
+T = TypeVar("T", bytes, str)
+R = TypeVar("R")
 
 # Stands for `*` in a list of entity tags (RFC 9110 section 13.1). It cannot be a tag, because no
 # tag has a quote in it.
@@ -31,6 +34,13 @@ def line(name: bytes, value: bytes) -> Line:
     value = value.strip(b" \t")
     key = name.decode("ascii").lower()
     return Line(key, value.decode("latin-1"), b"%b: %b\r\n" % (name, value))
+
+
+def remembering_short(read: Callable[[T], R]) -> Callable[[T], R]:
+    """A function of a text that remembers its last results, but none for a long text: 256 hosts of
+    64 KB would stay for ever."""
+    remembered = lru_cache(256)(read)
+    return lambda text: remembered(text) if len(text) <= SHORT_BYTES else read(text)
 
 
 def remembering(read: Callable[[bytes], Line]) -> Callable[[Iterable[bytes]], list[Line]]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
 from wire.chunks import Chunks, Sized
-from wire.fields import SHORT_BYTES, Line, line, listed, remembering
+from wire.fields import Line, line, listed, remembering, remembering_short
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADER_LINES = 200
@@ -196,13 +195,10 @@ def lines_of(raw: bytes) -> Line:
     return line(found[1], found[2])
 
 
+@remembering_short
 def is_host(text: str) -> bool:
     """Whether this is a Host with an optional port, and the text in brackets, if any, is an IPv6
-    address. The result for a long one is not remembered: 256 texts of 64 KB would stay for ever."""
-    return _known_host(text) if len(text) <= SHORT_BYTES else _is_host(text)
-
-
-def _is_host(text: str) -> bool:
+    address."""
     match = HOST.fullmatch(text)
     if match is None or match[1] is None:
         return match is not None
@@ -211,9 +207,6 @@ def _is_host(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-_known_host = lru_cache(256)(_is_host)
 
 
 def end_of_head(data: bytes | bytearray, scanned: int = 0) -> int:

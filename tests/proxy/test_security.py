@@ -647,3 +647,24 @@ def test_nothing_long_that_a_caller_has_sent_is_remembered(
             ask(b"Host: %d." % number + b"a" * 60000)
             ask(b"Host: x\r\nX%d" % number + b"A" * 60000 + b": 1")
         assert service.memory - before < 16 << 20
+
+
+def test_nor_is_the_long_status_line_of_an_upstream(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """Sixty-four of them were kept for ever, which was 64 MB."""
+    numbers = iter(range(100))
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        reason = b"%d" % next(numbers) + b"a" * 250_000
+        sock.sendall(message(b"HTTP/1.1 200 " + reason, b"Content-Length: 0"))
+
+    upstream.script(answer)
+    with service.client() as client:
+        before = 0
+        for number in range(80):
+            if number == 10:
+                before = service.memory
+            client.send(request())
+            assert client.reply().status == 200
+        assert service.memory - before < 16 << 20
