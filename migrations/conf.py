@@ -132,14 +132,21 @@ def check_rollback(database: Migrating, count: int) -> None:
 
 
 class OneLine(logging.Filter):
-    """Turns the traceback of a failure, some ninety lines, into one that says what to do."""
+    """Turns the traceback of a failure, some ninety lines, into one that says what to do; and says
+    what was rolled back as `list` does."""
 
     failure = "pw_migrate failed"
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info:
             self.failure = record.getMessage()
-        return not record.exc_info
+            return False
+        done, _, name = record.getMessage().partition(": ")
+        if done == "Downgraded migration":
+            # A warning of the library's, and all that it says when it has done what it should.
+            print(f"- [ ] {name}")
+            return False
+        return True
 
     def tell(self, kind: type[BaseException], error: BaseException, _: object) -> None:
         print(f"{self.failure}: {explain(error)}", file=sys.stderr)

@@ -297,6 +297,12 @@ def test_an_empty_rollback_is_one_clear_line(empty: str) -> None:
     assert run.stderr == "there is nothing to roll back\n"
 
 
+def test_a_rollback_says_what_it_undid(databases: Databases) -> None:
+    done = pw_migrate("rollback", "--count", "2", uri=databases.create())
+    undone = "".join(f"- [ ] {path.stem}\n" for path in reversed(FILES[-2:]))
+    assert (done.returncode, done.stdout, done.stderr) == (0, undone, "")
+
+
 def test_the_password_is_never_printed(databases: Databases) -> None:
     uri = databases.create(migrated=False).replace("postgres:@", "postgres:hushhush@")
     assert "hushhush" in uri
