@@ -181,8 +181,7 @@ def test_with_pg_trgm_a_search_goes_by_an_index() -> None:
         with databases.admin(uri) as cursor:
             cursor.execute("DROP INDEX users_search")
         assert "schema: ok" in run_app("check", POSTGRES_URI=uri).stdout
-        since = [name for name in names(MIGRATIONS) if name >= "004_search"]
-        assert pw_migrate("rollback", "--count", str(len(since)), uri=uri).returncode == 0
+        rolled_back_before_search(uri)
         assert pw_migrate("migrate", uri=uri).returncode == 0
         with databases.admin(uri) as cursor:
             cursor.execute("SELECT to_regclass('users_search') IS NOT NULL")
@@ -221,13 +220,18 @@ def test_pg_trgm_in_a_schema_of_its_own() -> None:
             done = pw_migrate("migrate", uri=own)
             assert done.returncode == 0, done.stderr
             assert 'may not use the schema of pg_trgm, "100%"' in done.stdout
-            assert pw_migrate("rollback", uri=own).returncode == 0
+            rolled_back_before_search(own)
             cursor.execute(f'GRANT USAGE ON SCHEMA "100%" TO {role}')
             done = pw_migrate("migrate", uri=own)
             assert done.returncode == 0 and "without" not in done.stdout, done.stderr
             cursor.execute("SELECT to_regclass('users_search') IS NOT NULL")
             assert cursor.fetchone()[0]
         assert "schema: ok" in run_app("check", POSTGRES_URI=own).stdout
+
+
+def rolled_back_before_search(uri: str) -> None:
+    since = [name for name in names(MIGRATIONS) if name >= "004_search"]
+    assert pw_migrate("rollback", "--count", str(len(since)), uri=uri).returncode == 0
 
 
 def explained(uri: str, sql: str, values: dict[str, Any]) -> str:
