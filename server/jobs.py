@@ -142,6 +142,8 @@ class Asker(Protocol):
 
     @property
     def queued(self) -> int: ...
+    @property
+    def paused(self) -> bool: ...
 
     def begin(self, status: str, lines: bytes, *, length: int | None, dated: bool) -> None: ...
     def write(self, piece: bytes) -> None: ...
@@ -305,7 +307,8 @@ class Job:
 
     def client_ended(self) -> None:
         """The client sends no more. It may still read, and the answer is nearly ready."""
-        if self.wants_body:
+        # While the client is paused, its last bytes are not read yet. Its end comes again then.
+        if self.wants_body and not self.client.paused:
             self.client.cut()
 
     def settled(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import socket
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -283,6 +284,18 @@ def test_importing_an_export_elsewhere_makes_the_same_users(
         assert [user | times for user in all_users(other)] == [user | times for user in users]
         assert told(send(other, body, kind))[1] == (1203, 0, 0, 1203, 0)
     assert told(send(alone, body, kind))[1] == (1203, 0, 0, 1203, 0)
+
+
+def test_an_import_is_whole_though_its_client_has_ended_its_sending_half(alone: Service) -> None:
+    """It was cut if the end was seen before the last bytes were read, which waited their turn."""
+    pad = "x" * 4000
+    rows = [{"email": new_email(), "name": "Ann", "metadata": {"pad": pad}} for _ in range(500)]
+    body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    fields = [b"Content-Type: " + NDJSON.encode(), b"Content-Length: %d" % len(body)]
+    with RawClient(alone.port, 60) as client:
+        client.send(request(b"POST /users HTTP/1.1", *fields, body=body))
+        client.sock.shutdown(socket.SHUT_WR)
+        assert told(client.reply())[1] == (500, 500, 0, 0, 0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 500, 1000])
