@@ -50,6 +50,10 @@ class Responder(Protocol):
     def wants_body(self) -> bool:
         """Whether more of the request's body is to come."""
 
+    @property
+    def hurries_client(self) -> bool:
+        """Whether the time that the client has for that runs."""
+
     def from_client(self, data: bytes) -> bytes:
         """Take bytes of the body; returns what follows it."""
 
@@ -413,7 +417,12 @@ class Client(Stream):
         else:
             self.flush()
         self._complete = True
-        if not more:
+        if more:
+            # From now on the client is no slower than one that has just begun.
+            self._began = self._paused_at = self.loop.now
+            self._received = 0
+            self._timer.set(self._patience())
+        else:
             self._leave_unread()
             self._go_on()
 
@@ -569,7 +578,7 @@ class Client(Stream):
         if self.phase is Phase.READING:
             idle_until = self.idle_since + max(self._desk.keepalive, 0 if self.served else 30)
             when = min(when, self._overdue() if self._began else idle_until)
-        elif self.responder is not None and self.responder.wants_body and not self.paused:
+        elif self.responder is not None and self.responder.hurries_client and not self.paused:
             when = min(when, self._overdue())
         return when
 

@@ -216,6 +216,12 @@ class Exchange:
         """Whether more of the body is to come from the client."""
         return self.body is not None and not self.body.complete and self.state is not State.ENDED
 
+    @property
+    def hurries_client(self) -> bool:
+        """While the upstream answers, the two may be in a conversation, which is as slow as they
+        like it. The silence of the upstream has a limit then."""
+        return self.wants_body and self.state is not State.ANSWERING
+
     def from_client(self, data: bytes) -> bytes:
         """Bytes from the client; returns those that follow the request's body."""
         assert self.body is not None

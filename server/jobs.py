@@ -298,6 +298,11 @@ class Job:
     def wants_body(self) -> bool:
         return self.body is not None and not self.body.complete
 
+    @property
+    def hurries_client(self) -> bool:
+        """An import that has begun to answer holds a thread until it has all of its body."""
+        return self.wants_body
+
     def client_drained(self) -> None:
         self._let_go_on()
 

@@ -60,6 +60,7 @@ class Tunnel:
     )
 
     wants_body = True  # It takes all bytes from the client, until its end.
+    hurries_client = False
 
     def __init__(
         self, client: Talker, connection: Connection, upstream: Upstream, silence: float

@@ -27,6 +27,7 @@ from tests.harness import (
     message,
     ok,
     problem,
+    request,
     wait_for,
 )
 from tests.harness.upstream import read_chunks
@@ -492,3 +493,31 @@ def test_the_time_of_a_request_is_counted_while_it_may_arrive(
         ThreadPoolExecutor(len(ways)) as threads,
     ):
         list(threads.map(try_one, ways))
+
+
+@pytest.mark.slow
+def test_one_who_is_answered_meanwhile_may_send_slowly(
+    start: Callable[..., Service], upstream: ScriptedUpstream
+) -> None:
+    """The application has chosen to talk with this client, and its own silence has a limit. Such a
+    conversation was cut when the time of an ordinary request was up."""
+
+    def talk(sock: socket.socket, seen: Seen) -> bool:
+        sock.sendall(message(b"HTTP/1.1 200 OK", b"Content-Length: 2"))
+        left = int(seen.get("Content-Length") or 0) - len(seen.body)
+        while left and (data := sock.recv(65536)):
+            left -= len(data)
+        sock.sendall(b"ok" if not left else b"")
+        return False
+
+    upstream.early = talk
+    service = start(UPSTREAM_URL=upstream.url)
+    # A body that is larger than what is gathered: the application is asked at once.
+    head = request(b"POST /talk HTTP/1.1", b"Content-Length: 70000")
+    with service.client() as client:
+        client.send(head + b"hi")
+        assert client.head().startswith(b"HTTP/1.1 200 ")
+        assert not client.closed(REQUEST_SECONDS + 3)
+        client.sock.settimeout(15)
+        client.send(bytes(70000 - 2))
+        assert client.sock.recv(2, socket.MSG_WAITALL) == b"ok"

@@ -38,6 +38,10 @@ class Responder:
     def wants_body(self) -> bool:
         return self.tunnel or (self.body is not None and not self.body.complete)
 
+    @property
+    def hurries_client(self) -> bool:
+        return self.wants_body
+
     def from_client(self, data: bytes) -> bytes:
         if self.fails:
             raise ValueError("as it never should")
