@@ -33,6 +33,7 @@ class Responder:
         self.data = b""
         self.told: list[str] = []
         self.fails = False
+        self.patient = False
 
     @property
     def wants_body(self) -> bool:
@@ -40,7 +41,7 @@ class Responder:
 
     @property
     def hurries_client(self) -> bool:
-        return self.wants_body
+        return self.wants_body and not self.patient
 
     def from_client(self, data: bytes) -> bytes:
         if self.fails:
@@ -240,6 +241,25 @@ def test_a_body_has_its_clock_again_after_its_client_was_made_to_wait(
     desk.pass_time(2 * REQUEST_SECONDS)
     assert desk.gone == []
     client.resume()
+    desk.pass_time(REQUEST_SECONDS - 1)
+    assert desk.gone == []
+    desk.pass_time(2)
+    assert desk.gone == [client] and desk.responders[0].told == ["settled"]
+
+
+def test_a_body_has_its_clock_anew_after_a_conversation(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """The client had used up its time in it, and the rest of the body was not read."""
+    client, _ = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
+    desk.responders[0].patient = True
+    client.begin("200 OK", b"Content-Length: 2\r\n", length=2, dated=True, close=True)
+    desk.pass_time(2 * REQUEST_SECONDS)
+    assert desk.gone == []
+    desk.responders[0].patient = False
+    client.write(b"ok")
+    client.finish(more=True)
     desk.pass_time(REQUEST_SECONDS - 1)
     assert desk.gone == []
     desk.pass_time(2)
