@@ -440,8 +440,11 @@ def test_every_problem_that_callers_get_has_its_status() -> None:
 
 # What the other rows tell of, and the tests elsewhere that provoke it.
 ELSEWHERE = {
-    '400 or 403, "CSRF", "invalid host"; a redirect to an inner address': (
+    '400 or 403, "CSRF"; a redirect to an inner address': (
         "applications/test_light.py: test_one_logs_in_to_djangos_admin"
+    ),
+    '"host is not allowed", "invalid host" from an `http://` upstream': (
+        "proxy/test_request.py: test_the_clients_host_is_kept"
     ),
     "redirects in a circle between http and https": (
         "proxy/test_forwarding.py: test_the_protocol_that_a_trusted_proxy_tells"
@@ -451,6 +454,17 @@ ELSEWHERE = {
     ),
     "event streams end after a minute": (
         "proxy/test_event_streams.py: test_a_client_of_a_silent_stream_hears_that_it_lives"
+    ),
+    "events stop for good after the application has restarted": (
+        "proxy/test_upstream_connections.py:"
+        " test_a_refused_connection_is_tried_again_while_the_application_restarts"
+    ),
+    "answers are not compressed any more": (
+        "proxy/test_before_nginx.py: test_nginx_compresses_for_a_proxy_only_if_it_is_told_to"
+    ),
+    "an upload that is sent piece by piece for minutes comes late, or its connection is closed and"
+    ' the log has `"status": 0`': (
+        "server/test_client.py: test_a_body_that_trickles_has_its_clock"
     ),
     "a WebSocket is refused": "proxy/test_behind_proxies.py: test_a_websocket_goes_through_both",
     "paths below `/users` or `/health` do not reach the application": (
