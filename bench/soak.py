@@ -78,7 +78,10 @@ def application(port: int, delay: Any) -> None:
     """What is behind Gatehouse, in a process of its own, which may be killed. It waits for `delay`
     seconds before each answer."""
 
+    begun = threading.Event()
+
     def answer(sock: Any, seen: Seen) -> bool | None:
+        begun.wait()
         upstream.seen.clear()
         time.sleep(delay.value)
         if seen.target == b"/large":
@@ -104,8 +107,9 @@ def application(port: int, delay: Any) -> None:
             ok(sock, seen)
         return None
 
-    upstream = ScriptedUpstream(port=port)
-    upstream.answer = answer
+    # From its first request on it answers in this way: callers wait for it while it starts.
+    upstream = ScriptedUpstream(answer, port=port)
+    begun.set()
     threading.Event().wait()
 
 
