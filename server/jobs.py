@@ -320,8 +320,9 @@ class Job:
         """The client has its answer, or is gone."""
         self.over = True
         self._waiting.clear()
-        self.client.deadline.cancel()
-        self.client.deadline.action = None
+        if self._patience < NEVER:
+            self.client.deadline.cancel()
+            self.client.deadline.action = None
         if self._inbox is not None:
             self._inbox.put_end(cut=True)
         self._let_go_on()
@@ -336,8 +337,9 @@ class Job:
             self._gathered = bytearray()
         self._waiting.append(self._work)
         self.lane.add(partial(begin, self._waiting))
-        self.client.deadline.action = self._give_up
-        self.client.deadline.set(self.client.loop.now + self._patience)
+        if self._patience < NEVER:
+            self.client.deadline.action = self._give_up
+            self.client.deadline.set(self.client.loop.now + self._patience)
 
     def _give_up(self) -> None:
         """Its time is over. If it has not begun, it never will."""

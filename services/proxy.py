@@ -95,10 +95,11 @@ class Proxy:
         """Refuse what can never be forwarded. Raises MethodNotAllowed or LoopDetected."""
         if head.method == "CONNECT":
             raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", METHODS)])
-        # Only a line that has the name somewhere is taken apart: there may be 64 KB of commas.
-        via = [line for line in head.values.get("via", ()) if self.name in line]
-        if any(self.name in hop.split()[1:2] for hop in listed(via)):
-            raise LoopDetected
+        if via := head.values.get("via"):
+            # Only a line that has the name somewhere is taken apart: there may be 64 KB of commas.
+            mine = [line for line in via if self.name in line]
+            if any(self.name in hop.split()[1:2] for hop in listed(mine)):
+                raise LoopDetected
 
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
         """The head that is sent to the upstream. It has Host, the client's lines in their order
