@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app import VERSION
 from metrics import BOUNDS, Board
 from settings import FROM_FILE, VARIABLES
 from tests.harness import (
@@ -318,6 +319,13 @@ def compose() -> dict[str, Any]:
 def kubernetes() -> dict[str, Any]:
     documents = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
     return {document["kind"]: document for document in documents}
+
+
+def test_the_deployed_version_is_this_one() -> None:
+    """A Job cannot be changed: with an older version's name the migration would not be run again."""
+    assert kubernetes()["Job"]["metadata"]["name"].endswith(VERSION.replace(".", "-"))
+    for name in ("compose.yaml", "kubernetes.yaml"):
+        assert set(re.findall(r"image: gatehouse:(\S+)", (DEPLOY / name).read_text())) == {VERSION}
 
 
 @needs("kubernetes-validate")
