@@ -192,8 +192,10 @@ class Client(Stream):
         self._received += len(data)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
-            # A client that sends is alive, and may begin to read only after that.
-            self._took = self.loop.now
+            # Many clients read only after they have sent all. So what one sends is a sign of life
+            # too, but only for the time that it has to send it in. With a byte a minute it would
+            # keep its answer, and the upstream, for ever.
+            self._took = min(self.loop.now, self._took + len(data) / MIN_BYTES_PER_SECOND)
             data = responder.from_client(data)
             if self.phase is Phase.ANSWERING and not responder.wants_body:
                 self._timer.set(self._patience())
@@ -489,12 +491,12 @@ class Client(Stream):
             else:
                 self.phase = Phase.READING
                 self._forget_answer()
+                if self.paused:
+                    self.resume()  # It is first, because it adds the pause to a request's time.
                 self._began = self.loop.now if self._ahead else 0.0
                 self._received = len(self._ahead)
                 self.idle_since = self.loop.now
                 self._timer.set(self._patience())
-                if self.paused:
-                    self.resume()
                 self._read_requests()
         except Exception:
             # The responder may have let go of this client already: nobody else would end it.

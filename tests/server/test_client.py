@@ -11,6 +11,7 @@ import pytest
 from problems import NotFound, Problem
 from server.client import (
     AHEAD_BYTES,
+    MIN_BYTES_PER_SECOND,
     READER_LOOK_SECONDS,
     REQUEST_SECONDS,
     REQUESTS_AT_ONCE,
@@ -222,6 +223,44 @@ def test_a_client_that_takes_nothing_of_a_tunnel_is_cut_all_the_same(
     assert desk.gone == [client] and desk.responders[0].told == ["settled"]
 
 
+@pytest.mark.parametrize("tunnel", [False, True])
+def test_a_client_that_trickles_and_takes_nothing_is_cut(
+    desk: Desk, let_in: Callable[[], Pair], tunnel: bool
+) -> None:
+    """A byte a minute was sign of life enough, so that it was served for ever."""
+    client, _ = let_in()
+    if tunnel:
+        client.received(request())
+        desk.responders[0].switch()
+    else:
+        client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
+        desk.responders[0].patient = True
+        client.begin("200 OK", b"", length=None, dated=True, close=True)
+    fill(client)
+    for _ in range(6):
+        desk.pass_time(READER_LOOK_SECONDS)
+        client.received(b"x")
+    assert desk.gone == [client] and desk.responders[0].told == ["settled"]
+
+
+def test_a_client_may_take_nothing_for_as_long_as_it_sends_steadily(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """Many read only after they have sent all."""
+    client, _ = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 1000000", body=b"x"))
+    desk.responders[0].patient = True
+    client.begin("200 OK", b"", length=None, dated=True, close=True)
+    fill(client)
+    for _ in range(20):
+        desk.pass_time(READER_LOOK_SECONDS)
+        client.received(bytes(int(READER_LOOK_SECONDS * MIN_BYTES_PER_SECOND)))
+    assert desk.gone == []
+    for _ in range(6):
+        desk.pass_time(READER_LOOK_SECONDS)
+    assert desk.gone == [client]
+
+
 def test_a_body_that_trickles_has_its_clock(desk: Desk, let_in: Callable[[], Pair]) -> None:
     client, _ = let_in()
     client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
@@ -245,6 +284,22 @@ def test_a_body_has_its_clock_again_after_its_client_was_made_to_wait(
     assert desk.gone == []
     desk.pass_time(2)
     assert desk.gone == [client] and desk.responders[0].told == ["settled"]
+
+
+def test_a_request_is_given_no_time_for_the_pause_before_it(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """One whose first bytes came before the pause had that much more time."""
+    client, _ = let_in()
+    first = request(b"POST / HTTP/1.1", b"Content-Length: 2", body=b"ab")
+    client.received(first + b"GET / HT")
+    client.pause()
+    desk.pass_time(2 * REQUEST_SECONDS)
+    desk.responders[0].answer()
+    desk.pass_time(REQUEST_SECONDS - 1)
+    assert desk.gone == []
+    desk.pass_time(2)
+    assert desk.gone == [client]
 
 
 def test_a_body_has_its_clock_anew_after_a_conversation(
