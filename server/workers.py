@@ -28,7 +28,7 @@ log = logging.getLogger("gatehouse")
 # SIGHUP says that the terminal was closed.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # A worker that ends by itself within START_SECONDS could not start. After START_ATTEMPTS such
-# workers in a row the service gives up.
+# workers in a row the service gives up. If no worker runs, one that cannot be forked counts too.
 START_SECONDS = 1.0
 START_ATTEMPTS = 5
 # How often to look whether all workers serve, until they do, in seconds.
@@ -198,6 +198,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             log.error("worker %d cannot be started: %s", worker, error.strerror)
             heapq.heappush(self.due, (time.monotonic() + START_SECONDS, worker))
+            self.failures += not self.running
             return
         if process == 0:
             code = 1

@@ -7,6 +7,8 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from metrics import Board
 from server.systemd import Notifier
 from server.workers import STOPS, Service, Supervisor
+from tests.harness import ROOT
 
 
 def test_a_worker_that_cannot_be_forked_is_tried_again_and_ends_no_other(
@@ -31,9 +34,35 @@ def test_a_worker_that_cannot_be_forked_is_tried_again_and_ends_no_other(
         service = Service(make, lambda: None, listener, Board(2), Notifier({}), workers=2)
         supervisor = Supervisor(service)
     monkeypatch.setattr(os, "fork", fork)
+    supervisor.running[1] = 0, 0.0
     supervisor.start(1)
-    assert [worker for _, worker in supervisor.due] == [1] and not supervisor.running
+    assert [worker for _, worker in supervisor.due] == [1] and list(supervisor.running) == [1]
+    assert supervisor.failures == 0, "the other one serves, so nobody gives up"
     assert "worker 1 cannot be started: Resource temporarily unavailable" in caplog.text
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOPS), "no signal is held back"
     for descriptor in (*supervisor.lifeline, *supervisor.signals):
         os.close(descriptor)
+
+
+WITHOUT_WORKERS = """
+import errno, os, socket, sys
+from metrics import Board
+from server.systemd import Notifier
+from server.workers import Service, Supervisor
+
+def fork():
+    raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+os.fork = fork
+service = Service(None, None, socket.socket(), Board(3), Notifier({}), workers=3)
+sys.exit(Supervisor(service).run())
+"""
+
+
+def test_a_service_for_which_no_worker_can_be_forked_ends() -> None:
+    """It went on for ever without a worker, so that nobody started it again."""
+    command = [sys.executable, "-c", WITHOUT_WORKERS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "worker 2 cannot be started: Resource temporarily unavailable" in done.stderr
+    assert done.stderr.endswith("the workers cannot start\n")
