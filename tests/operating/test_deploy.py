@@ -494,26 +494,34 @@ def test_the_other_targets_add_what_they_need(target: str) -> None:
 
 
 @needs("make")
-@pytest.mark.parametrize("case", ["as it was", "moved", "without its Python", "another Python"])
+@pytest.mark.parametrize(
+    "case", ["as it was", "moved", "without its Python", "another Python", "another project's"]
+)
 def test_a_venv_that_no_longer_works_is_made_anew(tmp_path: Path, case: str) -> None:
-    """Its commands could not be executed after a move, and `make -B install` left them as they were."""
+    """Its commands could not be executed after a move, and `make -B install` left them as they were.
+    One that is a link to another project's is left alone: it was emptied for that project too."""
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     commands = tmp_path / ".venv" / "bin"
     commands.mkdir(parents=True)
-    made_in = Path("/elsewhere") if case == "moved" else tmp_path
+    made_in = Path("/elsewhere") if case in ("moved", "another project's") else tmp_path
     (commands / "pw_migrate").write_text(f"#!{made_in}/.venv/bin/python3\n")
     (commands.parent / ".installed").touch()
     chosen = tmp_path / "python"
-    answer = "other" if case == "another Python" else "same"
+    answer = "other" if case in ("another Python", "another project's") else "same"
     for path, says in ((chosen, "same"), (commands / "python", answer)):
         path.write_text(f"#!/bin/sh\necho {says}\n")
         path.chmod(0o755)
     if case == "without its Python":
         (commands / "python").unlink()
         (commands / "python").symlink_to("/nowhere")
+    elif case == "another project's":
+        commands.parent.rename(tmp_path / "theirs")
+        commands.parent.symlink_to("theirs")
     told = run("make", "--dry-run", "install", f"PYTHON={chosen}", cwd=tmp_path)
-    assert ("-m venv --clear .venv" in told) == (case != "as it was"), told
+    works = case in ("as it was", "another project's")
+    assert ("-m venv --clear .venv" in told) == (not works), told
+    assert ("-m venv" in told) == (not works), told
 
 
 # The page "from zero to production"
