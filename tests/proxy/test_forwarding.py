@@ -170,9 +170,15 @@ def test_whatever_a_trusted_proxy_forwards_passes(
         b"X-Forwarded-Server: front",
         b"Forwarded: for=203.0.113.7;proto=https",
         b"X-Real-IP: 203.0.113.7",
+        # A name with another mark than a hyphen changes nothing for the others.
+        b"X_Other: 1",
     ]
-    seen, _ = forward(trusting, upstream, request(GET, *lines))
-    assert seen.head.split(b"\r\n")[2:8] == lines
+    for sent in (lines, lines[:-1]):
+        seen, _ = forward(trusting, upstream, request(GET, *sent, b"X_Real_IP: mallory"))
+        assert seen.head.split(b"\r\n")[2 : 2 + len(sent)] == sent
+        assert b"mallory" not in seen.head
+        seen, _ = forward(trusting, upstream, request(GET, *sent))
+        assert seen.head.split(b"\r\n")[2 : 2 + len(sent)] == sent
 
 
 @pytest.mark.parametrize(
