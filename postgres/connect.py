@@ -340,6 +340,11 @@ class Direct(peewee.PostgresqlDatabase):
         return self.connector.open()
 
 
+def sqlstate(error: BaseException) -> str:
+    """The SQLSTATE of an error, also in peewee's wrapping; empty if it has none."""
+    return getattr(getattr(error, "orig", None) or error, "pgcode", None) or ""
+
+
 def reason(error: Exception, target: Target | None = None) -> str:
     """Why a database could not be used, in a few words without a role or a credential. If it could
     not be reached, they begin with its host and port."""

@@ -16,7 +16,7 @@ from typing import Any
 import peewee
 import psycopg2
 
-from postgres.connect import Connector, Direct
+from postgres.connect import Connector, Direct, sqlstate
 from postgres.schema import Parts, replayed
 
 # A statement of a migration waits this many seconds for a lock. If somebody has left a transaction
@@ -157,7 +157,7 @@ def _count(database: Migrating, table: str, condition: str) -> int:
 
 def advice(error: BaseException) -> list[str]:
     """What to do about an error, where that is known."""
-    code = getattr(getattr(error, "orig", None) or error, "pgcode", None)
+    code = sqlstate(error)
     return [ADVICE[code]] if code in ADVICE else []
 
 

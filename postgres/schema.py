@@ -12,7 +12,7 @@ from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
 
-from postgres.connect import Connector, Direct, Target, reason
+from postgres.connect import Connector, Direct, Target, reason, sqlstate
 from postgres.deadlines import ended_after
 
 # One row for each part of a table: kind, name, definition. Both sides of a comparison come from
@@ -170,8 +170,7 @@ def verdict(
 
 
 def _advised(error: Exception, target: Target) -> str:
-    code = getattr(getattr(error, "orig", None) or error, "pgcode", None)
-    return ": ".join(filter(None, (reason(error, target), ADVICE.get(code or ""))))
+    return ": ".join(filter(None, (reason(error, target), ADVICE.get(sqlstate(error)))))
 
 
 def _elsewhere(cursor: Cursor, table: str) -> list[str]:
