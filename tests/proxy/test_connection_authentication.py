@@ -6,6 +6,8 @@ over several connections, and whoever came next would be taken for the one who h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.harness import DEAD_DATABASE, ScriptedUpstream, Service, message, ok, request, wait_for
@@ -98,8 +100,11 @@ def test_a_client_whose_connection_the_upstream_closed_gets_a_new_one(
     assert used not in [seen.connection for seen in upstream.seen[1:]]
 
 
-def test_other_schemes_bind_nothing(service: Service, upstream: ScriptedUpstream) -> None:
+def test_other_schemes_bind_nothing(
+    start: Callable[..., Service], upstream: ScriptedUpstream
+) -> None:
     upstream.script(challenged(b'Basic realm="NTLM"', b"Bearer"))
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=1)  # A worker keeps its own connections.
     with service.client() as ann, service.client() as bob:
         ann.send(asked(b"/ann", b"Authorization: Basic bnRsbTpudGxt"))
         assert ann.reply().status == 401

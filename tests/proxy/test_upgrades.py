@@ -146,6 +146,13 @@ def service(running: Application) -> Iterator[Service]:
         yield service
 
 
+@pytest.fixture(scope="module")
+def one_worker(running: Application) -> Iterator[Service]:
+    """One process that has all tunnels, so that its descriptors and threads can be counted."""
+    with Service(UPSTREAM_URL=running.url, WORKERS=1) as service:
+        yield service
+
+
 @contextlib.contextmanager
 def tunnel(
     service: Service, application: Application, behind: bytes = b""
@@ -716,7 +723,7 @@ def test_a_tunnel_is_counted_until_it_ends_and_then_has_its_line_in_the_log(
 def test_a_tunnel_has_a_place_until_it_ends(
     start: Callable[..., Service], application: Application
 ) -> None:
-    service = start(UPSTREAM_URL=application.url, UPSTREAM_MAX_IN_FLIGHT=2)
+    service = start(UPSTREAM_URL=application.url, UPSTREAM_MAX_IN_FLIGHT=2, WORKERS=1)
     with tunnel(service, application), tunnel(service, application):
         problem(service.exchange(asking()), 503, "upstream-busy")
         problem(service.exchange(request()), 503, "upstream-busy")
@@ -726,43 +733,43 @@ def test_a_tunnel_has_a_place_until_it_ends(
 
 
 def test_200_tunnels_leave_no_descriptor_and_no_thread_behind(
-    service: Service, application: Application
+    one_worker: Service, application: Application
 ) -> None:
-    process = psutil.Process(service.process.pid)
-    with tunnel(service, application):
+    process = psutil.Process(one_worker.process.pid)
+    with tunnel(one_worker, application):
         pass
-    assert freed(service)
+    assert freed(one_worker)
     descriptors, threads = process.num_fds(), process.num_threads()
     for number in range(200):
-        with tunnel(service, application) as (ours, theirs):
+        with tunnel(one_worker, application) as (ours, theirs):
             leaving, staying = (ours, theirs) if number % 2 else (theirs, ours)
             (leaving.reset if number % 3 else leaving.close)()
             assert staying.gone(2)
-    assert freed(service)
+    assert freed(one_worker)
     wait_for(lambda: process.num_fds() <= descriptors + 1, 3, "the descriptors to be closed")
     # What made the connections ends when it has nothing to do.
     wait_for(lambda: process.num_threads() <= threads + 1, 12, "as many threads as before")
 
 
 def test_open_tunnels_hold_no_thread_and_disturb_nobody(
-    service: Service, application: Application
+    one_worker: Service, application: Application
 ) -> None:
-    threads = psutil.Process(service.process.pid).num_threads()
+    threads = psutil.Process(one_worker.process.pid).num_threads()
     with contextlib.ExitStack() as stack:
-        open_ones = [stack.enter_context(tunnel(service, application)) for _ in range(150)]
-        assert psutil.Process(service.process.pid).num_threads() <= threads + 16
-        assert service.exchange(request()).body == b"ok"
+        open_ones = [stack.enter_context(tunnel(one_worker, application)) for _ in range(150)]
+        assert psutil.Process(one_worker.process.pid).num_threads() <= threads + 16
+        assert one_worker.exchange(request()).body == b"ok"
         for number, (ours, theirs) in enumerate(open_ones):
             ours.send(b"%d" % number)
             assert theirs.take(len(str(number))) == b"%d" % number
-    assert freed(service)
+    assert freed(one_worker)
 
 
 @pytest.mark.parametrize("who", ["client", "application"])
 def test_tunnels_to_a_side_that_never_reads_cost_their_buffers_only(
     start: Callable[..., Service], application: Application, who: str
 ) -> None:
-    service = start(UPSTREAM_URL=application.url)
+    service = start(UPSTREAM_URL=application.url, WORKERS=1)
     process = psutil.Process(service.process.pid)
     with contextlib.ExitStack() as stack:
         open_ones = [stack.enter_context(tunnel(service, application)) for _ in range(10)]
