@@ -6,11 +6,21 @@ over several connections, and whoever came next would be taken for the one who h
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 
 import pytest
 
-from tests.harness import DEAD_DATABASE, ScriptedUpstream, Service, message, ok, request, wait_for
+from tests.harness import (
+    DEAD_DATABASE,
+    ScriptedUpstream,
+    Seen,
+    Service,
+    message,
+    ok,
+    request,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +84,18 @@ def test_credentials_of_a_connection_bind_it_without_a_challenge(
 
 
 def test_it_ends_with_its_client(service: Service, upstream: ScriptedUpstream) -> None:
-    upstream.script(challenged(b"NTLM"))
+    used: list[socket.socket] = []
+
+    def challenge(sock: socket.socket, seen: Seen) -> None:
+        used.append(sock)
+        sock.sendall(challenged(b"NTLM"))
+
+    upstream.script(challenge)
     with service.client() as ann:
         ann.send(asked(b"/ann"))
         assert ann.reply().status == 401
-        kept = set(upstream.open)
-    wait_for(lambda: len(kept - upstream.open) == 1, 2, "the client's connection to be closed")
+        assert used[0] in upstream.open
+    wait_for(lambda: used[0] not in upstream.open, 2, "the client's connection to be closed")
 
 
 def test_a_client_whose_connection_the_upstream_closed_gets_a_new_one(

@@ -300,6 +300,8 @@ def test_a_process_without_a_free_descriptor_waits_for_one_without_spinning(
     upstream.script(hold)
     service = start(UPSTREAM_URL=upstream.url, WORKERS=1)
     process = psutil.Process(service.process.pid)
+    # Whoever looked whether it had started is gone, and leaves no gap among the descriptors later.
+    wait_for(lambda: all(one.status == "LISTEN" for one in process.net_connections("tcp")))
     with service.client() as kept:
         kept.send(request(b"GET /x HTTP/1.1"))
         assert kept.reply().body == b"ok"

@@ -76,7 +76,9 @@ class Reader:
         self.seen: Seen | None = None
         self.bare = b""
         self.total = total
-        self.answer = answer or message(OK, b"Content-Length: 2", body=b"ok")
+        # It says that the connection ends, or the next test's request might still go there.
+        ends = (b"Content-Length: 2", b"Connection: close")
+        self.answer = answer or message(OK, *ends, body=b"ok")
 
     def __call__(self, sock: socket.socket, seen: Seen) -> bool:
         self.seen, self.bare = seen, seen.body
