@@ -111,9 +111,7 @@ class Deadlines:
                     self._cut(key)
 
     def _cut(self, key: int) -> None:
-        connection = self._running.pop(key)[2]
-        with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
-            sock.shutdown(socket.SHUT_RDWR)
+        cut(self._running.pop(key)[2])
 
 
 @contextlib.contextmanager
@@ -122,12 +120,11 @@ def ended_after(connection: Any, seconds: float) -> Iterator[None]:
     A pooler lets a statement wait for minutes, or for ever, for a server that is gone."""
     late = threading.Event()
 
-    def cut() -> None:
+    def give_up() -> None:
         late.set()
-        with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
-            sock.shutdown(socket.SHUT_RDWR)
+        cut(connection)
 
-    timer = threading.Timer(seconds, cut)
+    timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
     try:
@@ -138,6 +135,12 @@ def ended_after(connection: Any, seconds: float) -> Iterator[None]:
         raise
     finally:
         timer.cancel()
+
+
+def cut(connection: Any) -> None:
+    """End the conversation of a connection: whoever waits for its answer gets an error."""
+    with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def borrowed(connection: Any) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,25 +146,24 @@ def verdict(
     target = Target.of(uri)
     settings = {"statement_timeout": str(round(statement_timeout * 1000))}
     database = Comparing(Connector(target, connect_timeout, settings))
-    try:
-        database.connect()
-        connection = database.connection()
-        with ended_after(connection, statement_timeout + MARGIN):
-            wrong, missing = unsuitable(connection), pending(connection, directory)
-    except InsufficientPrivilege as error:
-        return 4, "ok", f"cannot be read: {_advised(error, target)}"
-    except Exception as error:
-        return 5, f"unreachable: {reason(error, target)}", "unknown"
-    if wrong:
-        return 4, "ok", wrong
-    if missing:
-        return 3, "ok", f"migrations pending: {', '.join(missing)}"
-    try:
-        lines = differences(database, directory, rights=True)
-    except Exception as error:  # It is a standby, or the role may not make temporary tables.
-        return 4, "ok", f"cannot be compared: {_advised(error, target)}"
-    finally:
-        database.close()
+    with contextlib.closing(database):
+        try:
+            database.connect()
+            connection = database.connection()
+            with ended_after(connection, statement_timeout + MARGIN):
+                wrong, missing = unsuitable(connection), pending(connection, directory)
+        except InsufficientPrivilege as error:
+            return 4, "ok", f"cannot be read: {_advised(error, target)}"
+        except Exception as error:
+            return 5, f"unreachable: {reason(error, target)}", "unknown"
+        if wrong:
+            return 4, "ok", wrong
+        if missing:
+            return 3, "ok", f"migrations pending: {', '.join(missing)}"
+        try:
+            lines = differences(database, directory, rights=True)
+        except Exception as error:  # It is a standby, or the role may not make temporary tables.
+            return 4, "ok", f"cannot be compared: {_advised(error, target)}"
     if lines:
         return 4, "ok", f"not what the migrations make: {'; '.join(lines)}"
     return 0, "ok", "ok"
