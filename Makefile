@@ -10,12 +10,10 @@ SOURCES := *.py services postgres server wire migrations
 # old Python. So it is made anew after a move, without its Python, and with another one than PYTHON=. One
 # that is a link may be another project's, and is left alone: --clear would empty what the link leads to.
 WHICH := -c 'import sys; print(sys.base_prefix, *sys.version_info[:2])'
-STALE := $(shell [ ! -d .venv ] || [ -x $(BIN)/python ] || echo --clear)
-STALE += $(shell [ ! -e $(BIN)/pw_migrate ] || head -n 2 $(BIN)/pw_migrate | grep -qF '$(CURDIR)/$(BIN)/' || echo --clear)
-ifneq ($(origin PYTHON),file)
-STALE += $(shell [ ! -x $(BIN)/python ] || [ "$$($(PYTHON) $(WHICH))" = "$$($(BIN)/python $(WHICH))" ] || echo --clear)
-endif
-STALE := $(if $(shell [ ! -L .venv ] || echo link),,$(sort $(STALE)))
+OTHER := $(if $(filter file,$(origin PYTHON)),false,[ "$$($(PYTHON) $(WHICH))" != "$$($(BIN)/python $(WHICH))" ])
+STALE := $(shell [ -L .venv ] || [ ! -d .venv ] || { \
+	[ -x $(BIN)/python ] && { [ ! -e $(BIN)/pw_migrate ] || head -n 2 $(BIN)/pw_migrate | grep -qF '$(CURDIR)/$(BIN)/'; } \
+	&& ! $(OTHER); } || echo --clear)
 
 # Four tests side by side: most wait for something that is not the processor. Some measure time, which
 # a neighbour can disturb: one that fails is tried again with the machine to itself, and has to pass
