@@ -52,7 +52,7 @@ class Responder(Protocol):
 
     @property
     def hurries_client(self) -> bool:
-        """Whether the time that the client has for that runs."""
+        """Whether the client has a limited time to send that."""
 
     def from_client(self, data: bytes) -> bytes:
         """Take bytes of the body; returns what follows it."""
@@ -192,9 +192,9 @@ class Client(Stream):
         self._received += len(data)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
-            # Many clients read only after they have sent all. So what one sends is a sign of life
-            # too, but only for the time that it has to send it in. With a byte a minute it would
-            # keep its answer, and the upstream, for ever.
+            # Many clients read only after they have sent all. So a client that sends is not cut as
+            # one that takes nothing, but only for as long as so many bytes may take. Otherwise it
+            # could keep its answer, and the upstream, for ever with a byte a minute.
             self._took = min(self.loop.now, self._took + len(data) / MIN_BYTES_PER_SECOND)
             data = responder.from_client(data)
             if self.phase is Phase.ANSWERING and not responder.wants_body:
