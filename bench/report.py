@@ -328,8 +328,9 @@ def page(results: Results) -> str:
     sections = [section(results) for section in SECTIONS]
     return wrapped(f"""# Performance
 
-Made by `{made.command}` on {made.cores} in {made.minutes:.0f} min. Run it on a machine of your
-own: the ratios are what to look at, and they will differ.{warning}
+Made by `{made.command}` on {made.cores} in {made.minutes:.0f} min. Measure on a machine of your
+own: `make bench` takes about 8 minutes, `make bench-full` about 25. Look at the ratios; yours will
+differ.{warning}
 
 ![In what Gatehouse is ahead of other servers, and in what behind](performance.svg)
 
@@ -374,10 +375,10 @@ proxy. They do not do the rest of what Gatehouse does (entity tags, metadata, pr
 forwarding headers, request ids, deadlines), so they have less work. nginx and Caddy only proxy. A
 commit does not wait for the disk, and nothing is vacuumed meanwhile, for any of them.
 
-"CPU µs" is the server's own time for each, in all its processes. PostgreSQL's stands beside it,
-since work can be moved there, and Gatehouse has PostgreSQL make the JSON. Latencies are those of 64
-connections that always have a request under way: under such a load they say who is saturated, not
-how long a lone request takes.
+"CPU µs" is the server's own time for each request, message, MiB or user, in all its processes.
+PostgreSQL's stands beside it, since work can be moved there, and Gatehouse has PostgreSQL make the
+JSON. Latencies are those of 64 connections that always have a request under way: under such a load
+they say who is saturated, not how long a lone request takes.
 
 """
 
@@ -538,7 +539,9 @@ def against(results: Results) -> str:
     tables = results.scenes.get("against", {})
     if not tables:
         return ""
-    parts = ["## Beside an earlier version\n\nThe four calls beside Gatehouse at a commit.\n\n"]
+    parts = [
+        "## Beside an earlier version\n\nThe four calls of Gatehouse now, and at an earlier commit.\n\n"
+    ]
     for call, rows in tables.items():
         database = {} if call == CALLS[3] else DATABASE
         ratios = {
