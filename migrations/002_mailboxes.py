@@ -113,7 +113,7 @@ def normalise(database: pw.Database) -> None:
     ).fetchall()
     if twice:
         raise SystemExit(
-            "nothing was changed: these users have one mailbox each, so delete them but for one,"
+            "nothing was changed: the users of each group share one mailbox, so delete all but one,"
             f" or change their addresses, and migrate again: {'; '.join(ids for (ids,) in twice)}"
         )
     execute(

@@ -179,8 +179,8 @@ def _trust(parameters: dict[str, str]) -> None:
         # A value with a colon names a key in a device, not a file.
         if needed and ":" not in path and not _readable(path):
             raise UnusableURI(
-                f"asks for a file of certificates or keys that cannot be read: set {name} in it, or"
-                f" PG{name.upper()}, to one{otherwise}"
+                f"needs a file of certificates or keys that can be read: set {name} in it, or"
+                f" PG{name.upper()}, to such a file{otherwise}"
             )
     key = parameters.get("sslkey", "")
     if parameters.get("sslcert") and not parameters.get("sslpassword") and _encrypted(key):

@@ -100,7 +100,7 @@ class Migrating(Direct):
             self._alone = self._alone and sql.startswith("SAVEPOINT")
             return super().execute_sql(sql, params)  # type: ignore[no-untyped-call]
         if not self._alone:
-            raise peewee.ProgrammingError("what is CONCURRENTLY needs a migration of its own")
+            raise peewee.ProgrammingError("CONCURRENTLY needs a migration of its own")
         connection = self.connector.open()
         try:
             cursor = connection.cursor()

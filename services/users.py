@@ -48,8 +48,8 @@ PIECES = re.compile(r".{3}(?=.{3})|.+", re.DOTALL)
 # What has a meaning in a pattern of LIKE.
 SPECIAL = re.compile(r"[\\%_]")
 TOO_SLOW = (
-    "The search took longer than DB_STATEMENT_TIMEOUT. Where the database has the extension pg_trgm"
-    " and its index users_search, a search for three letters or more is fast; a total is not."
+    "The search took longer than DB_STATEMENT_TIMEOUT. If the database has the extension pg_trgm"
+    " and the index users_search, a search for three letters or more is fast; a total is not."
 )
 
 

@@ -288,11 +288,14 @@ def test_the_systems_certificates_are_found(
     [
         (
             "sslmode=verify-full",
-            "set sslrootcert in it, or PGSSLROOTCERT, to one, or sslrootcert=system",
+            "set sslrootcert in it, or PGSSLROOTCERT, to such a file, or sslrootcert=system",
         ),
         ("sslmode=verify-ca&sslrootcert=/not/there", "set sslrootcert in it"),
-        ("sslcert=/not/there", "set sslcert in it, or PGSSLCERT, to one"),
-        ("sslrootcert=system&sslcert=/not/there", "set sslcert in it, or PGSSLCERT, to one"),
+        ("sslcert=/not/there", "set sslcert in it, or PGSSLCERT, to such a file"),
+        (
+            "sslrootcert=system&sslcert=/not/there",
+            "set sslcert in it, or PGSSLCERT, to such a file",
+        ),
         ("sslmode=require&sslrootcert=system", 'weak sslmode "require" may not be used with'),
         ("service=nobody", "definition of service … not found"),
         ("sslnegotiation=direct&sslmode=prefer", "may not be used with sslnegotiation=direct"),
