@@ -36,6 +36,7 @@ class Made:
     generator: str
     busy_percent: float
     made_of: dict[str, str]
+    grouped: bool = True  # whether Linux's automatic task groups are on
     minutes: float = 0
     postgres: list[str] = field(default_factory=list)
 
@@ -359,7 +360,8 @@ says what your machine does. Everything takes turns in {plan.rounds} rounds of {
 each, beginning with another server each time. Figures are medians of the rounds. A ratio is that of
 one round, and its median stands before the lowest and the highest. A ratio whose range spans 1 is a
 draw. One failed request voids a row, and so does a generator that was busy for nine tenths of the
-time.
+time. Linux's automatic task groups are {"on" if made.grouped else "off"}:
+[production](production.md#2-the-database-3-minutes) says what they do.
 
 Search, export and tables of several sizes are with the system's PostgreSQL where there is one,
 since the embedded one, which serves all else, has no pg_trgm.

@@ -95,6 +95,7 @@ def main() -> int:
         load.generator_name(),
         psutil.cpu_percent(interval=2),
         {peer.name: peer.made_of for peer in contenders() if peer.name != OURS},
+        stage.grouped(),
     )
     if made.is_busy:
         print(f"warning: {made.warning()}", file=sys.stderr)

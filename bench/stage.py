@@ -77,6 +77,12 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
+def grouped() -> bool:
+    """Whether Linux shares the processors out among sessions, and not among threads: sched(7)."""
+    switch = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    return switch.exists() and switch.read_text().strip() == "1"
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
