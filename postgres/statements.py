@@ -194,14 +194,23 @@ class Database(Pool):
     taken: frozenset[str] = frozenset()
 
     def run(
-        self, statement: Statement, params: Mapping[str, Any], until: float = math.inf
+        self,
+        statement: Statement,
+        params: Mapping[str, Any],
+        until: float = math.inf,
+        lost: float | None = None,
     ) -> list[Row]:
         """Send one statement and return its rows: one round trip.
 
-        It ends at `until` on the monotonic clock, if that is before the usual time-outs. Raises
-        Lost, NotDone or Conflict, or the Problem that the caller is to be told.
+        It ends at `until` on the monotonic clock, if that is before the usual time-outs. `lost` is
+        when a run of it began whose answer was lost, if there was one: see `write`. Raises Lost,
+        NotDone or Conflict, or the Problem that the caller is to be told.
         """
         connection = self._acquire(until)
+        if lost is not None:
+            # Not before there is a connection: who waits for one would take a change that was made
+            # meanwhile for an older one than the lost run.
+            params = {**params, "untouched": time.monotonic() - lost + SKEW_SECONDS}
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
         self._deadlines.begin(connection, seconds)
         try:
@@ -278,31 +287,31 @@ class Database(Pool):
         Raises DatabaseUnavailable with `outcome="unknown"` if no run is answered, and Lost if a run
         was cut: the server may still carry that out, over newer changes.
         """
-        began, untouched = time.monotonic(), None
+        began, lost = time.monotonic(), None
         attempts, patience = 0, Patience(self.statement_timeout)
         while attempts < ATTEMPTS:
             try:
-                rows = self.run(statement, {**params, "untouched": untouched})
-                return rows, untouched is not None
+                rows = self.run(statement, {**params, "untouched": None}, lost=lost)
+                return rows, lost is not None
             except NotDone:
                 attempts += 1
             except Conflict:
                 if not patience.wait():
                     break
-            except Lost as lost:
-                if lost.cut:
+            except Lost as error:
+                if error.cut:
                     raise
                 attempts += 1
-                untouched = time.monotonic() - began + SKEW_SECONDS
+                lost = began
             except (EmailTaken, RefusedByDatabase):
-                if untouched is None:
+                if lost is None:
                     raise
                 return [], True  # Perhaps the work of the first run is in the way.
             except (DatabaseUnavailable, SchemaNotMigrated):
-                if untouched is not None:
+                if lost is not None:
                     break
                 raise
-        raise DatabaseUnavailable() if untouched is None else unknown()
+        raise DatabaseUnavailable() if lost is None else unknown()
 
     def _translate(
         self, connection: Any, statement: Statement, error: psycopg2.Error, cut: bool

@@ -21,6 +21,7 @@ import psycopg2
 import pytest
 
 from postgres.pool import VERIFY_SECONDS
+from postgres.statements import SKEW_SECONDS
 from tests.harness import (
     DEAD_DATABASE,
     Reply,
@@ -547,6 +548,21 @@ def test_a_write_whose_answer_is_lost_does_not_undo_a_later_one(
     reply = service.call(method, target, body)
     assert relay.lost
     assert reply.status in (200, 204) or is_unknown(reply), reply
+    assert service.call("GET", target).json()["name"] == "later"
+
+
+def test_a_lost_write_that_waits_for_a_connection_does_not_undo_a_later_one(
+    server: Server, store: str, relay: Relay, gatehouse: Start
+) -> None:
+    """The time of that wait was missing in what counts as a newer change: it was overwritten."""
+    seconds = round(SKEW_SECONDS + 1)
+    uri = f"{app_uri(server, store, relay.port)}?options=-c%20post_auth_delay%3D{seconds}"
+    service = gatehouse(uri, **PATIENT)
+    target = f"/users/{create(service)['id']}"
+    later = "UPDATE users SET name = 'later', updated_at = clock_timestamp()"
+    relay.lose(b"UPDATE", answer=True, then=lambda: server.sql(later, database=store))
+    assert_unknown(service.call("PATCH", target, {"name": "first"}))
+    assert relay.lost
     assert service.call("GET", target).json()["name"] == "later"
 
 
