@@ -165,16 +165,24 @@ def _after(text: str, at: int, mark: str) -> int:
     return SPACE.match(text, at + len(mark)).end()  # type: ignore[union-attr]
 
 
+def body_length(environ: Mapping[str, Any]) -> int | None:
+    """How many bytes the body has; None if it ends where its stream ends. Without a length or such
+    an end there is no body. Raises BadRequest."""
+    length = environ.get("CONTENT_LENGTH") or ""
+    # No body needs more digits, and int() refuses thousands of them.
+    if not re.fullmatch(r"[0-9]{0,18}", length):
+        raise BadRequest("Content-Length must be one number.")
+    if not length and environ.get("wsgi.input_terminated"):
+        return None
+    return int(length or 0)
+
+
 def _body(environ: Mapping[str, Any]) -> bytes:
     # Bottle's own `request.body` would decode chunks that the server has decoded already
     # (bottle.py:1346), and it keeps a large body in a file.
-    length = environ.get("CONTENT_LENGTH") or ""
-    if not re.fullmatch(r"[0-9]{0,18}", length):
-        raise BadRequest("Content-Length must be one number.")
-    if not length and not environ.get("wsgi.input_terminated"):
-        return b""  # Without a length the end of the body cannot be known.
-    body, left = b"", int(length or MAX_BYTES + 1)
-    if length and left > MAX_BYTES:
+    length = body_length(environ)
+    body, left = b"", MAX_BYTES + 1 if length is None else length
+    if length is not None and length > MAX_BYTES:
         raise BodyTooLarge(f"The body is larger than {MAX_BYTES} bytes.")
     while piece := environ["wsgi.input"].read(left) if left else b"":
         body, left = body + piece, left - len(piece)

@@ -97,18 +97,15 @@ class Lines:
         # `read1` gives what has arrived. Another server's stream may have only `read`, which waits
         # for a whole piece.
         self._read = getattr(stream, "read1", stream.read)
-        length = environ.get("CONTENT_LENGTH") or ""
-        if not length.isascii() or not (length or "0").isdigit():
-            raise BadRequest("Content-Length must be one number.")
-        endless = bool(environ.get("wsgi.input_terminated")) and not length
-        self._left = None if endless else int(length or 0)
+        self._left = inputs.body_length(environ)
         self._ended = self._left == 0
         self._buffer = bytearray()
         self.number = 0
         self.row = 0  # bytes of the present row so far
         short = self._left is not None and self._left <= WHOLE_BYTES
         self._fill()
-        while short and not self._ended:
+        # The first three bytes may be a byte order mark, which may arrive in pieces.
+        while not self._ended and (short or len(self._buffer) < 3):
             self._fill()
         if self._buffer.startswith(b"\xef\xbb\xbf"):
             del self._buffer[:3]

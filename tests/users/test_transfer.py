@@ -297,6 +297,13 @@ def test_an_import_is_whole_though_its_client_has_ended_its_sending_half(alone: 
         assert told(client.reply())[1] == (500, 500, 0, 0, 0)
 
 
+@pytest.mark.parametrize("kind", [CSV, NDJSON])
+def test_a_length_of_thousands_of_digits_is_refused(service: Service, kind: str) -> None:
+    """Python makes no number of them: it was a 500, and a traceback in the log."""
+    fields = [b"Content-Type: " + kind.encode(), b"Content-Length: " + b"1" * 5000]
+    problem(service.exchange(request(b"POST /users HTTP/1.1", *fields)), 400, "bad-request")
+
+
 @pytest.mark.parametrize("count", [0, 1, 500, 1000])
 def test_an_export_is_all_users(alone: Service, count: int) -> None:
     some_users(alone, count) if count else None

@@ -236,6 +236,22 @@ def test_a_body_is_read_to_its_length_or_to_the_end_that_the_server_gives_it(
     problem(answer(b"", CONTENT_LENGTH="65537"), "body-too-large")
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_byte_order_mark_that_arrives_in_pieces_is_taken(
+    application: TestApp, size: int
+) -> None:
+    """Only one that was whole in the first piece was seen: the first column had another name."""
+    body = f"\ufeffemail,name\n{new_email()},Ann\n".encode()
+
+    class Arriving(Pieces):
+        def read(self, _: int = -1) -> bytes:
+            return super().read(size)
+
+    ended = {"CONTENT_TYPE": "text/csv", "CONTENT_LENGTH": "", "wsgi.input_terminated": True}
+    reply = posted(application, **ended, **{"wsgi.input": Arriving(body)})
+    assert '"created": 1' in reply.text
+
+
 def test_a_client_that_leaves_is_not_answered(application: TestApp) -> None:
     class Left(io.BytesIO):
         def read(self, *_: Any) -> bytes:
