@@ -98,11 +98,13 @@ def valid_metadata(value: Any) -> str:
     if size > MAX_METADATA:
         raise ValueError(f"must have at most {MAX_METADATA} bytes, and has {size}")
     level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return value.text
+    depth = 0  # how many objects and arrays are around the values of this level
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
         level = [part for whole in level for part in _parts(whole)]
-    raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
+        depth += 1
+    return value.text
 
 
 def _parts(value: Any) -> list[Any]:

@@ -214,6 +214,19 @@ def test_a_patch_of_many_or_deep_objects_is_done_in_time(service: Service) -> No
         assert "100 levels" in document["errors"][0]["message"]
 
 
+@pytest.mark.parametrize(("begin", "end"), [('{"a": ', "}"), ("[", "]")])
+def test_a_hundred_levels_are_taken_and_one_more_is_not(
+    service: Service, begin: str, end: str
+) -> None:
+    """The hundredth was refused as a deeper one."""
+
+    def nested(levels: int) -> str:
+        return '{"a": ' + begin * (levels - 1) + "1" + end * (levels - 1) + "}"
+
+    assert raw(service, nested(100)).status == 201
+    problem(raw(service, nested(101)), 422, "invalid-user")
+
+
 def test_hostile_text_in_it_comes_back(service: Service) -> None:
     text = "'; DROP TABLE users; -- %s %(x)s {0} \\ \" \u2028 <script> 👩‍👩‍👧"
     for metadata in ({text: text}, {"a": [text, {text: [text]}]}, {"": {"": ""}}):
