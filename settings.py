@@ -263,7 +263,7 @@ def _cpu_groups(system: Path) -> Iterator[tuple[Path, bool]]:
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,15}", text) or not low <= int(text) <= high:
+        if not re.fullmatch(r"[0-9]{1,16}", text) or not low <= int(text) <= high:
             raise ValueError(f"must be a whole number from {low} to {high}, not {text!r}")
         return int(text)
 

@@ -198,7 +198,7 @@ def test_a_problem_quotes_no_secret(variable: str, value: str, secret: str) -> N
         ("DB_CONNECT_TIMEOUT", "1", 1),
         ("USERS_AUTH", "NONE", "none"),
         ("USERS_TOKEN", "one, two ,three==", ("one", "two", "three==")),
-        ("MAX_BODY_BYTES", "1000", 1000),
+        ("MAX_BODY_BYTES", "1000000000000000", 10**15),
         ("SHUTDOWN_TIMEOUT", "0", 0),
         ("POSTGRES_URI", "postgres://h/d", "postgresql://h/d"),
         ("POSTGRES_URI", "PostgreSQL://h/d", "postgresql://h/d"),
