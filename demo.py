@@ -19,6 +19,11 @@ class Demo(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding"):  # Gatehouse sends a larger body in chunks.
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
         url = urlsplit(self.path)
         query = parse_qs(url.query)
         if url.path == "/slow":

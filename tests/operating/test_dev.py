@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import DEAD_DATABASE, call, copied, free_port
+from tests.harness import DEAD_DATABASE, call, chunked, copied, exchange, free_port, request
 
 
 class Dev:
@@ -95,6 +95,9 @@ def test_all_parts_start_work_and_stop(checkout: Path) -> None:
     assert stream.complete and stream.body.count(b"\ndata: tick ") == 2
     echo = call(port, "PATCH", "/any//where?x=%7e", b"body").json()
     assert (echo["method"], echo["target"], echo["body"]) == ("PATCH", "/any//where?x=%7e", "body")
+
+    sent = request(b"POST /else HTTP/1.1", b"Transfer-Encoding: chunked") + chunked(b"x" * 99999)
+    assert exchange(port, sent, "POST").json()["body"] == "x" * 99999
 
     # An endless stream that someone watches does not hold up the end.
     watcher = socket.create_connection(("127.0.0.1", port))
