@@ -17,7 +17,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -55,8 +54,6 @@ from wire.refusal import own_fields, refusal
 from wire.request import Head
 
 VERSION = "2.0.0"
-ROOT = Path(__file__).resolve().parent
-MIGRATIONS = ROOT / "migrations"
 
 log = logging.getLogger("gatehouse")
 
@@ -97,7 +94,7 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
     )
     health = Health(
         version=VERSION,
-        migrations=schema.names(MIGRATIONS),
+        migrations=schema.names(commands.MIGRATIONS),
         started=time.monotonic(),
         board=board,
         pool_size=settings.db_pool_size * settings.workers,
@@ -524,7 +521,7 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
         access_log=settings.access_log,
     )
     service = workers.Service(
-        make=lambda _: Server(gatehouse, listener, options),
+        make=lambda: Server(gatehouse, listener, options),
         close=database.close_all,
         listener=listener,
         board=gatehouse.board,

@@ -243,14 +243,7 @@ class Callers:
                 wrong = repr(error)
             self.tally.note(call.__name__, wrong)
 
-    def ask(
-        self,
-        client: RawClient,
-        owner: str,
-        data: bytes,
-        *allowed: int,
-        whole: bool = True,
-    ) -> Reply:
+    def ask(self, client: RawClient, owner: str, data: bytes, *allowed: int) -> Reply:
         """Send a request and count its answer. Raises Wrong where its status is none of `allowed`,
         nor one that a fault accounts for."""
         sure = False
@@ -263,7 +256,7 @@ class Callers:
         faults = (502, 503, 504) if owner == "proxy" else (503,)
         if reply.status not in (*allowed, *faults):
             raise Wrong(repr(reply))
-        if whole and not reply.complete:
+        if not reply.complete:
             raise ConnectionError("the answer was cut")
         return reply
 

@@ -382,7 +382,7 @@ class Job:
         """The whole answer, on the loop's thread."""
         self.give_head(status, fields)
         self.client.write(body)
-        self._end()
+        self.give_end()
 
     def give_head(self, status: str, fields: list[Field]) -> None:
         length, dated = None, False
@@ -403,12 +403,9 @@ class Job:
         if self.client.queued < (AHEAD_BYTES if self.wants_body else HIGH_WATER):
             self._let_go_on()
 
-    def _end(self) -> None:
+    def give_end(self) -> None:
         self.over = True
         self.client.finish()
-
-    def give_end(self) -> None:
-        self._end()
 
     def give_and_wait(self, piece: bytes) -> None:
         """Give a piece of the body to the loop, and wait until the client has taken enough of what

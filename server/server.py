@@ -101,8 +101,8 @@ class Options:
 
     `threads` says how many each lane may have, `eager` how many it starts as jobs come, if not
     all. A lane that is `streamed` reads bodies while they arrive. `waits` says how long a job of a
-    lane may wait for a thread, if there is a bound. `limit` is how many requests may
-    be with the upstream at once, 0 for as many as there are descriptors for.
+    lane may wait for a thread, if there is a bound. `limit` is how many requests may be with the
+    upstream at once, 0 for as many as there are descriptors for.
     """
 
     upstream_url: str
@@ -250,7 +250,7 @@ class Server:
                 return
 
     def _let_in(self) -> bool:
-        if len(self._clients) + self.upstream.open >= self._room and not self._make_room():
+        if not self._make_room():
             self._look_again(CROWDED_SECONDS)
             return False
         try:

@@ -52,12 +52,12 @@ class Stream:
         "_error",
         "_events",
         "_fd",
+        "_idle_events",
         "_move_bytes",
         "_paused",
         "_pending",
         "_read_bytes",
         "_write_waits_for_read",
-        "_idle_events",
         "closed",
         "ended_reading",
         "loop",
@@ -219,7 +219,7 @@ class Stream:
 
     # Writing.
 
-    def send(self, data: bytes | memoryview) -> None:
+    def send(self, data: bytes) -> None:
         """Send `data`: now as much as the other side takes, and the rest when it takes more."""
         if self.closed or self._deaf or not data:
             return

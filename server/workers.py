@@ -55,12 +55,12 @@ class Server(Protocol):
 class Service:
     """What is served, and how it stops. Times are in seconds.
 
-    `make` makes the server of a worker, given its number, in that worker's process; `close` is
-    called when that has ended. `handed_over` says that the next instance listens on the same
-    socket, so that it is left as it is.
+    `make` makes the server of a worker, in that worker's process; `close` is called when that has
+    ended. `handed_over` says that the next instance listens on the same socket, so that it is left
+    as it is.
     """
 
-    make: Callable[[int], Server]
+    make: Callable[[], Server]
     close: Callable[[], None]
     listener: socket.socket
     board: Board
@@ -88,7 +88,7 @@ def begin(service: Service, number: int) -> Server:
     """Become worker `number`, and make its server."""
     pin(number, service.workers)
     service.board.join(number)
-    server = service.make(number)
+    server = service.make()
     server.alone = service.workers == 1 and not service.handed_over
     return server
 

@@ -138,9 +138,7 @@ class Proxy:
             hops = filter(None, listed(values.get("x-forwarded-for", [])))
             forwarded_for = ", ".join([*hops, peer])
             forwarded_host = values.get("x-forwarded-host", [host])[0]
-            if listed(values.get("x-forwarded-proto", []))[:1] and (
-                listed(values["x-forwarded-proto"])[0].lower() == "https"
-            ):
+            if listed(values.get("x-forwarded-proto", [""]))[0].lower() == "https":
                 proto = "https"
         via = f"{head.version} {self.name}"
         if "via" in values:

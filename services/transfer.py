@@ -47,8 +47,7 @@ MAX_LINE = 2 * inputs.MAX_BYTES
 
 @functools.cache
 def _rows(after: bool, email: bool, text: bool) -> Statement:
-    columns = [Cast(User.id, "text"), *(getattr(User, name) for name in NAMES)]
-    columns = [Cast(column, "text") for column in columns]
+    columns = [Cast(getattr(User, name), "text") for name in ("id", *NAMES)]
     columns += [users.in_rfc_3339(getattr(User, name)) for name in MADE_HERE]
     found = users.matching(User.select(*columns), after=after, email=email, text=text)
     found = found.order_by(User.id).limit(SQL(str(BATCH_ROWS)))
@@ -340,7 +339,8 @@ REPLACE_MANY = Statement(
 def imported(kind: str, environ: Mapping[str, Any]) -> Iterator[bytes]:
     """Create or replace the users in a body of the media type `kind`. Yields the lines of the
     answer, batch by batch. Raises BadRequest or InvalidUser, before anything is written, for a file
-    that is not in UTF-8 or has not the right columns."""
+    that has not the right columns or is not in UTF-8, as far as it has arrived: a line later on
+    that is not in UTF-8 is refused by itself."""
     lines = Lines(environ)
     counts = dict.fromkeys(("rows", "created", "replaced", "unchanged", "refused"), 0)
     batch: list[Row] = []
@@ -428,7 +428,6 @@ def _create(rows: list[Row]) -> None:
     for row in rows:
         if row.id in ids:
             row.outcome = "created"
-            ids.discard(row.id)
 
 
 def _replace(rows: list[Row]) -> None:

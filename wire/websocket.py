@@ -55,10 +55,10 @@ class Frames:
         return at
 
 
-def close_frame(*, masked: bool, code: int = GOING_AWAY) -> bytes:
+def close_frame(*, masked: bool) -> bytes:
     """A Close frame. One to the application is `masked`, as a client's frames have to be (section
     5.3): the application would answer an unmasked frame with the error 1002."""
-    payload = struct.pack("!H", code)
+    payload = struct.pack("!H", GOING_AWAY)
     if not masked:
         return bytes((0x88, len(payload))) + payload
     key = os.urandom(4)

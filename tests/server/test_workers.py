@@ -27,7 +27,7 @@ def test_a_worker_that_cannot_be_forked_is_tried_again_and_ends_no_other(
     def fork() -> int:
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    def make(_: int) -> Any:
+    def make() -> Any:
         raise AssertionError("there is no worker")
 
     with contextlib.closing(socket.socket()) as listener:

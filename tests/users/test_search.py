@@ -10,7 +10,7 @@ from urllib.parse import quote, urlencode
 import psycopg2
 import pytest
 
-from app import MIGRATIONS
+from commands import MIGRATIONS
 from postgres.schema import names
 from services import users
 from tests.harness import (
