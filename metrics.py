@@ -70,7 +70,8 @@ _type = {name: number for number, name in enumerate(TYPES)}
 
 class Board:
     """A row of integers for each worker, in memory that forked workers share, and one for the
-    supervisor. A process writes its own row only, a cell at a time; anyone reads them all.
+    supervisor. A process writes its own row only, a cell at a time, and the supervisor also that of
+    a worker that has died. Anyone reads them all.
 
     Any thread of a worker may count: what one adds is not lost to another.
     """

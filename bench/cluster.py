@@ -1,10 +1,11 @@
 """Failovers of a real cluster under write load, with an audit of every answer.
 
 Patroni, etcd and PostgreSQL from the system's packages (Debian: patroni, etcd-server, postgresql,
-haproxy, pgbouncer), three members on 127.0.0.1, each behind relays of its own: those at which clients,
-standbys and HAProxy reach it, and the one at which it reaches etcd. In turn the primary is switched over, killed, and
-cut off from everything. Exits with 1 where an acknowledged write is lost or a write is there twice.
-Asynchronous standbys receive nothing for a while before each kill, and what is lost then is counted.
+haproxy, pgbouncer), three members on 127.0.0.1, each behind relays of its own: those at which
+clients, standbys and HAProxy reach it, and the one at which it reaches etcd. In turn the primary is
+switched over, killed, and cut off from everything. Exits with 1 where an acknowledged write is lost
+or a refused one is there. Asynchronous standbys receive nothing for a while before each kill, and
+what is lost then is counted.
 
     python bench/cluster.py --failovers 20
     python bench/cluster.py --through haproxy --failovers 6

@@ -1,6 +1,7 @@
 """Makes docs/performance.md and its picture from bench/results.json, as `run.py` does.
 
-`report.py [DIR]` makes them anew, there or in docs/, after a change of their words. The page has no figure of its own, so that it cannot drift from what was measured.
+`report.py [DIR]` makes them anew, there or in docs/, after a change of their words. The page has no
+figure of its own, so that it cannot drift from what was measured.
 """
 
 from __future__ import annotations

@@ -578,7 +578,8 @@ class Client(Stream):
         if self.queued:
             when = self.loop.now + READER_LOOK_SECONDS
         if self.phase is Phase.READING:
-            idle_until = self.idle_since + max(self._desk.keepalive, 0 if self.served else 30)
+            least = 0.0 if self.served else REQUEST_SECONDS
+            idle_until = self.idle_since + max(self._desk.keepalive, least)
             when = min(when, self._overdue() if self._began else idle_until)
         elif self.responder is not None and self.responder.hurries_client and not self.paused:
             when = min(when, self._overdue())

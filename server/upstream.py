@@ -93,7 +93,7 @@ class Connection(Stream):
         self.exchange: Carried | None = None
         self.client: object | None = None
         self.used = False
-        self.refused = False  # whether the upstream stopped reading before it had all
+        self.refused = False
         self.straight = False  # whether what arrives may go straight to the client's socket
         self.idle_since = 0.0
         self.watch()

@@ -237,9 +237,7 @@ def test_a_body_is_read_to_its_length_or_to_the_end_that_the_server_gives_it(
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_byte_order_mark_that_arrives_in_pieces_is_taken(
-    application: TestApp, size: int
-) -> None:
+def test_a_byte_order_mark_that_arrives_in_pieces_is_taken(application: TestApp, size: int) -> None:
     """Only one that was whole in the first piece was seen: the first column had another name."""
     body = f"\ufeffemail,name\n{new_email()},Ann\n".encode()
 
