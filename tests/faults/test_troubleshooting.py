@@ -565,6 +565,15 @@ def test_what_pw_migrate_says(server: Server, template: str) -> None:
         database=database,
     )
     said.append(pw_migrate("rollback", uri=uri).stderr)
+    old = server.create(template)
+    assert pw_migrate("rollback", "--count", "3", uri=server.uri(old)).returncode == 0
+    server.sql(
+        "INSERT INTO users (id, email, name) VALUES"
+        " (gen_random_uuid(), 'a@bücher.example', 'A'),"
+        " (gen_random_uuid(), 'a@xn--bcher-kva.example', 'A')",
+        database=old,
+    )
+    said.append(pw_migrate("migrate", uri=server.uri(old)).stderr)
     latin = f"test_{uuid.uuid4().hex[:12]}"
     server.sql(f"CREATE DATABASE {latin} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
     said.append(pw_migrate("migrate", uri=server.uri(latin)).stderr)
