@@ -234,7 +234,8 @@ def cause(problem: BaseException) -> str:
 def health(which: str | None) -> int:
     """Ask the instance that runs at HOST and PORT how it is, and print what it says.
 
-    Returns 0 if it answers 200, else 1. Raises SettingsError if HOST or PORT is not valid.
+    Returns 0 if it answers 200, else 1. Raises SettingsError if HOST, PORT or DB_CONNECT_TIMEOUT is
+    not valid.
     """
     environ = environment(ROOT / ".env", parse_stream, os.environ)
     values: dict[str, Any] = {}
