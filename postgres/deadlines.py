@@ -8,6 +8,7 @@ tell such a server from a statement that waits for a lock. So a silent server is
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -23,6 +24,8 @@ import psycopg2
 SILENCE_SECONDS = 0.5
 # libpq's SSLRequest: a server answers it with one byte, before any session is made.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+# What this side's network says when no way leads to a server.
+NO_WAY = frozenset({errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH})
 
 
 class Deadlines:
@@ -150,8 +153,8 @@ def borrowed(connection: Any) -> socket.socket:
 
 def answers(family: int, server: Any, seconds: float) -> bool:
     """Whether the server at this address reacts in any way within `seconds`: an answer, a refusal
-    and a closed connection are all signs of life. Raises OSError if there is no descriptor for a
-    socket."""
+    and a closed connection are all signs of life. That no way leads there is none. Raises OSError
+    if there is no descriptor for a socket."""
     until = time.monotonic() + seconds
     with socket.socket(family) as sock:
         try:
@@ -162,6 +165,6 @@ def answers(family: int, server: Any, seconds: float) -> bool:
             sock.recv(1)
         except TimeoutError:
             return False
-        except OSError:
-            pass
+        except OSError as error:
+            return error.errno not in NO_WAY
     return True
