@@ -104,7 +104,7 @@ class Settings:
 def environment(
     file: Path, parse: Callable[[IO[str]], Iterable[Any]], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """What is set: in `environ`, or else in `file` (see `env_file`); an empty value is not.
+    """What is set: in `environ`, or else in `file` (see `env_file`); an empty value counts as none.
 
     Raises SettingsError where the file, or a line of it, cannot be read.
     """
@@ -142,7 +142,7 @@ def value_of(name: str, environ: Mapping[str, str]) -> str:
     """The text of a setting, from `environ` or from the file that its other form NAME_FILE names;
     empty where neither is set.
 
-    The last newline of a file is dropped. Raises ValueError, to be read after the setting's name,
+    White space around it is dropped. Raises ValueError, to be read after the setting's name,
     where both forms are set, or the file cannot be read or holds nothing: an empty secret would
     leave /users open.
     """
@@ -330,8 +330,8 @@ def _host(text: str) -> str:
 
 def postgres_uri(text: str) -> str:
     """A URI as libpq takes it. Raises ValueError that says what is wrong."""
-    # libpq takes only the lower-case `postgresql://` for a URI; anything else would silently
-    # become the name of a database on the local socket.
+    # libpq takes only the lower-case `postgresql://` and `postgres://` for a URI; anything else
+    # would silently become the name of a database on the local socket.
     for prefix in ("postgresql://", "postgres://"):
         if text.lower().startswith(prefix):
             return "postgresql://" + text[len(prefix) :]

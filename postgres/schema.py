@@ -49,9 +49,9 @@ OPTIONAL = {("index", "users_search")}
 LOCK_TIMEOUT = 5  # seconds
 # No other encoding can hold all names and addresses.
 ENCODING = "UTF8"
-# The first one in which the queries of this module can be asked.
+# The oldest version of PostgreSQL that can be asked the queries of this module.
 OLDEST = 13
-# The service gives up so many seconds after PostgreSQL should have ended a statement.
+# `check` gives up so many seconds after PostgreSQL should have ended a statement.
 MARGIN = 0.5
 LONGEST = 100  # characters of a definition in a message; the index of mailboxes has 4000
 # What `check` says beside PostgreSQL's reason.
@@ -218,7 +218,7 @@ def _expected(
     # It is imported here because that is slow, and the service itself does not need it.
     from peewee_migrate import Router
 
-    # Unqualified names are made in, and found in, the temporary schema, and pg_catalog.
+    # Unqualified names are made in the temporary schema, and found there and in pg_catalog.
     cursor.execute("SET LOCAL search_path TO pg_temp")
     router = Router(database, migrate_dir=Path(directory))
     migrator = router.migrator_class(database)

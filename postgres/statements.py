@@ -208,8 +208,8 @@ class Database(Pool):
         """
         connection = self._acquire(until)
         if lost is not None:
-            # Not before there is a connection: who waits for one would take a change that was made
-            # meanwhile for an older one than the lost run.
+            # This is reckoned only now that there is a connection. Otherwise a change that was made
+            # during the wait for one would count as older than the lost run.
             params = {**params, "untouched": time.monotonic() - lost + SKEW_SECONDS}
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
         self._deadlines.begin(connection, seconds)
@@ -244,7 +244,8 @@ class Database(Pool):
             except DuplicatePreparedStatement:
                 if sql is not statement.prepare:
                     raise
-                connection.prepared.add(statement.name)  # An earlier run did, and then failed.
+                # An earlier run prepared it, and then failed.
+                connection.prepared.add(statement.name)
             except (InvalidSqlStatementName, FeatureNotSupported):
                 # A pooler gives each transaction another of its sessions, and in this one the
                 # statement is not prepared; or the pooler knows no prepared statements. In both
@@ -281,8 +282,8 @@ class Database(Pool):
 
         If its connection is lost it is run again, which either finds the work of the first run or
         does it. Returns the rows, and whether it was run again. The parameter `untouched` is None
-        in the first run. In a later one it is a number of seconds: a row that was changed less long
-        ago is left alone, because that may be a newer change than this one.
+        in the first run. In a later one it is a number of seconds: a row that was changed within
+        these is left alone, because that may be a newer change than this one.
 
         Raises DatabaseUnavailable with `outcome="unknown"` if no run is answered, and Lost if a run
         was cut: the server may still carry that out, over newer changes.

@@ -216,7 +216,7 @@ class Client(Stream):
         """Begin each request that has arrived, until one is not answered at once, or until other
         clients have to have their turn."""
         if self._nested:
-            return  # This is the end of a request that was answered at once: the loop goes on.
+            return  # A request was answered at once: the outer call goes on.
         self._nested = True
         try:
             for _ in range(REQUESTS_AT_ONCE):
@@ -272,7 +272,7 @@ class Client(Stream):
             self._received -= len(self._ahead)
             self.received(self.take_ahead())  # Even if it is empty: the responder may begin now.
         elif self.phase is Phase.ANSWERING and len(self._ahead) > AHEAD_BYTES:
-            self.pause()  # The answer before has let it be read.
+            self.pause()  # The end of the answer before has resumed it.
         return True
 
     def pause(self) -> None:

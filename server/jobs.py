@@ -225,8 +225,8 @@ def begin(waiting: list[Callable[[], None]]) -> None:
 
 
 class Job:
-    """One request that the application answers: it reads the body, the application's answer comes
-    by `begin`, `write` and `finish`.
+    """One request that the application answers: it reads the body, and its answer comes by
+    `give_whole`, or by `give_head`, `give_and_wait` and `give_end`.
 
     `largest` is how many bytes the body may have (0: any number). If it is `streamed`, the
     application begins when the head is complete, and reads the body while it arrives. `patience` is
@@ -467,8 +467,8 @@ class Task(WSGITask):  # type: ignore[misc]
     """Waitress's WSGI task: it makes the environ, calls the application and checks what that
     answers. Only the writing of the answer is replaced.
 
-    Waitress's own sorts and re-cases header names, adds `Via`, gives HEAD a chunked body
-    and closes the connection after every 204 and 304; here the client's side writes all answers.
+    Waitress itself would sort and re-case header names, add `Via`, give HEAD a chunked body and
+    close the connection after every 204 and 304; here the client's side writes all answers.
     """
 
     wrote_header = False

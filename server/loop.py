@@ -107,7 +107,7 @@ class Loop:
         self._watched: dict[int, Watched] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = 0
-        self._dropped = 0  # how many entries of the heap are of no use
+        self._dropped = 0  # timers that were dropped since the heap was last swept
         self._calls: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
         self._soon: list[Callable[[], None]] = []
         self._closing: list[Any] = []

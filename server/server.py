@@ -31,7 +31,7 @@ log = logging.getLogger("gatehouse")
 BACKLOG = 1024
 # Threads that make connections to the upstream: how many at most, and how many without a delay.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
-# When half of more clients than this have gone, memory is given back.
+# If there were more clients than this, and half of them have gone, memory is given back.
 CROWD = 100
 # While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
@@ -52,8 +52,9 @@ SWITCH_SECONDS = 0.001
 LOG_SECONDS = 1.0
 # If no descriptor is free, the worker tries again to accept after this many seconds.
 CROWDED_SECONDS = 0.025
-# If it has dropped a connection to have one, after this many: in a later turn, because sockets are
-# closed at the end of a turn. In the same one it would drop all that are idle, one after the other.
+# A worker that has closed an idle connection, to have a descriptor, tries again after this many
+# seconds. That is in a later turn, because sockets are closed at the end of a turn. In the same one
+# it would close all that are idle, one after the other.
 DROPPED_SECONDS = 0.001
 # To make room, no client is closed that has connected, or begun its head, less than this many
 # seconds ago.

@@ -22,7 +22,8 @@ from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, L
 # How many bytes one read takes: the second number if the read before got at least the first.
 READ_BYTES, LARGE_READ_BYTES = 65536, 262144
 # If it took more seconds than this to handle what was read, the next read is a small one, so that
-# others have their turn between the two. After each that is full, one is four times as large.
+# others have their turn between the two. After each read that was full, the next is four times as
+# large.
 SLOW_SECONDS, SMALL_READ_BYTES = 0.005, 8192
 # If more bytes than this wait to be sent to one side, the other is not read until all are taken.
 HIGH_WATER = 262144

@@ -311,7 +311,8 @@ class Upstream:
             self.discard(own)
 
     def drop_one(self) -> bool:
-        """Close the connection that has been idle longest; False if none is idle."""
+        """Close the one that has been idle longest, of those that are for any client. False if
+        there is none."""
         if not self._idle:
             return False
         self.discard(self._idle[0])

@@ -73,9 +73,9 @@ def media_type(value: str | None) -> str:
 
 
 def preferred(accept: str | None, *offers: str) -> str:
-    """The media type among `offers` that an Accept header prefers (RFC 9110 section 12.5.1). It is
-    the first one among equals, and also if the header accepts none. No more than ACCEPT_READ
-    characters of it are looked at."""
+    """The media type among `offers` that an Accept header prefers (RFC 9110 section 12.5.1).
+    Among equals it is the first, and so it is if the header accepts none. No more than
+    ACCEPT_READ characters of it are looked at."""
     given: dict[str, float] = {}
     for item in (accept or "*/*")[:ACCEPT_READ].lower().split(","):
         kind, *parameters = (part.strip() for part in item.split(";"))

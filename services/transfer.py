@@ -243,7 +243,7 @@ def _read_csv(lines: Lines) -> Iterator[Row]:
 
 
 def _csv_words(error: Exception) -> str:
-    # Python's own message for it tells a programmer how to open a file.
+    # Python's own message for this tells a programmer how to open a file.
     return "a line must end in LF or CRLF" if "new-line" in str(error) else str(error).rstrip(".")
 
 

@@ -160,7 +160,7 @@ def status_of(raw: bytes) -> tuple[str, int, str]:
 
 @remembering
 def lines_of(raw: bytes) -> Line:
-    """One header line. Raises UpstreamBroken."""
+    """A header line; the decorator makes it read many. Raises UpstreamBroken."""
     found = HEADER_LINE.fullmatch(raw)
     if found is None:
         raise UpstreamBroken("A header line of the upstream's answer is malformed.")

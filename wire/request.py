@@ -188,7 +188,7 @@ class Head:
 
 @remembering
 def lines_of(raw: bytes) -> Line:
-    """One header line. Raises BadRequest."""
+    """A header line; the decorator makes it read many. Raises BadRequest."""
     found = HEADER_LINE.fullmatch(raw)
     if found is None:
         raise BadRequest("A header line is malformed.")

@@ -24,8 +24,8 @@ class Frames:
         return not self._left and not self._header
 
     def feed(self, data: bytes) -> None:
-        """Take note of bytes that pass. A peer may send only the smallest of frames. So each frame
-        is one turn of the loop, in which no function is called for a short one."""
+        """Take note of bytes that pass. A peer may send only the smallest of frames. So each
+        frame is one pass of the `while`, which calls no function for a short one."""
         if self._header:
             data, self._header = self._header + data, b""
         at, end = self._left, len(data)
