@@ -153,7 +153,7 @@ def value_of(name: str, environ: Mapping[str, str]) -> str:
     if text:
         raise ValueError(f"and {name}_FILE are both set: unset one of them")
     try:
-        text = Path(file).read_text(encoding="utf-8").removesuffix("\n").strip()
+        text = Path(file).read_text(encoding="utf-8").strip()
     except OSError as error:
         # The path is not told: a secret that was put there by mistake would be in the log.
         raise ValueError(f"cannot be read from {name}_FILE: {error.strerror}") from None

@@ -37,7 +37,7 @@ class Made:
     generator: str
     busy_percent: float
     made_of: dict[str, str]
-    grouped: bool = True  # whether Linux's automatic task groups are on
+    grouped: bool  # whether Linux's automatic task groups are on
     minutes: float = 0
     postgres: list[str] = field(default_factory=list)
 

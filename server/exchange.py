@@ -204,7 +204,7 @@ class Exchange:
         if self.body is None:
             self._ask()
         elif not self._large:
-            self.client.ask_for_body()  # A larger one the upstream asks for.
+            self.client.ask_for_body()  # The upstream asks for a larger one.
 
     @property
     def _large(self) -> bool:

@@ -24,7 +24,7 @@ class BrowserPage(NamedTuple):
 
 def load(name: str) -> BrowserPage:
     """The page of this name. Its policy allows its own script and style, by their hashes, and calls
-    of Gatehouse: no other script can run in it, whatever a user is called."""
+    to Gatehouse: no other script can run in it, whatever a user is called."""
     html = (PAGES / f"{name}.html").read_text(encoding="utf-8")
     fields = [{"name": one.name, "kind": one.kind, "required": one.required} for one in FIELDS]
     html = html.replace(NO_FIELDS, NO_FIELDS.replace("[]", json.dumps(fields)))

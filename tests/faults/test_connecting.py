@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import os
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -35,7 +33,7 @@ from postgres import pool
 from postgres.connect import Connector, Target, settings_in
 from postgres.deadlines import Deadlines, borrowed
 from postgres.statements import Database
-from tests.harness import ROOT, Service, pw_migrate, run_app, wait_for
+from tests.harness import ROOT, Service, pw_migrate, run_app, unshared, wait_for
 from tests.harness.servers import Pooler, Server
 
 Start = Callable[..., Service]
@@ -547,11 +545,9 @@ def test_threads_that_are_first_after_a_fork_share_what_the_first_of_them_makes(
 
 def test_a_server_to_which_no_way_leads_gives_no_sign_of_life() -> None:
     """In a network that has nothing but a loopback that is down, connecting fails at once."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("only root may make a network of its own")
     asked = "from postgres.deadlines import answers; print(answers(2, ('192.0.2.1', 5432), 5))"
     done = subprocess.run(
-        ["unshare", "--net", sys.executable, "-c", asked],
+        [*unshared("net"), sys.executable, "-c", asked],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -26,6 +26,7 @@ from tests.harness.service import (
     free_port,
     new_email,
     run_app,
+    unshared,
     wait_for,
 )
 from tests.harness.upstream import Answer, ScriptedUpstream, Seen, echo_at_once, ok
@@ -50,6 +51,7 @@ __all__ = [
     "copied",
     "checkout",
     "free_port",
+    "unshared",
     "wait_for",
     "Service",
     "forward",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.harness.client import RawClient, Reply, call, exchange
 from tests.harness.upstream import Answer, ScriptedUpstream, Seen, ok
@@ -60,6 +61,14 @@ def nursery() -> Nursery:
 def inherited() -> dict[str, str]:
     """What a service gets of the environment of the tests."""
     return {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+
+
+def unshared(what: str) -> list[str]:
+    """What to begin a command with, so that it has a `what` (see unshare(1)) of its own. Skips the
+    test where that cannot be had."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip(f"only root may give a process a {what} of its own")
+    return ["unshare", f"--{what}"]
 
 
 def free_port() -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import socket
 import struct
 import threading
@@ -29,6 +27,7 @@ from tests.harness import (
     ok,
     problem,
     request,
+    unshared,
     wait_for,
 )
 
@@ -330,8 +329,6 @@ class NameServer:
 
 @pytest.fixture
 def name_server() -> Iterator[NameServer]:
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("only root may give a process a name server of its own")
     server = NameServer()
     yield server
     server.sock.close()
@@ -346,7 +343,7 @@ def test_a_mute_name_server_is_504_in_time_and_disturbs_nobody_else(
     (tmp_path / "resolv.conf").write_text(f"nameserver 127.0.0.1\n{options}\n")
     mount = f"mount --bind {tmp_path / 'resolv.conf'} /etc/resolv.conf"
     service = start(
-        within=["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"'],
+        within=[*unshared("mount"), "sh", "-c", f'{mount} && exec "$0" "$@"'],
         UPSTREAM_URL=f"http://upstream.example:{fresh.port}",
         UPSTREAM_CONNECT_TIMEOUT=3,
         WORKERS=1,
