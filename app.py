@@ -27,6 +27,7 @@ import commands
 from metrics import STOPPING, Board
 from models import database
 from postgres import schema
+from postgres.table import Found
 from problems import (
     BadRequest,
     DatabaseUnavailable,
@@ -43,15 +44,18 @@ from server import workers
 from server.exchange import Patience
 from server.server import Options, Server
 from server.systemd import Notifier
-from services import browser, inputs, transfer, users
+from services import browser, search, transfer, users
+from services.fields import valid_id
 from services.health import Health
 from services.proxy import Proxy
-from services.values import valid_id
 from settings import Settings, is_loopback
+from wire import body
 from wire.fields import ANY, Field
+from wire.headers import media_type, preferred, tags
 from wire.ids import request_id as usable_id
 from wire.refusal import own_fields, refusal
 from wire.request import Head
+from wire.rows import CSV, NDJSON
 
 VERSION = "2.0.0"
 
@@ -64,7 +68,7 @@ BULK_THREADS = 8
 BULK_SECONDS = 10.0
 JSON = "application/json"
 # Media types of many users at once, for which the server has threads of their own.
-BULK = (transfer.CSV, transfer.NDJSON)
+BULK = (CSV, NDJSON)
 HTML = "text/html"
 LISTS = (JSON, *BULK, HTML)
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
@@ -118,7 +122,7 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
 
 def get_health() -> dict[str, Any] | bytes:
     response.set_header("Vary", "Accept")
-    if inputs.preferred(request.environ.get("HTTP_ACCEPT"), JSON, HTML) == HTML:
+    if preferred(request.environ.get("HTTP_ACCEPT"), JSON, HTML) == HTML:
         return _page("health")
     report: dict[str, Any] = request.app.health.report(_asked())
     return report
@@ -162,14 +166,14 @@ def _asked() -> float:
 
 def list_users() -> str | bytes | Iterator[bytes]:
     response.set_header("Vary", "Accept")
-    kind = inputs.preferred(request.environ.get("HTTP_ACCEPT"), *LISTS)
+    kind = preferred(request.environ.get("HTTP_ACCEPT"), *LISTS)
     if kind == HTML:
         return _page("users")
     asked = _page_query(request.query_string, kind)
     if kind in BULK:
-        response.content_type = kind + ("; charset=utf-8" if kind == transfer.CSV else "")
+        response.content_type = kind + ("; charset=utf-8" if kind == CSV else "")
         return transfer.exported(kind, asked.after, asked.search)
-    page = users.page(asked.limit, asked.after, asked.search, count=asked.total)
+    page = search.page(asked.limit, asked.after, asked.search, count=asked.total)
     members = [f'"users": [{", ".join(page.users)}]', '"next": null']
     if page.last is not None:
         target = f"/users?{urlencode(asked.given | {'limit': asked.limit, 'after': page.last})}"
@@ -181,30 +185,30 @@ def list_users() -> str | bytes | Iterator[bytes]:
 
 
 def create_user() -> str | Iterator[bytes]:
-    kind = inputs.media_type(request.environ.get("CONTENT_TYPE"))
+    kind = media_type(request.environ.get("CONTENT_TYPE"))
     if kind in BULK:
-        response.content_type = transfer.NDJSON
+        response.content_type = NDJSON
         return transfer.imported(kind, request.environ)
-    user_id, user = users.create(inputs.members(request.environ, JSON, *BULK))
+    user_id, user = users.create(body.members(request.environ, JSON, *BULK))
     return _created(user_id, user)
 
 
 def get_user(user_id: str) -> str:
     user = users.get(_existing(user_id))
-    tags = inputs.tags(request.environ, "If-None-Match")
-    if tags is not None and (tags == ANY or user.version in tags):
+    known = tags("If-None-Match", request.environ.get("HTTP_IF_NONE_MATCH"))
+    if known is not None and (known == ANY or user.version in known):
         response.status = 304
     return _user(user)
 
 
 def put_user(user_id: str) -> str:
-    user = users.put(user_id, inputs.members(request.environ, JSON), _condition())
+    user = users.put(user_id, body.members(request.environ, JSON), _condition())
     return _created(user_id.lower(), user) if user.created else _user(user)
 
 
 def patch_user(user_id: str) -> str:
     user_id, condition = _existing(user_id), _condition()
-    members = inputs.members(request.environ, JSON, "application/merge-patch+json")
+    members = body.members(request.environ, JSON, "application/merge-patch+json")
     return _user(users.patch(user_id, members, condition))
 
 
@@ -226,12 +230,12 @@ def _json(body: str) -> str:
     return body + "\n"
 
 
-def _user(user: users.Found) -> str:
+def _user(user: Found) -> str:
     response.set_header("ETag", f'"{user.version}"')
     return _json(user.json)
 
 
-def _created(user_id: str, user: users.Found) -> str:
+def _created(user_id: str, user: Found) -> str:
     response.status = 201
     response.set_header("Location", f"/users/{user_id}")
     return _user(user)
@@ -246,8 +250,8 @@ def _existing(user_id: str) -> str:
 
 def _condition() -> users.Condition:
     return users.Condition(
-        inputs.tags(request.environ, "If-Match"),
-        inputs.tags(request.environ, "If-None-Match"),
+        tags("If-Match", request.environ.get("HTTP_IF_MATCH")),
+        tags("If-None-Match", request.environ.get("HTTP_IF_NONE_MATCH")),
     )
 
 
@@ -257,7 +261,7 @@ class PageQuery(NamedTuple):
 
     limit: int
     after: str | None
-    search: users.Search
+    search: search.Search
     total: bool
     given: dict[str, str]
 
@@ -281,20 +285,20 @@ def _page_query(query: str, kind: str) -> PageQuery:
         except ValueError as error:
             errors.append((name[:100], str(error)))
     if errors:
-        raise InvalidQuery(errors=errors[: users.MAX_ERRORS])
+        raise InvalidQuery(errors=errors)
     after = given.pop("after", None)
     return PageQuery(
-        limit=int(given.pop("limit", users.DEFAULT_PAGE)),
+        limit=int(given.pop("limit", search.DEFAULT_PAGE)),
         after=after and valid_id(after),
-        search=users.Search(given.get("email"), given.get("q")),
+        search=search.Search(given.get("email"), given.get("q")),
         total=given.get("count") == "true",
         given=given,
     )
 
 
 def _limit(value: str) -> None:
-    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= users.MAX_PAGE:
-        raise ValueError(f"must be a whole number from 1 to {users.MAX_PAGE}")
+    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= search.MAX_PAGE:
+        raise ValueError(f"must be a whole number from 1 to {search.MAX_PAGE}")
 
 
 def _switch(value: str) -> None:
@@ -431,10 +435,10 @@ def asked_for(path: str, method: str, content_type: str | None, accept: str | No
     if path.removesuffix("/") != "/users":
         return ""
     if method == "POST":
-        return "bulk" if inputs.media_type(content_type) in BULK else ""
+        return "bulk" if media_type(content_type) in BULK else ""
     if method not in ("GET", "HEAD"):
         return ""
-    kind = inputs.preferred(accept, *LISTS)
+    kind = preferred(accept, *LISTS)
     return "page" if kind == HTML else "bulk" if kind in BULK else ""
 
 
@@ -480,14 +484,14 @@ class Gatehouse:
             kind, accept, given = (None if one is None else ", ".join(one) for one in values)
             asked = asked_for(head.path, head.method, kind, accept)
             if asked == "page":
-                return "live", inputs.MAX_BYTES
+                return "live", body.MAX_BYTES
             self.owned.authorize(given, head.host, not BROWSERS.isdisjoint(head.values))
             if asked == "bulk":
                 return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):
             # It waits for nothing, and must not wait behind requests that do.
-            return "live", inputs.MAX_BYTES
-        return owner[1], inputs.MAX_BYTES
+            return "live", body.MAX_BYTES
+        return owner[1], body.MAX_BYTES
 
 
 def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int:

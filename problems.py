@@ -6,13 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+# An answer names at most this many errors.
+MAX_ERRORS = 20
+
 
 class Problem(Exception):
     """An error that a caller is told about, as `application/problem+json`.
 
     `detail` says what happened in words for the caller and never holds a stack trace, SQL, a host
-    or a credential. `errors` names every invalid field, `headers` go on the answer, and `members`
-    are extension members of the document.
+    or a credential. `errors` names every invalid field, up to MAX_ERRORS; `headers` go on the
+    answer, and `members` are extension members of the document.
     """
 
     status: ClassVar[int] = 500
@@ -31,7 +34,7 @@ class Problem(Exception):
     ) -> None:
         self.detail = detail or type(self).detail
         super().__init__(self.detail)
-        self.errors = errors
+        self.errors = errors[:MAX_ERRORS]
         self.headers = (*type(self).headers, *headers)
         self.members = members
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from services.users import FIELDS
+from services.fields import FIELDS
 
 PAGES = Path(__file__).resolve().parent / "pages"
 NO_FIELDS = '<script type="application/json" id="fields">[]</script>'

@@ -13,8 +13,7 @@ from email_validator import validate_email
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.users import NAMES
-from services.values import MAX_PLAIN, PLAIN_EMAIL, valid_email
+from services.fields import MAX_PLAIN, NAMES, PLAIN_EMAIL, valid_email
 from tests.harness import Service, create_user, invalid_fields, new_email, problem
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")

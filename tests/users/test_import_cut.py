@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from services.users import NAMES
+from services.fields import NAMES
 from tests.harness import RawClient, Service, wait_for
 from tests.harness.servers import Server
 

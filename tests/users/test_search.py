@@ -12,7 +12,7 @@ import pytest
 
 from commands import MIGRATIONS
 from postgres.schema import names
-from services import users
+from services import search
 from tests.harness import (
     Databases,
     ScriptedUpstream,
@@ -171,10 +171,10 @@ def test_with_pg_trgm_a_search_goes_by_an_index() -> None:
                 " md5(n::text) FROM generate_series(1, 50000) n"
             )
             cursor.execute("VACUUM ANALYZE users")
-        few = users.Search(text="c4ca4238a0b9")
-        for search, index in ((few, "users_search"), (users.Search(text="example"), "users_pkey")):
-            sql = users._page(False, False, True, False, True).plain
-            assert index in explained(uri, sql, search.values())
+        few = search.Search(text="c4ca4238a0b9")
+        for asked, index in ((few, "users_search"), (search.Search(text="example"), "users_pkey")):
+            sql = search._page(False, False, True, False, True).plain
+            assert index in explained(uri, sql, asked.values())
         with Service(POSTGRES_URI=uri) as service:
             assert found(service, q="C4CA4238a0b9") == ["c4ca4238a0b923820dcc509a6f75849b"]
         # Either is right: with the index, and without.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from services.users import NAMES
+from services.fields import NAMES
 from tests.harness import (
     Databases,
     RawClient,

@@ -1,14 +1,20 @@
-"""What each value of a user has to be.
+"""What a user has, and what each value of it has to be.
 
-A check takes the value that was sent and returns the one to store. It raises ValueError, which says
-what is wrong, for the caller to read.
+FIELDS is the one table of it. A check takes the value that was sent and returns the one to store.
+It raises ValueError, which says what is wrong, for the caller to read.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from postgres.table import TIMES
+from problems import InvalidUser
+from wire.objects import Object
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
@@ -26,12 +32,6 @@ MAX_DEPTH = 100
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 KINDS = {type(None): "null", bool: "true or false", float: "a number", list: "an array"}
-
-
-class Object(dict[str, Any]):
-    """A JSON object that knows how it was written."""
-
-    text = ""
 
 
 def valid_id(value: Any) -> str:
@@ -113,9 +113,94 @@ def _parts(value: Any) -> list[Any]:
         valid_text(value)
     elif isinstance(value, float) and math.isinf(value):
         # PostgreSQL would store 1e100000 with all its zeros.
-        raise ValueError("must not contain numbers beyond 1.8e308")
+        raise ValueError("must not contain numbers beyond 1.8e308, or nearer to 0 than 5e-324")
     elif isinstance(value, dict):
         return [*value.keys(), *value.values()]
     elif isinstance(value, list):
         return value
     return []
+
+
+@dataclass(frozen=True)
+class Field:
+    """A member of a user, and the column of the same name.
+
+    `check` takes the value that was sent and returns the one to store, or raises ValueError. A
+    member that is not `required` may be absent or null, and is `default` then; a default of None is
+    NULL in the table and null in JSON. `kind` is the SQL type. If it is `merged`, PATCH takes the
+    value as a merge patch (RFC 7396), and not as the new value.
+    """
+
+    name: str
+    check: Callable[[Any], Any]
+    required: bool = False
+    default: Any = None
+    kind: str = "text"
+    merged: bool = False
+
+    @property
+    def nullable(self) -> bool:
+        """Whether the column may be NULL."""
+        return self.default is None and not self.required
+
+
+FIELDS = (
+    Field("email", valid_email, required=True),
+    Field("name", valid_name, required=True),
+    Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=True),
+)
+NAMES = {field.name: field for field in FIELDS}
+UNKNOWN = f"is not a member of a user; you can set {', '.join(NAMES)}"
+# A GET also gives these members. A PUT or PATCH may therefore send TIMES back, which are ignored. A
+# POST is told why it should not.
+NOT_SENT = dict.fromkeys(TIMES, "is set by Gatehouse; leave it out") | {
+    "id": "is made by Gatehouse; leave it out, or choose one with PUT /users/{id}"
+}
+
+
+def valid(members: Mapping[str, Any], *, user_id: str | None = None) -> dict[str, Any]:
+    """All fields of a user, checked and ready to store. A field that is absent has its default.
+
+    With `user_id` the members may be those that a GET of that user gave. Raises InvalidUser, which
+    names every error, up to MAX_ERRORS.
+    """
+    values, errors = checked(members, user_id)
+    missing = [field.name for field in FIELDS if field.required and field.name not in members]
+    errors += [(name, "is required") for name in missing]
+    raise_for(errors)
+    return {one.name: or_default(one, values.get(one.name)) for one in FIELDS}
+
+
+def or_default(field: Field, value: Any) -> Any:
+    """The value to store for a field whose checked value is this; None if it was not given."""
+    return field.default if value is None else value
+
+
+def raise_for(errors: list[tuple[str, str]]) -> None:
+    """Raise InvalidUser if there are any errors."""
+    if errors:
+        # Missing and wrong members come before unknown ones, of which there may be thousands.
+        errors.sort(key=lambda error: error[1] == UNKNOWN)
+        raise InvalidUser(errors=errors)
+
+
+def checked(
+    members: Mapping[str, Any], user_id: str | None
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The fields among `members`, ready to store, and what is wrong with any of the members."""
+    values: dict[str, Any] = {}
+    errors: list[tuple[str, str]] = []
+    for name, value in members.items():
+        field = NAMES.get(name)
+        try:
+            if field is not None:
+                nothing = value is None and not field.required
+                values[name] = None if nothing else field.check(value)
+            elif name == "id" and user_id is not None:
+                if valid_id(value) != user_id.lower():
+                    raise ValueError("must be the id in the path, or be left out")
+            elif name not in TIMES or user_id is None:
+                raise ValueError(NOT_SENT.get(name, UNKNOWN))
+        except ValueError as error:
+            errors.append((name, str(error)))
+    return values, errors

@@ -1,0 +1,267 @@
+"""A table whose rows are read as JSON, and of which each write is one statement.
+
+PostgreSQL makes the JSON of a row, which is passed on as it is: for one row and for a page alike.
+The statements are composed once, from a peewee model and the columns that callers set.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from peewee import EXCLUDED, SQL, Case, NodeList, Query, fn
+
+from postgres.statements import Database, Row, Statement, unknown
+from problems import DatabaseUnavailable, Problem, RefusedByDatabase
+
+# Columns that no caller sets: when a row was made, and when it was last changed. The second is the
+# row's version, too.
+TIMES = ("created_at", "updated_at")
+# The parameters of statements, and their SQL types. Those of a table's columns come beside them.
+PARAMETERS = {
+    "id": "uuid",
+    "match": "text[]",
+    "none_match": "text[]",
+    "untouched": "double precision",
+    "after": "uuid",
+    "limit": "integer",
+    "text": "text",
+    "pattern": "text",
+}
+
+
+class Column(Protocol):
+    """A column that callers set: its name, its SQL type, and whether it may be NULL."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def nullable(self) -> bool: ...
+
+
+class Found(NamedTuple):
+    """A row as JSON, and its version: the same until the row is changed."""
+
+    json: str
+    version: str
+    created: bool = False
+
+
+class Table:
+    """The table of a peewee `model` that has the columns `id` (a UUID) and TIMES, and `columns`.
+
+    `get`, `create`, `put`, `replace`, `delete`, `same`, `create_many` and `replace_many` are its
+    statements, and `patch` makes two more. `create` does nothing if another row has the same value
+    of the index `unique`, which is a peewee index of the model. `json` and `version` are SQL.
+    """
+
+    def __init__(self, model: Any, columns: Sequence[Column], unique: Any) -> None:
+        self.model = model
+        self.columns = columns
+        self.types = PARAMETERS | {column.name: column.kind for column in columns}
+        self.json = self._json()
+        self.version = in_rfc_3339(model.updated_at)
+        self._database: Database = model._meta.database
+        self._this = model.id == self.given("id")
+        given = {column.name: self.given(column.name) for column in columns}
+        row = {model.id: self.given("id")} | {self._of(one): given[one.name] for one in columns}
+        excluded = {column.name: getattr(EXCLUDED, column.name) for column in columns}
+        self.get = self.statement(model.select(self.json, self.version).where(self._this))
+        # Only the conflict with that index is ignored. With any other, of an index or an exclusion
+        # constraint that the operator added, the database refuses the row.
+        self.create = self.statement(
+            model.insert(row)
+            .on_conflict(action="IGNORE", conflict_target=unique._expressions)
+            .returning(self.json, self.version)
+        )
+        self.put = self.statement(
+            model.insert(row)
+            .on_conflict(
+                conflict_target=[model.id], update=self._changed(excluded), where=self._allowed()
+            )
+            .returning(self.json, self.version, SQL("xmax = 0"))
+        )
+        self.replace, self.same = self._update(given), self._same(given)
+        delete = model.delete().where(self._this & self._allowed())
+        self.delete = self.statement(delete.returning(model.id))
+        self._compose_many()
+        self.patch = functools.cache(self._patch)
+
+    # Statements, and parts of them.
+
+    def given(self, name: str) -> SQL:
+        """The parameter of this name."""
+        return SQL(f"CAST(%({name})s AS {self.types[name]})")
+
+    def statement(self, query: Query, *, prepared: bool = True) -> Statement:
+        """Make a statement of a query. All its values are parameters by name: see `types`."""
+        sql, params = query.sql()
+        assert not params, params
+        types = {name: kind for name, kind in self.types.items() if f"%({name})s" in sql}
+        return Statement(sql, types, prepared=prepared)
+
+    def _of(self, column: Column) -> Any:
+        return getattr(self.model, column.name)
+
+    def _json(self) -> Any:
+        """A row as JSON. It takes PostgreSQL a third less than json_build_object, which looks up at
+        every row how each value is written."""
+        parts: list[Any] = [SQL("""'{"id": "'"""), self.model.id, SQL("""'"'""")]
+        for column in self.columns:
+            # jsonb is JSON as it is, and asking for that costs as much as the column.
+            value = self._of(column)
+            value = value if column.kind == "jsonb" else fn.to_json(value)
+            if column.nullable:  # CONCAT drops NULL.
+                value = fn.coalesce(value, SQL("'null'"))
+            parts += [SQL(f"""', "{column.name}": '"""), value]
+        for name in TIMES:
+            time = in_rfc_3339(getattr(self.model, name))
+            parts += [SQL(f"""', "{name}": "'"""), time, SQL("""'"'""")]
+        return fn.CONCAT(*parts, SQL("'}'"))  # In lower case it would be a method of peewee's.
+
+    def _differs(self, new: Mapping[str, Any]) -> Any:
+        """SQL that says whether these values would change the row. NULL counts as a value."""
+        old = fn.ROW(*(self._of(column) for column in self.columns))
+        row = fn.ROW(*(new[column.name] for column in self.columns))
+        return NodeList((old, SQL("IS DISTINCT FROM"), row))
+
+    def _changed(self, new: Mapping[str, Any]) -> dict[Any, Any]:
+        changed = self.model.updated_at
+        # Two changes may share a microsecond, and clocks may go back: this time is later all the
+        # same.
+        later = fn.greatest(fn.now(), changed + SQL("interval '1 microsecond'"))
+        columns = {self._of(column): new[column.name] for column in self.columns}
+        return columns | {changed: Case(None, [(self._differs(new), later)], changed)}
+
+    def _allowed(self) -> Any:
+        # A condition that was not given is NULL.
+        match = SQL("(%(match)s IS NULL)") | (self.version == SQL("ANY(%(match)s)"))
+        none = SQL("(%(none_match)s IS NULL)") | ~(self.version == SQL("ANY(%(none_match)s)"))
+        # A second run, if nobody knows whether the first was carried out: see Database.write.
+        since = fn.now() - SQL("make_interval(secs => %(untouched)s)")
+        untouched = SQL("(%(untouched)s IS NULL)") | (self.model.updated_at < since)
+        return match & none & untouched
+
+    def _update(self, new: Mapping[str, Any]) -> Statement:
+        query = self.model.update(self._changed(new)).where(self._this & self._allowed())
+        return self.statement(query.returning(self.json, self.version))
+
+    def _same(self, new: Mapping[str, Any]) -> Statement:
+        """Finds the row if it looks as a write of these values would have left it. The third column
+        says whether that write created it, and did not change one that was there."""
+        created = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
+        unchanged = NodeList((SQL("NOT"), self._differs(new)))
+        # The row is locked because a lock is a write. With a synchronous standby it is answered
+        # only when the standby has all writes before it. A mere read may see what a failover will
+        # undo.
+        found = self.model.select(self.json, self.version, created)
+        return self.statement(found.where(self._this & unchanged).for_update())
+
+    def _patch(self, names: frozenset[str], merged: frozenset[str]) -> tuple[Statement, Statement]:
+        """Two statements: one changes the columns `names` of a row, of which `merged` are merged
+        into the values that are there (RFC 7396, by the function users_merged of migration 003);
+        the other finds the row if it looks as the first would leave it."""
+        new = {column.name: self._of(column) for column in self.columns}
+        for name in names:
+            value = self.given(name)
+            new[name] = fn.users_merged(new[name], value) if name in merged else value
+        return self._update(new), self._same(new)
+
+    # Statements that write many rows.
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """The parameters of a statement that has many rows: an array for `id` and each column."""
+        names = ("id", *(column.name for column in self.columns))
+        return {name: f"{self.types[name]}[]" for name in names}
+
+    def rows_given(self) -> str:
+        """SQL for the rows that are given as arrays."""
+        return ", ".join(f"CAST(%({name})s AS {kind})" for name, kind in self.arrays.items())
+
+    def _compose_many(self) -> None:
+        table, rows = self.model._meta.table_name, self.rows_given()
+        columns = [f'"{column.name}"' for column in self.columns]
+        names = ", ".join(('"id"', *columns))
+        old = ", ".join(f"{table}.{column}" for column in columns)
+        new = ", ".join(f"given.{column}" for column in columns)
+        changes = ", ".join(f"{column} = given.{column}" for column in columns)
+        # Creates rows. It leaves alone a row that exists already, and leaves out a second one of
+        # the same.
+        self.create_many = Statement(
+            f"INSERT INTO {table} ({names}) SELECT {names} FROM unnest({rows}) WITH ORDINALITY"
+            f" AS given({names}, number) ORDER BY number ON CONFLICT DO NOTHING RETURNING id::text",
+            self.arrays,
+            prepared=False,
+        )
+        # Replaces rows that exist. For each of them it says whether this statement changed it, and
+        # whether it was already as it is given.
+        self.replace_many = Statement(
+            f"WITH given AS (SELECT * FROM unnest({rows}) AS given({names})), changed AS ("
+            f"UPDATE {table} SET {changes},"
+            f" updated_at = greatest(now(), {table}.updated_at + interval '1 microsecond')"
+            f" FROM given WHERE {table}.id = given.id AND ROW({old}) IS DISTINCT FROM ROW({new})"
+            f" AND (%(untouched)s IS NULL OR {table}.updated_at"
+            f" < now() - make_interval(secs => %(untouched)s)) RETURNING {table}.id)"
+            f" SELECT {table}.id::text, {table}.id IN (SELECT id FROM changed),"
+            f" ROW({old}) IS NOT DISTINCT FROM ROW({new}) FROM {table} JOIN given USING (id)",
+            self.arrays | {"untouched": self.types["untouched"]},
+            prepared=False,
+        )
+
+    # Writes, and what became of them.
+
+    def write(
+        self,
+        statement: Statement,
+        values: Mapping[str, Any],
+        look: Statement,
+        why_not: Callable[[list[Row]], Problem | None],
+    ) -> tuple[list[Row], bool]:
+        """Run a write, and return what `Database.write` returns: the rows, and whether it was run
+        again. There are no rows only if it was.
+
+        If the statement did nothing, `why_not` is given the rows that `look` finds, and the Problem
+        that it returns is raised. If it returns none, there are two cases. Somebody was faster: the
+        statement is run once more. Or the database itself leaves the row as it is, by a trigger
+        that returns NULL or by a policy: RefusedByDatabase is raised. It is the second case if
+        `look` finds the same before and after a run, because every change makes another version.
+        """
+        before = None
+        while True:
+            rows, again = self._database.write(statement, values)
+            if rows or again:
+                return rows, again
+            found = self._database.read(look, values)
+            if problem := why_not(found):
+                raise problem
+            if found == before:
+                break
+            before = found
+        self._database.say("refused by the database: a trigger or a policy left the row as it was")
+        raise RefusedByDatabase
+
+    def done_before(self, same: Statement, values: Mapping[str, Any]) -> Found:
+        """The row, if it looks as a run whose answer was lost would have left it: that run, or one
+        just like it, was carried out. Otherwise raises DatabaseUnavailable, outcome unknown."""
+        rows = self.confirmed(same, values)
+        if not rows:
+            raise unknown()
+        return Found(*rows[0])
+
+    def confirmed(self, statement: Statement, values: Mapping[str, Any]) -> list[Row]:
+        """What a statement finds after a write whose answer was lost. Raises DatabaseUnavailable,
+        outcome unknown, if the database cannot be asked."""
+        try:
+            return self._database.read(statement, values)
+        except DatabaseUnavailable:
+            raise unknown() from None
+
+
+def in_rfc_3339(column: Any) -> Any:
+    """A time in RFC 3339, in UTC with microseconds, as SQL."""
+    utc = fn.timezone(SQL("'UTC'"), column)
+    return fn.to_char(utc, SQL("""'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""))

@@ -1,0 +1,113 @@
+"""JSON objects, read strictly: no member may be there twice, and each object keeps its text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from typing import Any
+
+from problems import InvalidUser, MalformedJson
+
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Object(dict[str, Any]):
+    """A JSON object that knows how it was written."""
+
+    text = ""
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    """The members of a JSON object. A member that is itself an object is an Object, which knows its
+    text. Raises MalformedJson, or InvalidUser if it is JSON of another kind."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedJson(f"The body is not in UTF-8 (byte {error.start}).") from None
+    if text.startswith("\ufeff"):
+        raise MalformedJson("The body begins with a byte order mark; send it without.")
+    if not text.strip(" \t\n\r"):
+        raise MalformedJson("The body is empty; send a JSON object.")
+    try:
+        if not text.lstrip(" \t\n\r").startswith("{"):
+            DECODER.decode(text)
+            raise InvalidUser(errors=[("body", "must be a JSON object")])
+        return _members(text)
+    except RecursionError:
+        raise MalformedJson("The JSON in the body is nested too deeply.") from None
+    except json.JSONDecodeError as error:
+        what = error.msg[:1].lower() + error.msg[1:]
+        raise MalformedJson(
+            f"The body is not one JSON document: {what}, at line {error.lineno},"
+            f" character {error.colno}."
+        ) from None
+    except ValueError as error:
+        raise MalformedJson(f"{error}.") from None
+
+
+def _members(text: str) -> dict[str, Any]:
+    # json.JSONDecoder says where a value ends only if it is given one value at a time, and the text
+    # of each is needed.
+    members: dict[str, Any] = {}
+    at = _after(text, SPACE.match(text).end(), "{")  # type: ignore[union-attr]
+    if text.startswith("}", at):
+        at = _after(text, at, "}")
+    else:
+        more = True
+        while more:
+            if not text.startswith('"', at):
+                raise json.JSONDecodeError("a name in double quotes is missing", text, at)
+            name, at = DECODER.raw_decode(text, at)
+            start = _after(text, _after(text, at, ""), ":")
+            value, end = DECODER.raw_decode(text, start)
+            if name in members:
+                raise _twice(name)
+            members[name] = value
+            if isinstance(value, Object):
+                value.text = text[start:end]
+            at = _after(text, end, "")
+            more = text.startswith(",", at)
+            at = _after(text, at, "," if more else "}")
+    if at != len(text):
+        raise json.JSONDecodeError("something follows its end", text, at)
+    return members
+
+
+def _after(text: str, at: int, mark: str) -> int:
+    """The position in a text after a mark and the white space that follows it. Raises
+    JSONDecodeError if the mark is missing."""
+    if not text.startswith(mark, at):
+        raise json.JSONDecodeError(f"a {mark} is missing", text, at)
+    return SPACE.match(text, at + len(mark)).end()  # type: ignore[union-attr]
+
+
+def _twice(name: str) -> ValueError:
+    return ValueError(f"The member {json.dumps(name[:100])} is given twice; give it once")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Object:
+    members = Object(pairs)
+    if len(members) != len(pairs):
+        raise _twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return members
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _number(text: str) -> float:
+    """A number as a float; infinite if it is too large, or too near to zero, for 64 bits."""
+    number = float(text)
+    return number if number or not re.search("[1-9]", text.lower().partition("e")[0]) else math.inf
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_constant=_no_constant,
+    # Numbers are only checked for their size; what is stored is the text that was sent.
+    parse_int=_number,
+    parse_float=_number,
+)

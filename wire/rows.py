@@ -1,0 +1,214 @@
+"""Rows of a file that is being sent: CSV (RFC 4180), or a line of JSON for each row.
+
+They are read as they arrive, so that a file of any length needs no more memory than a row.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from problems import BadRequest, InvalidUser, MalformedJson, Problem
+from wire import body
+from wire.objects import Object, parsed
+
+CSV, NDJSON = "text/csv", "application/x-ndjson"
+
+READ_BYTES = 65536
+# A file whose Content-Length is not more than this is read whole before its first row is given.
+WHOLE_BYTES = 1 << 20
+MAX_LINE = 2 * body.MAX_BYTES
+
+
+class Columns(NamedTuple):
+    """The columns that a CSV file may have. A cell of `objects` is a JSON object."""
+
+    names: Collection[str]
+    required: Collection[str]
+    objects: Collection[str]
+
+
+@dataclass
+class Row:
+    """A row as it was read. `line` is the number of the line where it begins; `members` are as in
+    the body of a request for one thing; `problem` says why the row cannot be read."""
+
+    line: int
+    members: dict[str, Any] = field(default_factory=dict)
+    problem: Problem | None = None
+
+
+class Refused(Exception):
+    """A line or a row that cannot be read, and why."""
+
+
+class Lines:
+    """The lines of a body as they arrive, as text and with their ends. `number` is how many have
+    been read; `dry` says that the next one has not arrived yet. A line that is too long, or not in
+    UTF-8, raises Refused; after that the next one may be asked for."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        stream = environ["wsgi.input"]
+        # `read1` gives what has arrived. Another server's stream may have only `read`, which waits
+        # for a whole piece.
+        self._read = getattr(stream, "read1", stream.read)
+        self._left = body.length_of(environ)
+        self._ended = self._left == 0
+        self._buffer = bytearray()
+        self.number = 0
+        self.row = 0  # bytes of the present row so far
+        short = self._left is not None and self._left <= WHOLE_BYTES
+        self._fill()
+        # The first three bytes may be a byte order mark, which may arrive in pieces.
+        while not self._ended and (short or len(self._buffer) < 3):
+            self._fill()
+        if self._buffer.startswith(b"\xef\xbb\xbf"):
+            del self._buffer[:3]
+        try:
+            self._buffer.decode()
+        except UnicodeDecodeError as error:
+            if self._ended or error.end < len(self._buffer):
+                line = self._buffer.count(b"\n", 0, error.start) + 1
+                raise BadRequest(
+                    f"The file is not in UTF-8 (line {line}). Save it as UTF-8, and send it again."
+                ) from None
+
+    def _fill(self) -> None:
+        wanted = READ_BYTES if self._left is None else min(READ_BYTES, self._left)
+        piece = self._read(wanted) if wanted else b""
+        self._buffer += piece
+        if self._left is not None:
+            self._left -= len(piece)
+        self._ended = not piece or self._left == 0
+
+    @property
+    def dry(self) -> bool:
+        return not self._ended and b"\n" not in self._buffer
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        too_long = False
+        while self.dry:
+            if len(self._buffer) > MAX_LINE:
+                self._buffer.clear()
+                too_long = True
+            self._fill()
+        # To take bytes off the front of a bytearray does not copy the rest. With such copies a
+        # megabyte of empty lines took 15 seconds.
+        line = self._buffer[: self._buffer.find(b"\n") + 1 or len(self._buffer)]
+        del self._buffer[: len(line)]
+        if not line and not too_long:
+            raise StopIteration
+        self.number += 1
+        if too_long or len(line.removesuffix(b"\n")) > MAX_LINE:
+            raise Refused(f"The line is longer than {MAX_LINE} bytes.")
+        self.row += len(line)
+        if self.row > 2 * MAX_LINE:
+            # Each line may end a quoted cell and begin another, so that a row could go on for ever.
+            raise Refused(f"The row is longer than {2 * MAX_LINE} bytes.")
+        try:
+            return line.decode()
+        except UnicodeDecodeError:
+            raise Refused("The line is not in UTF-8.") from None
+
+
+def rows_of(kind: str, lines: Lines, columns: Columns) -> Iterator[Row]:
+    """The rows of a file of the media type `kind`. If it is CSV, raises BadRequest or InvalidUser
+    at once for a header line that does not name the columns."""
+    return _csv(lines, columns) if kind == CSV else _ndjson(lines)
+
+
+def _ndjson(lines: Lines) -> Iterator[Row]:
+    while True:
+        row = Row(lines.number + 1)
+        lines.row = 0
+        try:
+            text = next(lines)
+            if not text.strip():
+                continue
+            row.members = parsed(text.encode())
+        except StopIteration:
+            return
+        except Refused as refused:
+            row.problem = MalformedJson(str(refused))
+        except Problem as problem:
+            row.problem = problem
+        yield row
+
+
+def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
+    reader = csv.reader(lines, strict=True)
+    header = _header(reader, columns)
+    while True:
+        row = Row(lines.number + 1)
+        lines.row = 0
+        try:
+            cells = next(reader)
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise Refused(f"The row has {len(cells)} cells, and the header {len(header)}.")
+            row.members, errors = _members(zip(header, cells, strict=True), columns)
+            if errors:
+                row.problem = InvalidUser(errors=errors)
+        except StopIteration:
+            return
+        except (Refused, csv.Error) as error:
+            text = str(error)
+            if not isinstance(error, Refused):
+                text = f"The row is not CSV: {_csv_words(error)}."
+            row.problem = BadRequest(text)
+        yield row
+
+
+def _csv_words(error: Exception) -> str:
+    # Python's own message for this tells a programmer how to open a file.
+    return "a line must end in LF or CRLF" if "new-line" in str(error) else str(error).rstrip(".")
+
+
+def _header(reader: Iterator[list[str]], columns: Columns) -> list[str]:
+    """The names of the columns of this file. Raises BadRequest if the line is not CSV, or
+    InvalidUser, which says what is wrong with the names."""
+    try:
+        names = [name.strip() for name in next(reader, [])]
+    except (Refused, csv.Error) as error:
+        raise BadRequest(f"The header line is not CSV: {_csv_words(error)}.") from None
+    missing = [name for name in columns.required if name not in names]
+    errors = [(name, "is a column that is missing") for name in missing]
+    for name in dict.fromkeys(names):
+        if name not in columns.names:
+            known = ", ".join(columns.names)
+            errors.append((name, f"is no column of users; there are {known}"))
+        elif names.count(name) > 1:
+            errors.append((name, "is a column twice"))
+    if errors:
+        raise InvalidUser(
+            "The first line must name the columns; see errors. Nothing was written.",
+            errors=errors,
+        )
+    return names
+
+
+def _members(
+    cells: Iterable[tuple[str, str]], columns: Columns
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """A row's cells, each with the name of its column, as members; and what is wrong with them. An
+    empty cell counts as not given, unless its column is required."""
+    members: dict[str, Any] = {}
+    errors: list[tuple[str, str]] = []
+    for name, cell in cells:
+        if not cell and name not in columns.required:
+            continue
+        members[name] = cell
+        if name in columns.objects:
+            try:
+                members[name] = Object(parsed(cell.encode(errors="replace")))
+                members[name].text = cell
+            except Problem as problem:
+                text = "must be a JSON object" if problem.errors else problem.detail
+                errors.append((name, text.replace("The body", "The cell")))
+    return members, errors
