@@ -7,8 +7,9 @@ OPENAPI := .venv-openapi
 SMUGGLING := .venv-smuggling
 SOURCES := *.py services postgres server wire migrations
 # The commands in .venv name the folder that they were made in, and a .venv that is made again keeps its
-# old Python. So it is made anew after a move, without its Python, and with another one than PYTHON=. One
-# that is a link may be another project's, and is left alone: --clear would empty what the link leads to.
+# old Python. So it is made anew if the folder was moved, if its Python is gone, or if PYTHON= names another
+# one. A .venv that is a link may be another project's, and is left alone: --clear would empty what the link
+# leads to.
 WHICH := -c 'import sys; print(sys.base_prefix, *sys.version_info[:2])'
 OTHER := $(if $(filter file,$(origin PYTHON)),false,[ "$$($(PYTHON) $(WHICH))" != "$$($(BIN)/python $(WHICH))" ])
 STALE := $(shell [ -L .venv ] || [ ! -d .venv ] || { \

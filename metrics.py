@@ -184,7 +184,7 @@ class Board:
         yield from _family(
             "gatehouse_answer_head_seconds",
             "histogram",
-            "Time from a whole request to the head of its answer, by who owns the path.",
+            "Time from the head of a request to the head of its answer, by who owns the path.",
             self._heads(),
         )
         yield from _family(

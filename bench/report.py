@@ -356,8 +356,8 @@ def compared(made: Made) -> str:
 
 {made.cores.capitalize()} run everything at once: the server that is measured, PostgreSQL
 {" and ".join(made.postgres)}, the upstream and the load generator ({made.generator}). So the
-requests a second are lower than the same server would reach with the machine to itself, and none
-says what your machine does. Everything takes turns in {plan.rounds} rounds of {plan.seconds} s
+requests a second are lower than the same server would reach with the machine to itself, and they do
+not tell what your machine would reach. Everything takes turns in {plan.rounds} rounds of {plan.seconds} s
 each, beginning with another server each time. Figures are medians of the rounds. A ratio is that of
 one round, and its median stands before the lowest and the highest. A ratio whose range spans 1 is a
 draw. One failed request voids a row, and so does a generator that was busy for nine tenths of the
@@ -367,8 +367,8 @@ time. Linux's automatic task groups are {"on" if made.grouped else "off"}:
 Search, export and tables of several sizes are with the system's PostgreSQL where there is one,
 since the embedded one, which serves all else, has no pg_trgm.
 
-Each has {made.cpus} processes and {POOL_SIZE} database connections in each, where no other number
-is told. Gatehouse and nginx write their access logs, as they do by default, to a file; the others
+Unless said otherwise, each server has {made.cpus} processes, and {POOL_SIZE} database connections in
+each. Gatehouse and nginx write their access logs, as they do by default, to a file; the others
 write none. Gatehouse runs with `WORKERS={made.cpus}`, and all else as it is by default.
 
 {made_of}
@@ -414,7 +414,7 @@ def websockets(results: Results) -> str:
     parts = [
         "## WebSocket messages\n\nMessages that the upstream sends back, one under way on each of"
         " 64 connections. The generator, the upstream and the proxy share the cores, so that the"
-        " requests a second hide a part of the difference, and the CPU time shows all of it. The"
+        " messages a second hide a part of the difference, and the CPU time shows all of it. The"
         " last row has no proxy at all: it is the limit here.\n\n"
     ]
     for what in MESSAGES:
@@ -467,9 +467,9 @@ def start(results: Results) -> str:
         "loaded_mib": f"memory after a load, {OURS} to it",
     }
     return (
-        "## Start and memory\n\nOne process of each; Caddy's has threads for all cores. One that"
-        " has nothing but bottle, requests and waitress, and does no more than proxy a GET, shows"
-        " what is left for Gatehouse to save (`bench/peers/bare`). Memory is the proportional set"
+        "## Start and memory\n\nOne process of each; Caddy's has threads for all cores. The row"
+        " *bare* is a program with nothing but bottle, requests and waitress that can only proxy a"
+        " GET (`bench/peers/bare`). It shows what Gatehouse could still save. Memory is the proportional set"
         f" size.\n\n{figures(rows, columns, ratios, OURS)}\n\n"
     )
 
@@ -484,8 +484,8 @@ def imports(results: Results) -> str:
         whole = results.made.plan.rows / rows["import"].median("rate")
         risen = rows["import"].median("memory_mib")
         seconds = (
-            f" All of them take {number(whole)} s, {times(quicker)} times as many a second as"
-            f" creates of one user each. Gatehouse's memory rises by {number(risen)} MiB meanwhile."
+            f" The import takes {number(whole)} s: {times(quicker)} times as many users a second as"
+            f" with a create for each. Gatehouse's memory rises by {number(risen)} MiB meanwhile."
         )
     return (
         f"## Import\n\n{results.made.plan.rows:,} new users in one CSV, and creates over 64"
