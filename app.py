@@ -176,7 +176,8 @@ def list_users() -> str | bytes | Iterator[bytes]:
     page = search.page(asked.limit, asked.after, asked.search, count=asked.total)
     members = [f'"users": [{", ".join(page.users)}]', '"next": null']
     if page.last is not None:
-        target = f"/users?{urlencode(asked.given | {'limit': asked.limit, 'after': page.last})}"
+        given = urlencode(asked.given) + "&" if asked.given else ""
+        target = f"/users?{given}limit={asked.limit}&after={page.last}"
         response.set_header("Link", f'<{target}>; rel="next"')
         members[1] = f'"next": {json.dumps(target)}'
     if page.total is not None:
@@ -185,7 +186,7 @@ def list_users() -> str | bytes | Iterator[bytes]:
 
 
 def create_user() -> str | Iterator[bytes]:
-    kind = media_type(request.environ.get("CONTENT_TYPE"))
+    kind = media_type(request.environ.get("CONTENT_TYPE", ""))
     if kind in BULK:
         response.content_type = NDJSON
         return transfer.imported(kind, request.environ)
@@ -435,7 +436,7 @@ def asked_for(path: str, method: str, content_type: str | None, accept: str | No
     if path.removesuffix("/") != "/users":
         return ""
     if method == "POST":
-        return "bulk" if media_type(content_type) in BULK else ""
+        return "bulk" if media_type(content_type or "") in BULK else ""
     if method not in ("GET", "HEAD"):
         return ""
     kind = preferred(accept, *LISTS)

@@ -18,7 +18,7 @@ def members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
     """The members of the JSON object in the body, whose media type has to be one of these. Raises
     UnsupportedMediaType, BodyTooLarge, BadRequest, MalformedJson, or InvalidUser if it is JSON of
     another kind."""
-    if media_type(environ.get("CONTENT_TYPE")) not in media_types:
+    if media_type(environ.get("CONTENT_TYPE", "")) not in media_types:
         raise UnsupportedMediaType(
             f"Content-Type must be {' or '.join(media_types)}, and the body in UTF-8."
         )

@@ -48,6 +48,16 @@ def parsed(body: bytes) -> dict[str, Any]:
 
 
 def _members(text: str) -> dict[str, Any]:
+    try:
+        members: dict[str, Any] = DECODER.decode(text)
+    except ValueError:
+        return _members_with_text(text)  # which says what is wrong
+    if any(isinstance(value, Object) for value in members.values()):
+        return _members_with_text(text)
+    return members
+
+
+def _members_with_text(text: str) -> dict[str, Any]:
     # json.JSONDecoder says where a value ends only if it is given one value at a time, and the text
     # of each is needed.
     members: dict[str, Any] = {}

@@ -462,10 +462,8 @@ ELSEWHERE = {
     "answers are not compressed any more": (
         "proxy/test_before_nginx.py: test_nginx_compresses_for_a_proxy_only_if_it_is_told_to"
     ),
-    "an upload that is sent piece by piece for minutes comes late, or its connection is closed and"
-    ' the log has `"status": 0`': (
-        "server/test_client.py: test_a_body_that_trickles_has_its_clock"
-    ),
+    "a slow upload, of small pieces over minutes, arrives late; or it is cut off, and the log has"
+    ' `"status": 0`': ("server/test_client.py: test_a_body_that_trickles_has_its_clock"),
     "a WebSocket is refused": "proxy/test_behind_proxies.py: test_a_websocket_goes_through_both",
     "paths below `/users` or `/health` do not reach the application": (
         "proxy/test_paths.py: test_a_path_in_an_owned_tree_never_reaches_the_upstream"
@@ -548,7 +546,8 @@ def test_a_start_that_fails_says_what_the_page_has(line: str, tmp_path: Path) ->
 
 
 def test_what_pw_migrate_says(server: Server, template: str) -> None:
-    """What it cannot be made to say in a test's time is a wait of ten minutes."""
+    """What it cannot be made to say in a test's time is a wait of ten minutes. A connection that is
+    lost has a test of its own."""
     page = first_cells("What pw_migrate says")
     database = server.create(template)
     uri = server.uri(database)
@@ -598,5 +597,7 @@ def test_what_pw_migrate_says(server: Server, template: str) -> None:
     said.append(waiting.result().stderr)
     unsaid = [line for line in page if not any(has(line, text) for text in said)]
     too_late = "another pw_migrate does not finish: see pg_stat_activity"
-    assert unsaid == [too_late], said
+    lost = "the connection was lost: "
+    assert unsaid == [too_late, f"{lost}…"], said
     assert too_late in (ROOT / "migrations" / "conf.py").read_text()
+    assert f'"{lost}' in (ROOT / "tests" / "operating" / "test_migrations.py").read_text()
