@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from peewee import EXCLUDED, SQL, Case, NodeList, Query, fn
+from peewee import EXCLUDED, SQL, Case, Cast, NodeList, Query, fn
 
 from postgres.statements import Database, Row, Statement, unknown
 from problems import DatabaseUnavailable, Problem, RefusedByDatabase
@@ -31,8 +31,14 @@ PARAMETERS = {
 }
 
 
+# How values of these types are compared. As jsonb 1 and 1.0 are equal, and are not the same JSON: a
+# GET would give another answer with the same version.
+AS_TEXT = {"jsonb": "::text"}
+
+
 class Column(Protocol):
-    """A column that callers set: its name, its SQL type, and whether it may be NULL."""
+    """A column that callers set: its name, its SQL type, whether it may be NULL, and how many bytes
+    a value may have, as PostgreSQL writes it, into which another was merged."""
 
     @property
     def name(self) -> str: ...
@@ -40,6 +46,8 @@ class Column(Protocol):
     def kind(self) -> str: ...
     @property
     def nullable(self) -> bool: ...
+    @property
+    def largest(self) -> int: ...
 
 
 class Found(NamedTuple):
@@ -50,12 +58,27 @@ class Found(NamedTuple):
     created: bool = False
 
 
+class Patch(NamedTuple):
+    """Statements that change some columns of a row, of which some are merged into the values that
+    are there (RFC 7396, by the function users_merged of migration 003).
+
+    `update` does it, unless a result would be too large. `same` finds the row if it looks as that
+    would leave it. `look` does as `Table.get`, and says for each column that is merged whether the
+    result would be too large.
+    """
+
+    update: Statement
+    same: Statement
+    look: Statement
+
+
 class Table:
     """The table of a peewee `model` that has the columns `id` (a UUID) and TIMES, and `columns`.
 
     `get`, `create`, `put`, `replace`, `delete`, `same`, `create_many` and `replace_many` are its
-    statements, and `patch` makes two more. `create` does nothing if another row has the same value
-    of the index `unique`, which is a peewee index of the model. `json` and `version` are SQL.
+    statements, and `patch` makes those of a Patch, for the names of the columns that are changed,
+    and of those that are merged. `create` does nothing if another row has the same value of the
+    index `unique`, which is a peewee index of the model. `json` and `version` are SQL.
     """
 
     def __init__(self, model: Any, columns: Sequence[Column], unique: Any) -> None:
@@ -124,8 +147,8 @@ class Table:
 
     def _differs(self, new: Mapping[str, Any]) -> Any:
         """SQL that says whether these values would change the row. NULL counts as a value."""
-        old = fn.ROW(*(self._of(column) for column in self.columns))
-        row = fn.ROW(*(new[column.name] for column in self.columns))
+        old = fn.ROW(*(_compared(one, self._of(one)) for one in self.columns))
+        row = fn.ROW(*(_compared(one, new[one.name]) for one in self.columns))
         return NodeList((old, SQL("IS DISTINCT FROM"), row))
 
     def _changed(self, new: Mapping[str, Any]) -> dict[Any, Any]:
@@ -145,8 +168,10 @@ class Table:
         untouched = SQL("(%(untouched)s IS NULL)") | (self.model.updated_at < since)
         return match & none & untouched
 
-    def _update(self, new: Mapping[str, Any]) -> Statement:
+    def _update(self, new: Mapping[str, Any], *unless: Any) -> Statement:
         query = self.model.update(self._changed(new)).where(self._this & self._allowed())
+        for condition in unless:
+            query = query.where(~condition)
         return self.statement(query.returning(self.json, self.version))
 
     def _same(self, new: Mapping[str, Any]) -> Statement:
@@ -160,15 +185,19 @@ class Table:
         found = self.model.select(self.json, self.version, created)
         return self.statement(found.where(self._this & unchanged).for_update())
 
-    def _patch(self, names: frozenset[str], merged: frozenset[str]) -> tuple[Statement, Statement]:
-        """Two statements: one changes the columns `names` of a row, of which `merged` are merged
-        into the values that are there (RFC 7396, by the function users_merged of migration 003);
-        the other finds the row if it looks as the first would leave it."""
+    def _patch(self, names: frozenset[str], merged: frozenset[str]) -> Patch:
         new = {column.name: self._of(column) for column in self.columns}
-        for name in names:
-            value = self.given(name)
-            new[name] = fn.users_merged(new[name], value) if name in merged else value
-        return self._update(new), self._same(new)
+        too_large = []
+        for column in self.columns:
+            name = column.name
+            if name in merged:
+                new[name] = fn.users_merged(new[name], self.given(name))
+                size = fn.octet_length(Cast(new[name], "text"))
+                too_large.append(size > SQL(str(column.largest)))
+            elif name in names:
+                new[name] = self.given(name)
+        look = self.model.select(self.json, self.version, *too_large).where(self._this)
+        return Patch(self._update(new, *too_large), self._same(new), self.statement(look))
 
     # Statements that write many rows.
 
@@ -186,8 +215,10 @@ class Table:
         table, rows = self.model._meta.table_name, self.rows_given()
         columns = [f'"{column.name}"' for column in self.columns]
         names = ", ".join(('"id"', *columns))
-        old = ", ".join(f"{table}.{column}" for column in columns)
-        new = ", ".join(f"given.{column}" for column in columns)
+        old, new = (
+            ", ".join(f'{of}."{one.name}"{AS_TEXT.get(one.kind, "")}' for one in self.columns)
+            for of in (table, "given")
+        )
         changes = ", ".join(f"{column} = given.{column}" for column in columns)
         # Creates rows. It leaves alone a row that exists already, and leaves out a second one of
         # the same.
@@ -259,6 +290,11 @@ class Table:
             return self._database.read(statement, values)
         except DatabaseUnavailable:
             raise unknown() from None
+
+
+def _compared(column: Column, value: Any) -> Any:
+    """A value of a column, as SQL, in a form that is equal only if it is written the same way."""
+    return Cast(value, "text") if column.kind in AS_TEXT else value
 
 
 def in_rfc_3339(column: Any) -> Any:

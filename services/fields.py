@@ -14,7 +14,7 @@ from typing import Any
 
 from postgres.table import TIMES
 from problems import InvalidUser
-from wire.objects import Object
+from wire.objects import Number, Object
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
@@ -27,7 +27,9 @@ PLAIN_EMAIL = re.compile(
 )
 MAX_PLAIN = 64
 MAX_NAME = 200
-MAX_METADATA = 16384  # bytes
+# In bytes: as it is sent, and as PostgreSQL writes it. A user with the second still fits into one
+# body, so that it can be sent back.
+MAX_METADATA, MAX_KEPT = 16384, 61440
 MAX_DEPTH = 100
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -95,15 +97,22 @@ def valid_metadata(value: Any) -> str:
     if not isinstance(value, Object):
         raise ValueError("must be a JSON object")
     size = len(value.text.encode(errors="replace"))
-    if size > MAX_METADATA:
-        raise ValueError(f"must have at most {MAX_METADATA} bytes, and has {size}")
+    most = MAX_KEPT if value.sent_back else MAX_METADATA
+    if size > most:
+        raise ValueError(f"must have at most {most} bytes, and has {size}")
+    # PostgreSQL writes a space after each comma and colon, of which there is at most one in two
+    # bytes, and all numbers without exponents: 16 KB of 0e-16000 would become 29 MB.
+    kept = size if value.sent_back else size * 3 // 2
     level: list[Any] = [value]
     depth = 0  # how many objects and arrays are around the values of this level
     while level:
         if depth > MAX_DEPTH:
             raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
         level = [part for whole in level for part in _parts(whole)]
+        kept += sum(part.digits for part in level if isinstance(part, Number))
         depth += 1
+    if kept > MAX_KEPT:
+        raise ValueError(f"must have at most {MAX_KEPT} bytes with its numbers written out")
     return value.text
 
 
@@ -128,7 +137,8 @@ class Field:
     `check` takes the value that was sent and returns the one to store, or raises ValueError. A
     member that is not `required` may be absent or null, and is `default` then; a default of None is
     NULL in the table and null in JSON. `kind` is the SQL type. If it is `merged`, PATCH takes the
-    value as a merge patch (RFC 7396), and not as the new value.
+    value as a merge patch (RFC 7396), and not as the new value; the result may have `largest` bytes
+    as PostgreSQL writes it.
     """
 
     name: str
@@ -137,6 +147,7 @@ class Field:
     default: Any = None
     kind: str = "text"
     merged: bool = False
+    largest: int = 0
 
     @property
     def nullable(self) -> bool:
@@ -147,7 +158,7 @@ class Field:
 FIELDS = (
     Field("email", valid_email, required=True),
     Field("name", valid_name, required=True),
-    Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=True),
+    Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=True, largest=MAX_KEPT),
 )
 NAMES = {field.name: field for field in FIELDS}
 UNKNOWN = f"is not a member of a user; you can set {', '.join(NAMES)}"
@@ -187,13 +198,17 @@ def raise_for(errors: list[tuple[str, str]]) -> None:
 def checked(
     members: Mapping[str, Any], user_id: str | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The fields among `members`, ready to store, and what is wrong with any of the members."""
+    """The fields among `members`, ready to store, and what is wrong with any of the members. If the
+    user's id is given, they may be what a GET gave, which has TIMES."""
+    sent_back = user_id is not None and all(name in members for name in TIMES)
     values: dict[str, Any] = {}
     errors: list[tuple[str, str]] = []
     for name, value in members.items():
         field = NAMES.get(name)
         try:
             if field is not None:
+                if isinstance(value, Object):
+                    value.sent_back = sent_back
                 nothing = value is None and not field.required
                 values[name] = None if nothing else field.check(value)
             elif name == "id" and user_id is not None:

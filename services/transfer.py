@@ -6,6 +6,7 @@ line of JSON for each row, and a bad row stops no other.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
@@ -88,20 +89,14 @@ class Entry(Row):
 
     def check(self) -> None:
         """Make `values` of the members, or set `problem`."""
-        members = {key: value for key, value in self.members.items() if key not in TIMES}
-        errors: list[tuple[str, str]] = []
-        self.id = new_id()
+        self.id, self.asked = new_id(), "id" in self.members
+        if self.asked:
+            with contextlib.suppress(ValueError):  # `valid` says what is wrong with it.
+                self.id = valid_id(self.members["id"])
         try:
-            if "id" in members:
-                self.asked, self.id = True, valid_id(members.pop("id"))
-        except ValueError as error:
-            errors.append(("id", str(error)))
-        try:
-            self.values = valid(members)
+            self.values = valid(self.members, user_id=self.id)
         except InvalidUser as problem:
-            errors += problem.errors
-        if errors:
-            self.problem = InvalidUser(errors=errors)
+            self.problem = problem
 
     def told(self) -> str:
         """The line of the answer that says what became of the row."""

@@ -23,9 +23,11 @@ from problems import (
     Problem,
     RefusedByDatabase,
 )
-from services.fields import FIELDS, NAMES, checked, or_default, raise_for, valid, valid_id
+from services.fields import FIELDS, MAX_KEPT, NAMES, checked, or_default, raise_for, valid, valid_id
 from wire.fields import ANY
 from wire.ids import new_id
+
+TOO_LARGE = f"would have more than {MAX_KEPT} bytes, with what is there already"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Condition:
         def told(rows: list[Any]) -> Problem | None:
             if not rows:
                 return absent
-            _, version = rows[0]
+            version = rows[0][1]
             no_match = self.match not in (None, ANY) and version not in (self.match or ())
             refused = self.none_match == ANY or version in (self.none_match or ())
             return PreconditionFailed() if no_match or refused else None
@@ -150,13 +152,21 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
     raise_for(errors)
     values = {name: or_default(NAMES[name], value) for name, value in changes.items()}
     values |= {"id": user_id, **condition.values()}
-    merged = [name for name in changes if NAMES[name].merged and members[name] is not None]
-    update, same = TABLE.patch(frozenset(changes), frozenset(merged))
+    merged = [one.name for one in FIELDS if one.merged and members.get(one.name) is not None]
+    statements = TABLE.patch(frozenset(changes), frozenset(merged))
+
+    def why_not(rows: list[Any]) -> Problem | None:
+        too_large = dict(zip(merged, rows[0][2:], strict=True)) if rows else {}
+        errors = [(name, TOO_LARGE) for name, is_so in too_large.items() if is_so]
+        return condition.why_not(NoSuchUser())(rows) or (
+            InvalidUser(errors=errors) if errors else None
+        )
+
     try:
-        rows, _ = TABLE.write(update, values, TABLE.get, condition.why_not(NoSuchUser()))
+        rows, _ = TABLE.write(statements.update, values, statements.look, why_not)
     except Lost:
-        return TABLE.done_before(same, values)
-    return Found(*rows[0]) if rows else TABLE.done_before(same, values)
+        return TABLE.done_before(statements.same, values)
+    return Found(*rows[0]) if rows else TABLE.done_before(statements.same, values)
 
 
 def delete(user_id: str, condition: Condition) -> None:

@@ -11,12 +11,22 @@ from typing import Any
 from problems import InvalidUser, MalformedJson
 
 SPACE = re.compile(r"[ \t\n\r]*")
+# PostgreSQL's numeric has at most this many digits after the point.
+MOST_DIGITS = 16383
 
 
 class Object(dict[str, Any]):
-    """A JSON object that knows how it was written."""
+    """A JSON object that knows how it was written. `sent_back` says that it is what a GET gave."""
 
     text = ""
+    sent_back = False
+
+
+class Number(float):
+    """A number that has an exponent. `digits` is how many characters it takes without one, or a few
+    less: 1e300 has 301."""
+
+    digits = 0
 
 
 def parsed(body: bytes) -> dict[str, Any]:
@@ -109,9 +119,18 @@ def _no_constant(name: str) -> None:
 
 
 def _number(text: str) -> float:
-    """A number as a float; infinite if it is too large, or too near to zero, for 64 bits."""
-    number = float(text)
-    return number if number or not re.search("[1-9]", text.lower().partition("e")[0]) else math.inf
+    """A number as a float; infinite if it is too large, or too near to zero, for 64 bits, or has
+    more digits than PostgreSQL keeps of one (0e-20000)."""
+    mantissa, e, exponent = text.lower().partition("e")
+    number = Number(text) if e else float(text)
+    if not number and re.search("[1-9]", mantissa):
+        return math.inf
+    if isinstance(number, Number):
+        # Zero may have any exponent, and int() refuses thousands of digits.
+        number.digits = len(mantissa) + int(exponent.lstrip("+-0")[:9] or 0)
+        if number.digits > MOST_DIGITS:
+            return math.inf
+    return number
 
 
 DECODER = json.JSONDecoder(

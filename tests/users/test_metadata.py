@@ -7,6 +7,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from hypothesis import given, settings
@@ -151,6 +152,12 @@ def test_a_number_is_kept_as_postgresql_keeps_it(service: Service, number: str) 
         '{"a": [-1e99999]}',
         '{"a": 1e-99999}',
         '{"a": ' + "9" * 5000 + "}",
+        '{"a": 0e-16384}',
+        '{"a": -0E+99999999999999999999}',
+        '{"a": 0e' + "1" * 5000 + "}",
+        '{"a": 0.' + "0" * 16000 + "e-500}",
+        '{"a": [' + ", ".join(["0e-16000"] * 4) + "]}",
+        '{"a": [' + ", ".join(["1e307"] * 200) + "]}",
         '{"a": "' + "x" * 16384 + '"}',
         '{"a": ' + "[" * 600 + "]" * 600 + "}",
         "{" + '"a": {' * 600 + "}" * 600 + "}",
@@ -166,6 +173,96 @@ def test_what_cannot_be_metadata_is_refused_by_name(
     document = problem(raw(service, text, method, path), 422, "invalid-user")
     assert invalid_fields(document) == ["metadata"]
     assert service.call("GET", f"/users/{created.json()['id']}").json() == created.json()
+
+
+# jsonb writes a space after each comma and colon: 12,007 bytes come back as 18,008.
+SPACED_OUT = '{"a":[' + ",".join(["1"] * 6000) + "]}"
+
+
+def test_what_a_get_gave_may_be_sent_back_though_it_is_longer_than_what_was_sent(
+    service: Service,
+) -> None:
+    created = raw(service, SPACED_OUT)
+    assert created.status == 201
+    assert len(created.body) > 16384
+    path = f"/users/{created.json()['id']}"
+    for method in ("PUT", "PATCH"):
+        reply = service.call(method, path, created.body, {"Content-Type": "application/json"})
+        assert (reply.status, reply.body) == (200, created.body)
+        assert reply.get("ETag") == created.get("ETag")
+    # Without the times it is not what a GET gave.
+    sent = {name: created.json()[name] for name in ("email", "name", "metadata")}
+    problem(service.call("PUT", path, sent), 422, "invalid-user")
+
+
+@pytest.mark.parametrize("kind", ["application/x-ndjson", "text/csv"])
+def test_an_export_can_be_imported_though_it_is_longer_than_what_was_sent(
+    service: Service, kind: str
+) -> None:
+    created = raw(service, SPACED_OUT).json()
+    query = urlencode({"email": created["email"]})
+    file = service.call("GET", f"/users?{query}", headers={"Accept": kind}).body
+    path = f"/users/{created['id']}"
+    for outcome in ("unchanged", "created"):
+        lines = service.call("POST", "/users", file, {"Content-Type": kind}).body.splitlines()
+        assert json.loads(lines[-1])[outcome] == 1, lines
+        assert service.call("GET", path).json()["metadata"] == created["metadata"]
+        assert service.call("DELETE", path).status == 204
+
+
+def test_patches_make_no_user_that_could_not_be_sent_back(service: Service) -> None:
+    """Each patch was small enough, and a hundred of them made 1.6 MB."""
+    path = f"/users/{create_user(service).json()['id']}"
+    for number in range(3):
+        reply = service.call("PATCH", path, {"metadata": {str(number): "x" * 16000}})
+        assert reply.status == 200
+    refused = problem(
+        service.call("PATCH", path, {"name": "Bea", "metadata": {"more": "x" * 16000}}),
+        422,
+        "invalid-user",
+    )
+    assert invalid_fields(refused) == ["metadata"]
+    assert "61440" in refused["errors"][0]["message"]
+    assert service.call("GET", path).body == reply.body
+    stale = {"If-Match": '"another"'}
+    problem(
+        service.call("PATCH", path, {"metadata": {"more": "x" * 16000}}, stale),
+        412,
+        "precondition-failed",
+    )
+    assert service.call("PATCH", path, reply.json()).body == reply.body
+    assert service.call("PATCH", path, {"metadata": {"0": None}}).status == 200
+
+
+def test_numbers_come_back_as_many_bytes_as_they_are_written_out(service: Service) -> None:
+    """16 KB of 0e-16380 were 29 MB, and five such users more than the process could hold."""
+    reply = raw(service, '{"a": [' + ", ".join(["1e300"] * 100) + ", 0e-16000]}")
+    assert reply.status == 201
+    assert len(reply.body) < 61440
+
+
+@pytest.mark.parametrize(("old", "new"), [("1.0", "1"), ("1", "1.00"), ("-0.10", "-0.1")])
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "import"])
+def test_a_number_that_is_written_otherwise_is_a_change(
+    service: Service, method: str, old: str, new: str
+) -> None:
+    """jsonb takes 1 and 1.0 for equal: the answer was another, and its ETag the same."""
+    created = raw(service, f'{{"a": [{old}]}}')
+    user, path = created.json(), f"/users/{created.json()['id']}"
+    members = f'"metadata": {{"a": [{new}]}}'
+    if method != "PATCH":
+        members = f'"email": "{user["email"]}", "name": "Ann", {members}'
+    for etag_stays in (False, True):
+        before = service.call("GET", path).get("ETag")
+        if method == "import":
+            row = f'{{"id": "{user["id"]}", {members}}}'.encode()
+            service.call("POST", "/users", row, {"Content-Type": "application/x-ndjson"})
+        else:
+            body = f"{{{members}}}".encode()
+            service.call(method, path, body, {"Content-Type": "application/json"})
+        found = service.call("GET", path)
+        assert f'"a": [{new}]'.encode() in found.body
+        assert (found.get("ETag") == before) is etag_stays
 
 
 @pytest.mark.parametrize("filler", ['"{}"', '"{}" ', '\t\r\n"{}"'])
