@@ -62,7 +62,6 @@ class Connection(psycopg2.extensions.connection):
         self.prepared: set[str] = set()
         with borrowed(self) as sock:
             self.server = sock.family, sock.getpeername()
-        self.reused = self.cursor()
         self.poller = select.poll()
         self.poller.register(self.fileno(), select.POLLIN)
 
@@ -251,7 +250,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._verifying += 1
         self._deadlines.begin(connection, seconds)
         try:
-            connection.reused.execute("SELECT 1")
+            connection.cursor().execute("SELECT 1")
         except psycopg2.Error:
             self._deadlines.end(connection)
             return False

@@ -229,7 +229,8 @@ class Database(Pool):
     def _send(
         self, connection: Connection, statement: Statement, params: Mapping[str, Any]
     ) -> list[Row]:
-        cursor, prepares = connection.reused, self._prepares
+        # Not one cursor for all statements of a connection: it would keep what it found last.
+        cursor, prepares = connection.cursor(), self._prepares
         while True:
             sql = statement.plain
             if prepares and statement.prepared:

@@ -20,7 +20,7 @@ from server.exchange import Exchange, Patience
 from server.jobs import Job, Lane
 from server.listener import connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
-from server.loop import NEVER, READ, Loop, Timer, give_memory_back
+from server.loop import NEVER, READ, Loop, Timer, give_large_pieces_back, give_memory_back
 from server.tunnel import Tunnel
 from server.upstream import Connector, Upstream
 from wire.answer import Answer
@@ -31,8 +31,9 @@ log = logging.getLogger("gatehouse")
 BACKLOG = 1024
 # Threads that make connections to the upstream: how many at most, and how many without a delay.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
-# If there were more clients than this, and half of them have gone, memory is given back.
-CROWD = 100
+# If there were more clients than this, and half of them have gone, memory is given back, and so it
+# is after an answer of more than so many bytes, all of which may have waited for its reader.
+CROWD, LARGE_BYTES = 100, 1 << 20
 # While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
 IDLE_SECONDS = 2.0
@@ -165,7 +166,9 @@ class Server:
         self._deadline = NEVER
         self._others: tuple[int, ...] = ()
         self._in_vain = 0
-        self._most_clients = 0  # since the last time that memory was given back
+        # Since the last time that memory was given back.
+        self._most_clients = 0
+        self._was_large = False
 
     # Serving.
 
@@ -179,6 +182,7 @@ class Server:
         # A job's thread that computes lets the loop's thread go on after this time. By default it
         # would be five milliseconds, which are added to each request that comes meanwhile.
         sys.setswitchinterval(SWITCH_SECONDS)
+        give_large_pieces_back()
         self._await_others()
         self._listener.setblocking(False)
         # Connections inherit this option: small pieces are sent at once.
@@ -342,6 +346,7 @@ class Server:
 
     def answered(self, client: Client, head: Head) -> None:
         """A request is over: make its line of the access log."""
+        self._was_large = self._was_large or client.sent > LARGE_BYTES
         if self._log is not None:
             caller = self.application.caller(head, client.peer[0])
             milliseconds = (time.monotonic() - client.arrived) * 1000
@@ -366,8 +371,9 @@ class Server:
         self.loop.longest_turn = 0.0
         self._spare.clear()  # It would keep clients alive whose connections are closed.
         self._most_clients = max(self._most_clients, len(self._clients))
-        if self._most_clients > CROWD and len(self._clients) < self._most_clients / 2:
-            self._most_clients = len(self._clients)
+        crowd_has_left = self._most_clients > CROWD and len(self._clients) < self._most_clients / 2
+        if crowd_has_left or self._was_large:
+            self._most_clients, self._was_large = len(self._clients), False
             give_memory_back()
 
     def _write_log(self) -> None:
