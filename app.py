@@ -397,12 +397,13 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         if not self.tokens:
             return
         scheme, _, token = (authorization or "").partition(" ")
-        token = token.strip(" ")
+        bearer, token = scheme.lower() == "bearer", token.strip(" ")
         # Every token is compared, so that the time does not tell which one is right.
         matches = [hmac.compare_digest(token.encode(), known.encode()) for known in self.tokens]
-        if scheme.lower() == "bearer" and any(matches):
+        if bearer and any(matches):
             return
-        error = ', error="invalid_token"' if authorization is not None else ""
+        # Whoever sent no token at all is told of no error (RFC 6750 section 3.1).
+        error = ', error="invalid_token"' if bearer and token else ""
         raise Unauthorized(headers=[("WWW-Authenticate", f'Bearer realm="users"{error}')])
 
     def default_error_handler(self, error: Any) -> str:

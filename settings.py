@@ -119,8 +119,8 @@ def env_file(file: Path, parse: Callable[[IO[str]], Iterable[Any]]) -> dict[str,
     """The names and values of `file`, which `parse` takes apart as python-dotenv's `parse_stream`
     does; nothing where there is no such file.
 
-    Raises SettingsError where the file, or a line of it, cannot be read: python-dotenv itself would
-    skip the line, and a token in it.
+    Raises SettingsError where the file, or a line of it, cannot be read, or a line has a setting's
+    name and no value: python-dotenv itself would skip the line, and a token in it.
     """
     lines: list[Any] = []
     try:
@@ -133,6 +133,11 @@ def env_file(file: Path, parse: Callable[[IO[str]], Iterable[Any]]) -> dict[str,
     except OSError as error:
         raise SettingsError([f".env cannot be read: {error.strerror}"]) from None
     wrong = [f".env cannot be read at line {line.original.line}" for line in lines if line.error]
+    wrong += [
+        f".env has no = after {line.key} at line {line.original.line}"
+        for line in lines
+        if line.value is None and (line.key in VARIABLES or line.key in IN_FILES)
+    ]
     if wrong:
         raise SettingsError(wrong)
     return {line.key: line.value or "" for line in lines if line.key}
@@ -161,6 +166,8 @@ def value_of(name: str, environ: Mapping[str, str]) -> str:
         raise ValueError(f"cannot be read from {name}_FILE: it is no text in UTF-8") from None
     if not text:
         raise ValueError(f"cannot be read from {name}_FILE: the file is empty")
+    if "\0" in text:  # libpq would take it for the end.
+        raise ValueError(f"cannot be read from {name}_FILE: it has a NUL")
     return text
 
 
@@ -171,7 +178,7 @@ def near_misses(names: Iterable[str]) -> list[str]:
     number of its words: USER_TOKEN, WORKER, users_token, TRUSTED_PROXY. Other names are another
     program's that shares the file.
     """
-    settings = [*VARIABLES, *(f"{name}_FILE" for name in FROM_FILE)]
+    settings = [*VARIABLES, *IN_FILES]
     found = []
     for name in names:
         if name in settings:
@@ -418,3 +425,4 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
 # Settings that may also be given as NAME_FILE, a file that holds the value: a container's secret,
 # or systemd's.
 FROM_FILE = ("POSTGRES_URI", "USERS_TOKEN")
+IN_FILES = tuple(f"{name}_FILE" for name in FROM_FILE)

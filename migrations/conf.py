@@ -112,6 +112,8 @@ def check_rollback(database: Migrating, count: int) -> None:
     """Exits with one line where a rollback is not possible, or would delete data and nobody has
     allowed that."""
     done = applied(database.connection())
+    if count < 1:
+        raise SystemExit(f"--count must be 1 or more, not {count}")
     if not done:
         raise SystemExit("there is nothing to roll back")
     if len(done) < count:

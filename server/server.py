@@ -197,6 +197,8 @@ class Server:
                 self._write_log()
             if self.stopping and not self._draining:
                 self._drain()
+        if under_way := sum(client.head is not None for client in self._clients):
+            log.warning("%d requests cut: SHUTDOWN_TIMEOUT is over", under_way)
         for client in list(self._clients):
             self.loop.attempt(client.abandon)  # An answer that is cut here must not look whole.
         self.upstream.close()

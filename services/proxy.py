@@ -188,14 +188,16 @@ class Proxy:
         return any(address in network for network in self.trusted)
 
     def caller(self, head: Head, peer: str) -> str:
-        """The address of the client. If the peer is a trusted proxy, it is the last address in
-        X-Forwarded-For that is not a trusted proxy's; otherwise it is the peer's."""
+        """The address of the client. If the peer is a trusted proxy, that is the last address in
+        X-Forwarded-For that is not a trusted proxy's; if all of them are, it is the first one. It
+        is the peer's own if it is not trusted, or has sent something else than addresses."""
+        found = peer
         if self.trusted and self.trusts(peer):
             for hop in reversed(listed(head.values.get("x-forwarded-for", []))):
                 try:
-                    address = str(address_of(hop))
+                    found = str(address_of(hop))
                 except ValueError:
+                    return peer
+                if not self.trusts(found):
                     break
-                if not self.trusts(address):
-                    return address
-        return peer
+        return found

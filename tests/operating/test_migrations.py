@@ -646,4 +646,8 @@ def test_a_rollback_of_more_than_there_is_is_one_line_and_undoes_nothing(
     run = pw_migrate("rollback", "--count", "99", uri=uri)
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == f"there is no more than {len(FILES)} to roll back\n"
+    for count in ("0", "-1"):
+        run = pw_migrate("rollback", "--count", count, uri=uri)
+        told = (1, f"--count must be 1 or more, not {count}\n")
+        assert (run.returncode, run.stderr) == told
     assert differences(uri, MIGRATIONS) == []

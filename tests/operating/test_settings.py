@@ -627,6 +627,15 @@ def test_a_line_of_the_env_file_that_cannot_be_read_is_no_line_that_is_not_there
     assert (done.returncode, done.stdout) == (2, ".env cannot be read at line 3\n")
 
 
+@pytest.mark.parametrize("line", ["USERS_TOKEN", "export USERS_TOKEN", "POSTGRES_URI_FILE"])
+def test_a_setting_without_a_value_in_the_env_file_is_named(checkout: Path, line: str) -> None:
+    """/users was open. A name of another program's may stand alone."""
+    (checkout / ".env").write_text(f"THREADS=8\nOTHER\n{line}\n")
+    done = run_there(checkout, **REQUIRED)
+    name = line.removeprefix("export ")
+    assert (done.returncode, done.stdout) == (2, f".env has no = after {name} at line 3\n")
+
+
 def test_an_env_file_may_begin_with_a_byte_order_mark(checkout: Path) -> None:
     (checkout / ".env").write_bytes(b"\xef\xbb\xbfTHREADS=none\n")
     assert named(run_there(checkout, **REQUIRED)) == ["THREADS"]

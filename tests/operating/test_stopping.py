@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -284,6 +285,8 @@ def test_a_stream_that_never_ends_is_cut_at_the_shutdown_timeout(
         with pytest.raises((EOFError, ConnectionError)):
             plain.reply()
     assert service.process.wait(5) == 0
+    cut = re.findall(r"([0-9]+) requests cut: SHUTDOWN_TIMEOUT is over", service.log)
+    assert sum(map(int, cut)) == 2
 
 
 @both_signals

@@ -96,10 +96,11 @@ def test_no_other_credentials_open_users(
 
 
 def test_a_missing_token_is_told_apart_from_a_wrong_one(guarded: Service) -> None:
-    """RFC 6750 section 3.1: no error code where there were no credentials."""
-    missing = guarded.call("GET", "/users")
+    """RFC 6750 section 3.1: no error code where there were no credentials, or of another scheme."""
     wrong = guarded.call("GET", "/users", headers=bearer("wrong"))
-    assert missing.get("WWW-Authenticate") == 'Bearer realm="users"'
+    for headers in ({}, {"Authorization": "Basic YTpi"}, {"Authorization": "Bearer"}):
+        missing = guarded.call("GET", "/users", headers=headers)
+        assert missing.get("WWW-Authenticate") == 'Bearer realm="users"'
     assert wrong.get("WWW-Authenticate") == 'Bearer realm="users", error="invalid_token"'
 
 

@@ -170,6 +170,9 @@ def test_one_length_said_twice_is_said_once_and_one_beside_chunks_not_at_all() -
     beside = answer(b"A: b", b"Content-Length: 2", b"Transfer-Encoding: chunked")
     assert texts(beside) == b"A: b\r\nTransfer-Encoding: chunked\r\n"
     assert beside.length is None
+    zeros = answer(b"A: b", b"Content-Length: 0031", b"C: d")
+    assert (zeros.length, zeros.reusable) == (31, True)
+    assert texts(zeros) == b"A: b\r\nContent-Length: 31\r\nC: d\r\n"
 
 
 @pytest.mark.parametrize(
