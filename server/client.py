@@ -89,7 +89,7 @@ class Desk(Protocol):
         """A request is over."""
 
     def refused(self, problem: Problem) -> None:
-        """A request was answered with a problem."""
+        """A request is about to be answered with a problem."""
 
     def left(self, client: Client) -> None:
         """The connection is closed."""

@@ -42,7 +42,7 @@ WAIT = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWrit
 
 class Stream:
     """Subclasses say what is to happen in `received`, `ended`, `drained` and `failed`. The loop
-    calls each of these, but none after `close`.
+    calls these, but none after `close`, and none after `failed`.
 
     `queued` is how many bytes wait for the other side to take them.
     """

@@ -104,7 +104,7 @@ class Tunnel:
             self._heard()
             connection.send(data)
         else:
-            self._part_from_upstream(connection, frames, data)
+            self._say_goodbye_to_upstream(connection, frames, data)
         if connection.queued > HIGH_WATER:
             self.client.pause()
         return b""
@@ -119,7 +119,7 @@ class Tunnel:
             self._heard()
             self.client.write(data)
         else:
-            self._part_from_client(frames, data)
+            self._say_goodbye_to_client(frames, data)
         if self.client.queued > HIGH_WATER:
             connection.pause()
 
@@ -193,12 +193,12 @@ class Tunnel:
         self.state = State.PARTING
         self.client.deadline.cancel()
         if self._to_client is not None:
-            self._part_from_client(self._to_client, b"")
+            self._say_goodbye_to_client(self._to_client, b"")
         if self._to_upstream is not None:
-            self._part_from_upstream(connection, self._to_upstream, b"")
+            self._say_goodbye_to_upstream(connection, self._to_upstream, b"")
         self._parted()
 
-    def _part_from_client(self, frames: Frames, data: bytes) -> None:
+    def _say_goodbye_to_client(self, frames: Frames, data: bytes) -> None:
         self.client.write(data[: frames.until_boundary(data)])
         if frames.at_boundary:
             self._to_client = None
@@ -206,7 +206,7 @@ class Tunnel:
             self.client.end()
             self._parted()
 
-    def _part_from_upstream(self, connection: Connection, frames: Frames, data: bytes) -> None:
+    def _say_goodbye_to_upstream(self, connection: Connection, frames: Frames, data: bytes) -> None:
         connection.send(data[: frames.until_boundary(data)])
         if frames.at_boundary:
             self._to_upstream = None

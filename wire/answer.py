@@ -169,8 +169,8 @@ def lines_of(raw: bytes) -> Line:
 
 
 def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
-    """Where the head of an answer ends in `data`, and where what follows begins; -1 and 0 if the
-    end has not arrived. The first `scanned` bytes have been searched before. Raises UpstreamBroken
+    """The position in `data` where the head of an answer ends, and the position where what follows
+    it begins; -1 and 0 if its end has not arrived. The first `scanned` bytes have been searched before. Raises UpstreamBroken
     if the head is too large."""
     found = HEAD_END.search(data, scanned - 3 if scanned > 3 else 0)
     if found:

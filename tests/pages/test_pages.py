@@ -133,8 +133,9 @@ class Browser:
 class Front:
     """Stands between browsers and Gatehouse, and holds answers back until a test lets them go."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, path: str = "") -> None:
         self.service = service
+        self.path = path  # the path below which it serves Gatehouse
         self.server = ScriptedUpstream(self._answer)
         self.url = self.server.url
         self.asked: list[str] = []  # method and target, as they arrived
@@ -162,7 +163,7 @@ class Front:
             self._held.remove(held)
         names = {"connection", "host", "content-length"}
         headers = {name: value for name, value in seen.headers if name.lower() not in names}
-        target = seen.target.decode()
+        target = seen.target.decode().removeprefix(self.path)
         reply = self.service.call(seen.method, target, seen.body or None, headers, timeout=60)
         self.asked.append(line)
         if held and held[1] is None:
@@ -289,6 +290,30 @@ def test_a_user_is_created_edited_and_deleted(
     page.click("#remove-yes")
     page.sees("#said", "Anna is deleted")
     page.sees("#empty", "There are no users yet")
+
+
+@needs_chromium
+def test_the_pages_work_below_a_path_of_a_proxy_in_front(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    """They asked for /users, which is another application's there."""
+    front = Front(fresh, "/gate")
+    page = window()
+    page.driver.get(f"{front.url}/gate/users")
+    page.sees("#empty", "There are no users yet")
+    page.click("#new")
+    page.fill("#field-email", "ann@example.com")
+    page.fill("#field-name", "Ann" + Keys.ENTER)
+    page.sees("#said", "Ann is created")
+    page.act("Edit", "ann@example.com")
+    page.fill("#field-name", "Anna" + Keys.ENTER)
+    page.shows("Anna")
+    page.fill("#q", "ann")
+    page.wait("location.pathname + location.search === '/gate/users?q=ann'")
+    page.driver.get(f"{front.url}/gate/health")
+    page.sees("#status", "ok")
+    assert [one for one in front.asked if " /gate/" not in one] == []
+    front.server.close()
 
 
 @needs_chromium
