@@ -184,7 +184,7 @@ MEASURES = [
     Measure("memory of an idle stream", "idle", "event streams", "kib_each", less=True),
     Measure("memory of an idle tunnel", "idle", "WebSocket tunnels", "kib_each", less=True),
     Measure("start", "start", "start", "start_ms", less=True),
-    Measure("memory after a load", "start", "start", "loaded_mib", less=True),
+    Measure("memory of one process after a load", "start", "start", "loaded_mib", less=True),
 ]
 
 
@@ -331,8 +331,8 @@ def page(results: Results) -> str:
     return wrapped(f"""# Performance
 
 Made by `{made.command}` on {made.cores} in {made.minutes:.0f} min. Measure on a machine of your
-own: `make bench` takes about 8 minutes, `make bench-full` about 25. Look at the ratios; yours will
-differ.{warning}
+own: `make bench` takes about 8 minutes, `make bench-full` about 25. Look at the ratios: the figures
+of your machine will be others.{warning}
 
 ![In what Gatehouse is ahead of other servers, and in what behind](performance.svg)
 
