@@ -49,18 +49,19 @@ from services.fields import valid_id
 from services.health import Health
 from services.proxy import Proxy
 from settings import Settings, is_loopback
-from wire import body
+from wire.body import MAX_BYTES, json_members
 from wire.fields import ANY, Field
 from wire.headers import media_type, preferred, tags
 from wire.ids import request_id as usable_id
 from wire.refusal import own_fields, refusal
 from wire.request import Head
-from wire.rows import CSV, NDJSON
+from wire.rows import CSV, NDJSON, Lines
 
 VERSION = "2.0.0"
 
 log = logging.getLogger("gatehouse")
 
+# Threads that answer /health; each may have to wait for the one measurement that is shared.
 HEALTH_THREADS = 64
 # Threads that answer imports and exports, each of which may last long.
 BULK_THREADS = 8
@@ -68,14 +69,14 @@ BULK_THREADS = 8
 BULK_SECONDS = 10.0
 JSON = "application/json"
 # Media types of many users at once, for which the server has threads of their own.
-BULK = (CSV, NDJSON)
+BULK_TYPES = (CSV, NDJSON)
 HTML = "text/html"
-LISTS = (JSON, *BULK, HTML)
+LIST_TYPES = (JSON, *BULK_TYPES, HTML)
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
 # Headers that a browser sends by itself, and that no page in it can take away.
-BROWSERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
-BROWSERS_KEYS = frozenset(f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSERS)
+BROWSER_HEADERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
+BROWSER_KEYS = frozenset(f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSER_HEADERS)
 NOT_LOCAL = (
     "No USERS_TOKEN is set: a browser may use this path only if it calls this machine localhost or"
     " 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
@@ -166,11 +167,11 @@ def _asked() -> float:
 
 def list_users() -> str | bytes | Iterator[bytes]:
     response.set_header("Vary", "Accept")
-    kind = preferred(request.environ.get("HTTP_ACCEPT"), *LISTS)
+    kind = preferred(request.environ.get("HTTP_ACCEPT"), *LIST_TYPES)
     if kind == HTML:
         return _page("users")
     asked = _page_query(request.query_string, kind)
-    if kind in BULK:
+    if kind in BULK_TYPES:
         response.content_type = kind + ("; charset=utf-8" if kind == CSV else "")
         return transfer.exported(kind, asked.after, asked.search)
     page = search.page(asked.limit, asked.after, asked.search, count=asked.total)
@@ -187,10 +188,10 @@ def list_users() -> str | bytes | Iterator[bytes]:
 
 def create_user() -> str | Iterator[bytes]:
     kind = media_type(request.environ.get("CONTENT_TYPE", ""))
-    if kind in BULK:
+    if kind in BULK_TYPES:
         response.content_type = NDJSON
-        return transfer.imported(kind, request.environ)
-    user_id, user = users.create(body.members(request.environ, JSON, *BULK))
+        return transfer.imported(kind, Lines(request.environ))
+    user_id, user = users.create(json_members(request.environ, JSON, *BULK_TYPES))
     return _created(user_id, user)
 
 
@@ -203,13 +204,13 @@ def get_user(user_id: str) -> str:
 
 
 def put_user(user_id: str) -> str:
-    user = users.put(user_id, body.members(request.environ, JSON), _condition())
+    user = users.put(user_id, json_members(request.environ, JSON), _condition())
     return _created(user_id.lower(), user) if user.created else _user(user)
 
 
 def patch_user(user_id: str) -> str:
     user_id, condition = _existing(user_id), _condition()
-    members = body.members(request.environ, JSON, "application/merge-patch+json")
+    members = json_members(request.environ, JSON, "application/merge-patch+json")
     return _user(users.patch(user_id, members, condition))
 
 
@@ -280,7 +281,7 @@ def _page_query(query: str, kind: str) -> PageQuery:
             if name in given:
                 raise ValueError("is given more than once")
             given[name] = value
-            if check is None or (kind in BULK and name in OF_A_PAGE):
+            if check is None or (kind in BULK_TYPES and name in PAGE_PARAMETERS):
                 raise ValueError("is not a parameter of this call")
             check(value)
         except ValueError as error:
@@ -308,7 +309,7 @@ def _switch(value: str) -> None:
 
 
 # Parameters of a page, which an export does not have.
-OF_A_PAGE = {"limit", "count"}
+PAGE_PARAMETERS = {"limit", "count"}
 # The parameters of GET /users, each with its check, which raises ValueError for a wrong value.
 PARAMETERS: dict[str, Callable[[str], object]] = {
     "limit": _limit,
@@ -371,7 +372,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             asked = asked_for(path, environ["REQUEST_METHOD"], *headers)
             if asked != "page":
                 given, host = environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_HOST", "")
-                self.authorize(given, host, not BROWSERS_KEYS.isdisjoint(environ))
+                self.authorize(given, host, not BROWSER_KEYS.isdisjoint(environ))
             if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
@@ -437,11 +438,11 @@ def asked_for(path: str, method: str, content_type: str | None, accept: str | No
     if path.removesuffix("/") != "/users":
         return ""
     if method == "POST":
-        return "bulk" if media_type(content_type or "") in BULK else ""
+        return "bulk" if media_type(content_type or "") in BULK_TYPES else ""
     if method not in ("GET", "HEAD"):
         return ""
-    kind = preferred(accept, *LISTS)
-    return "page" if kind == HTML else "bulk" if kind in BULK else ""
+    kind = preferred(accept, *LIST_TYPES)
+    return "page" if kind == HTML else "bulk" if kind in BULK_TYPES else ""
 
 
 class Gatehouse:
@@ -471,6 +472,11 @@ class Gatehouse:
         body: Iterable[bytes] = self.owned(environ, start_response)
         return body
 
+    def owner(self, head: Head) -> str:
+        """The name under which the metrics count a request."""
+        owner = OWNED.fullmatch(head.path)
+        return "proxy" if owner is None else owner[1]
+
     def admit(self, head: Head) -> tuple[str, int]:
         """Decide by the decoded path who answers a request; called when its head is complete.
         Returns its lane and the largest body that it may have, in bytes (0: any number). A lane is
@@ -486,14 +492,14 @@ class Gatehouse:
             kind, accept, given = (None if one is None else ", ".join(one) for one in values)
             asked = asked_for(head.path, head.method, kind, accept)
             if asked == "page":
-                return "live", body.MAX_BYTES
-            self.owned.authorize(given, head.host, not BROWSERS.isdisjoint(head.values))
+                return "live", MAX_BYTES
+            self.owned.authorize(given, head.host, not BROWSER_HEADERS.isdisjoint(head.values))
             if asked == "bulk":
                 return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):
             # It waits for nothing, and must not wait behind requests that do.
-            return "live", body.MAX_BYTES
-        return owner[1], body.MAX_BYTES
+            return "live", MAX_BYTES
+        return owner[1], MAX_BYTES
 
 
 def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int:
@@ -503,8 +509,8 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
         upstream_url=settings.upstream_url,
         ca_bundle=os.environ.get(commands.CA_BUNDLE),
         threads={
-            # At least two threads more than connections, which tell callers that no connection is
-            # free.
+            # At least two more than connections: when all of these are in use, two threads are left
+            # to tell callers so.
             "users": max(settings.threads, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
             "live": HEALTH_THREADS,
@@ -513,6 +519,7 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
         # As many as there are connections: one more thread would only wait for a connection.
         eager={"users": settings.db_pool_size},
         waits={"bulk": BULK_SECONDS},
+        streamed=frozenset({"bulk"}),
         patience=Patience(
             head=settings.upstream_read_timeout,
             stream=settings.upstream_stream_timeout,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peewee import SQL, Check, Model, TextField, UUIDField
 from playhouse.postgres_ext import BinaryJSONField, DateTimeTZField
 
@@ -36,5 +38,7 @@ class User(Model):
         ]
 
 
-User.add_index(User.index(SQL(f"({MAILBOX})"), unique=True, name="users_mailbox"))
-database.taken = frozenset(index._name for index in User._meta.indexes if index._unique)
+# The index that keeps two users from having one address.
+MAILBOXES: Any = User.index(SQL(f"({MAILBOX})"), unique=True, name="users_mailbox")
+User.add_index(MAILBOXES)
+database.taken = frozenset({MAILBOXES._name})

@@ -38,19 +38,23 @@ class Problem(Exception):
         self.headers = (*type(self).headers, *headers)
         self.members = members
 
-    def document(self, request_id: str) -> bytes:
-        """The problem document, encoded as JSON, with a newline at its end."""
-        document: dict[str, Any] = {
+    def described(self, **more: str) -> dict[str, Any]:
+        """The members of the problem document, and `more` of them."""
+        described: dict[str, Any] = {
             "type": f"urn:gatehouse:{self.name}",
             "title": self.title,
             "status": self.status,
             "detail": self.detail,
-            "request_id": request_id,
+            **more,
             **self.members,
         }
         if self.errors:
-            document["errors"] = [{"field": f, "message": m} for f, m in self.errors]
-        return json.dumps(document).encode() + b"\n"
+            described["errors"] = [{"field": f, "message": m} for f, m in self.errors]
+        return described
+
+    def document(self, request_id: str) -> bytes:
+        """The problem document, encoded as JSON, with a newline at its end."""
+        return json.dumps(self.described(request_id=request_id)).encode() + b"\n"
 
 
 class MalformedJson(Problem):

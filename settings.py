@@ -174,9 +174,9 @@ def value_of(name: str, environ: Mapping[str, str]) -> str:
 def near_misses(names: Iterable[str]) -> list[str]:
     """A problem for each of `names` that is close to a setting's name and is not one.
 
-    It is close if it differs from that in one letter (in a long name, two), or only in the case, the
-    order or the plural of its words: WORKER, users_token, TRUSTED_PROXY. Any other name is left to
-    another program that shares the file.
+    It is close if it differs from that in one letter (in a long name, two), or only in the case,
+    the order or the plural of its words: WORKER, users_token, TRUSTED_PROXY. Any other name is left
+    to another program that shares the file.
     """
     settings = [*VARIABLES, *IN_FILES]
     found = []

@@ -119,9 +119,9 @@ def check_rollback(database: Migrating, count: int) -> None:
     if len(done) < count:
         raise SystemExit(f"there is no more than {len(done)} to roll back")
     undone = done[len(done) - count :]
-    gone = set(undone) - set(names(MIGRATIONS))
-    if gone:
-        raise SystemExit(f"the files of {', '.join(sorted(gone))} are not here")
+    missing = set(undone) - set(names(MIGRATIONS))
+    if missing:
+        raise SystemExit(f"the files of {', '.join(sorted(missing))} are not here")
     # From the environment alone: in `.env` the permission would stay.
     if os.environ.get("ROLLBACK_DELETES_DATA") == "yes":
         return

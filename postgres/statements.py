@@ -164,7 +164,8 @@ class Patience:
 
 
 class Statement:
-    """One statement. On each connection the server parses and plans it once, at its first run.
+    """One statement. On each connection the server parses it once, at its first run, and may keep
+    its plan.
 
     `sql` has parameters by name, in psycopg2's form; `types` says of which SQL type each is. A
     statement that is not `prepared` is planned at each run, for the values of that run.
@@ -238,7 +239,8 @@ class Database(Pool):
                 sql = statement.execute if known else statement.prepare
             try:
                 cursor.execute(sql, params)
-                connection.prepared.add(statement.name)
+                if sql is statement.prepare:
+                    connection.prepared.add(statement.name)
                 rows: list[Row] = cursor.fetchall()
                 self._prepares = self._prepares and prepares
                 return rows
@@ -347,6 +349,8 @@ class Database(Pool):
             return EmailTaken
         if state in REFERRED_TO and statement.deletes:
             return UserInUse
+        if not state:  # psycopg2 itself could not send it.
+            return DEFECT
         # A class that PostgreSQL does not have is a trigger's own.
         problem = PROBLEMS.get(state) or PROBLEMS.get(state[:2]) or RefusedByDatabase
         if error.diag.internal_query and problem in (SchemaNotMigrated, DEFECT):

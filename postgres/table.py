@@ -18,16 +18,12 @@ from problems import DatabaseUnavailable, Problem, RefusedByDatabase
 # Columns that no caller sets: when a row was made, and when it was last changed. The second is the
 # row's version, too.
 TIMES = ("created_at", "updated_at")
-# The parameters of statements, and their SQL types. Those of a table's columns come beside them.
+# The parameters of a table's own statements beside its columns, and their SQL types.
 PARAMETERS = {
     "id": "uuid",
     "match": "text[]",
     "none_match": "text[]",
     "untouched": "double precision",
-    "after": "uuid",
-    "limit": "integer",
-    "text": "text",
-    "pattern": "text",
 }
 
 
@@ -37,8 +33,9 @@ AS_TEXT = {"jsonb": "::text"}
 
 
 class Column(Protocol):
-    """A column that callers set: its name, its SQL type, whether it may be NULL, and how many bytes
-    a value may have, as PostgreSQL writes it, into which another was merged."""
+    """A column that callers set: its name, its SQL type, and whether it may be NULL. `merged` is 0
+    if nothing is merged into its values. Otherwise it is how many bytes the result may have, as
+    PostgreSQL writes it."""
 
     @property
     def name(self) -> str: ...
@@ -47,7 +44,7 @@ class Column(Protocol):
     @property
     def nullable(self) -> bool: ...
     @property
-    def largest(self) -> int: ...
+    def merged(self) -> int: ...
 
 
 class Found(NamedTuple):
@@ -79,12 +76,18 @@ class Table:
     statements, and `patch` makes those of a Patch, for the names of the columns that are changed,
     and of those that are merged. `create` does nothing if another row has the same value of the
     index `unique`, which is a peewee index of the model. `json` and `version` are SQL.
+
+    `parameters` are those of other statements that are made of it, and their SQL types.
     """
 
-    def __init__(self, model: Any, columns: Sequence[Column], unique: Any) -> None:
+    def __init__(
+        self, model: Any, columns: Sequence[Column], unique: Any, parameters: Mapping[str, str]
+    ) -> None:
         self.model = model
         self.columns = columns
-        self.types = PARAMETERS | {column.name: column.kind for column in columns}
+        kinds = {column.name: column.kind for column in columns}
+        self.types = {**PARAMETERS, **parameters, **kinds}
+        assert len(self.types) == len(PARAMETERS) + len(parameters) + len(kinds), "a name twice"
         self.json = self._json()
         self.version = in_rfc_3339(model.updated_at)
         self._database: Database = model._meta.database
@@ -130,8 +133,8 @@ class Table:
         return getattr(self.model, column.name)
 
     def _json(self) -> Any:
-        """A row as JSON. It takes PostgreSQL a third less than json_build_object, which looks up at
-        every row how each value is written."""
+        """A row as JSON. This takes PostgreSQL a third less time than json_build_object, which
+        looks up at every row how each value is written."""
         parts: list[Any] = [SQL("""'{"id": "'"""), self.model.id, SQL("""'"'""")]
         for column in self.columns:
             # jsonb is JSON as it is, and asking for that costs as much as the column.
@@ -193,7 +196,7 @@ class Table:
             if name in merged:
                 new[name] = fn.users_merged(new[name], self.given(name))
                 size = fn.octet_length(Cast(new[name], "text"))
-                too_large.append(size > SQL(str(column.largest)))
+                too_large.append(size > SQL(str(column.merged)))
             elif name in names:
                 new[name] = self.given(name)
         look = self.model.select(self.json, self.version, *too_large).where(self._this)
@@ -208,11 +211,13 @@ class Table:
         return {name: f"{self.types[name]}[]" for name in names}
 
     def rows_given(self) -> str:
-        """SQL for the rows that are given as arrays."""
-        return ", ".join(f"CAST(%({name})s AS {kind})" for name, kind in self.arrays.items())
+        """SQL for the rows that are given as arrays, as a table `given`."""
+        rows = ", ".join(f"CAST(%({name})s AS {kind})" for name, kind in self.arrays.items())
+        names = ", ".join(f'"{name}"' for name in self.arrays)
+        return f"unnest({rows}) WITH ORDINALITY AS given({names}, number)"
 
     def _compose_many(self) -> None:
-        table, rows = self.model._meta.table_name, self.rows_given()
+        table = self.model._meta.table_name
         columns = [f'"{column.name}"' for column in self.columns]
         names = ", ".join(('"id"', *columns))
         old, new = (
@@ -223,15 +228,15 @@ class Table:
         # Creates rows. It leaves alone a row that exists already, and leaves out a second one of
         # the same.
         self.create_many = Statement(
-            f"INSERT INTO {table} ({names}) SELECT {names} FROM unnest({rows}) WITH ORDINALITY"
-            f" AS given({names}, number) ORDER BY number ON CONFLICT DO NOTHING RETURNING id::text",
+            f"INSERT INTO {table} ({names}) SELECT {names} FROM {self.rows_given()}"
+            " ORDER BY number ON CONFLICT DO NOTHING RETURNING id::text",
             self.arrays,
             prepared=False,
         )
         # Replaces rows that exist. For each of them it says whether this statement changed it, and
         # whether it was already as it is given.
         self.replace_many = Statement(
-            f"WITH given AS (SELECT * FROM unnest({rows}) AS given({names})), changed AS ("
+            f"WITH given AS (SELECT * FROM {self.rows_given()}), changed AS ("
             f"UPDATE {table} SET {changes},"
             f" updated_at = greatest(now(), {table}.updated_at + interval '1 microsecond')"
             f" FROM given WHERE {table}.id = given.id AND ROW({old}) IS DISTINCT FROM ROW({new})"

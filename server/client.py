@@ -152,7 +152,7 @@ class Client(Stream):
         self.phase = Phase.READING
         self.head: Head | None = None  # the request that is being answered
         self.responder: Responder | None = None
-        self.lane = ""  # who answers the present request
+        self.lane = ""  # who answers the present request; empty if it is refused before that
         self.served = 0
         self.arrived = 0.0
         self._ahead = b""  # bytes that have come and are not read yet
@@ -258,6 +258,7 @@ class Client(Stream):
         head.id = request_id(head.values.get("x-request-id"))
         self._ahead, self._scanned = data[end + 4 :] if problem is None else b"", 0
         self.arrived = self.loop.now
+        self.lane = ""
         self.phase = Phase.ANSWERING
         self._timer.cancel()
         try:

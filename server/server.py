@@ -62,16 +62,6 @@ DROPPED_SECONDS = 0.001
 GRACE_SECONDS = 0.1
 
 
-# The name under which the metrics count the requests of a lane.
-OWNERS = {"proxy": "proxy", "users": "users", "bulk": "users", "health": "health", "live": "health"}
-
-
-def owner_of(path: str) -> str:
-    """The name under which the metrics count a request that was refused before it had a lane."""
-    first = path[1:].partition("/")[0]
-    return first if first in ("users", "health") else "proxy"
-
-
 class Application(Protocol):
     """What is served: a WSGI application, and the rules by which the server treats each request."""
 
@@ -83,6 +73,9 @@ class Application(Protocol):
     def admit(self, head: Head) -> tuple[str, int]:
         """The lane of a request ("proxy", or one of the threads'), and how many bytes its body may
         have (0: any number). Raises the Problem to refuse it with."""
+
+    def owner(self, head: Head) -> str:
+        """The name under which the metrics count a request: one of metrics.OWNERS."""
 
     def caller(self, head: Head, peer: str) -> str:
         """The client's address as the access log names it."""
@@ -111,7 +104,7 @@ class Options:
     threads: dict[str, int]
     patience: Patience
     eager: dict[str, int] = field(default_factory=dict)
-    streamed: frozenset[str] = frozenset({"bulk"})
+    streamed: frozenset[str] = frozenset()
     waits: dict[str, float] = field(default_factory=dict)
     ca_bundle: str | None = None
     limit: int = 0
@@ -310,7 +303,6 @@ class Server:
     def respond(self, client: Client, head: Head) -> None:
         """Give a request to a responder: an Exchange or a Job. Raises the Problem to refuse it
         with."""
-        client.lane = ""
         lane, largest = self.application.admit(head)
         client.lane = lane
         if largest and head.length is not None and head.length > largest:
@@ -343,7 +335,7 @@ class Server:
 
     def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
         """Count a request just before its answer is sent: a client that has it finds it counted."""
-        owner = OWNERS.get(client.lane) or owner_of(head.path)
+        owner = "proxy" if client.lane == "proxy" else self.application.owner(head)
         self.application.board.request(owner, head.method, status, seconds)
 
     def answered(self, client: Client, head: Head) -> None:

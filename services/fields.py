@@ -14,7 +14,7 @@ from typing import Any
 
 from postgres.table import TIMES
 from problems import InvalidUser
-from wire.objects import Number, Object
+from wire.objects import MOST_DIGITS, Number, Object
 
 CANONICAL_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
@@ -33,7 +33,15 @@ MAX_METADATA, MAX_KEPT = 16384, 61440
 MAX_DEPTH = 100
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc
 SURROGATE = re.compile(r"[\ud800-\udfff]")
-KINDS = {type(None): "null", bool: "true or false", float: "a number", list: "an array"}
+# A string of JSON, or white space between its values.
+SPACES = re.compile(r'("[^"\\]*+(?:\\.[^"\\]*+)*+")|[ \t\n\r]+')
+JSON_KINDS = (
+    (type(None), "null"),
+    (bool, "true or false"),
+    (float, "a number"),
+    (list, "an array"),
+    (dict, "an object"),
+)
 
 
 def valid_id(value: Any) -> str:
@@ -46,7 +54,7 @@ def valid_id(value: Any) -> str:
 def valid_text(value: Any) -> str:
     """Any string that PostgreSQL can keep."""
     if not isinstance(value, str):
-        kind = KINDS.get(type(value), "an object")
+        kind = next(name for kind, name in JSON_KINDS if isinstance(value, kind))
         raise ValueError(f"must be a string, not {kind}")
     if SURROGATE.search(value):
         raise ValueError("must not contain lone surrogates")
@@ -96,24 +104,28 @@ def valid_metadata(value: Any) -> str:
     does."""
     if not isinstance(value, Object):
         raise ValueError("must be a JSON object")
-    size = len(value.text.encode(errors="replace"))
-    most = MAX_KEPT if value.sent_back else MAX_METADATA
-    if size > most:
-        raise ValueError(f"must have at most {most} bytes, and has {size}")
-    # PostgreSQL writes a space after each comma and colon, of which there is at most one in two
-    # bytes, and all numbers without exponents: 16 KB of 0e-16000 would become 29 MB.
-    kept = size if value.sent_back else size * 3 // 2
+    # How many bytes PostgreSQL makes of it, or a few more. It writes numbers without exponents (of
+    # 16 KB of 0e-16000 it makes 29 MB), and no white space but one after each comma and colon.
+    kept = len(SPACES.sub(r"\1", value.text).encode())
     level: list[Any] = [value]
     depth = 0  # how many objects and arrays are around the values of this level
     while level:
         if depth > MAX_DEPTH:
             raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
+        kept += sum(_spaces(whole) for whole in level)
         level = [part for whole in level for part in _parts(whole)]
         kept += sum(part.digits for part in level if isinstance(part, Number))
         depth += 1
     if kept > MAX_KEPT:
-        raise ValueError(f"must have at most {MAX_KEPT} bytes with its numbers written out")
+        raise ValueError(f"must have at most {MAX_KEPT} bytes as PostgreSQL writes it")
     return value.text
+
+
+def _spaces(value: Any) -> int:
+    """How many commas and colons PostgreSQL writes between the parts of a JSON value."""
+    if isinstance(value, dict):
+        return max(0, 2 * len(value) - 1)
+    return max(0, len(value) - 1) if isinstance(value, list) else 0
 
 
 def _parts(value: Any) -> list[Any]:
@@ -122,7 +134,10 @@ def _parts(value: Any) -> list[Any]:
         valid_text(value)
     elif isinstance(value, float) and math.isinf(value):
         # PostgreSQL would store 1e100000 with all its zeros.
-        raise ValueError("must not contain numbers beyond 1.8e308, or nearer to 0 than 5e-324")
+        raise ValueError(
+            "must not contain numbers beyond 1.8e308, nearer to 0 than 5e-324, or of more than"
+            f" {MOST_DIGITS} digits"
+        )
     elif isinstance(value, dict):
         return [*value.keys(), *value.values()]
     elif isinstance(value, list):
@@ -136,9 +151,9 @@ class Field:
 
     `check` takes the value that was sent and returns the one to store, or raises ValueError. A
     member that is not `required` may be absent or null, and is `default` then; a default of None is
-    NULL in the table and null in JSON. `kind` is the SQL type. If it is `merged`, PATCH takes the
-    value as a merge patch (RFC 7396), and not as the new value; the result may have `largest` bytes
-    as PostgreSQL writes it.
+    NULL in the table and null in JSON. `kind` is the SQL type. If `merged` is not 0, PATCH takes
+    the value as a merge patch (RFC 7396), and not as the new value. The result may then have
+    `merged` bytes, as PostgreSQL writes it.
     """
 
     name: str
@@ -146,8 +161,7 @@ class Field:
     required: bool = False
     default: Any = None
     kind: str = "text"
-    merged: bool = False
-    largest: int = 0
+    merged: int = 0
 
     @property
     def nullable(self) -> bool:
@@ -158,7 +172,7 @@ class Field:
 FIELDS = (
     Field("email", valid_email, required=True),
     Field("name", valid_name, required=True),
-    Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=True, largest=MAX_KEPT),
+    Field("metadata", valid_metadata, default="{}", kind="jsonb", merged=MAX_KEPT),
 )
 NAMES = {field.name: field for field in FIELDS}
 UNKNOWN = f"is not a member of a user; you can set {', '.join(NAMES)}"
@@ -182,6 +196,12 @@ def valid(members: Mapping[str, Any], *, user_id: str | None = None) -> dict[str
     return {one.name: or_default(one, values.get(one.name)) for one in FIELDS}
 
 
+def _limit(value: Object) -> None:
+    size = len(value.text.encode())
+    if size > MAX_METADATA:
+        raise ValueError(f"must have at most {MAX_METADATA} bytes, and has {size}")
+
+
 def or_default(field: Field, value: Any) -> Any:
     """The value to store for a field whose checked value is this; None if it was not given."""
     return field.default if value is None else value
@@ -198,8 +218,11 @@ def raise_for(errors: list[tuple[str, str]]) -> None:
 def checked(
     members: Mapping[str, Any], user_id: str | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The fields among `members`, ready to store, and what is wrong with any of the members. If the
-    user's id is given, they may be what a GET gave, which has TIMES."""
+    """The fields among `members`, ready to store, and what is wrong with any of the members.
+
+    If the user's id is given, they may be what a GET gave, which has TIMES. An object among that
+    may be longer than what was sent first, because PostgreSQL writes it with more white space.
+    """
     sent_back = user_id is not None and all(name in members for name in TIMES)
     values: dict[str, Any] = {}
     errors: list[tuple[str, str]] = []
@@ -207,8 +230,8 @@ def checked(
         field = NAMES.get(name)
         try:
             if field is not None:
-                if isinstance(value, Object):
-                    value.sent_back = sent_back
+                if isinstance(value, Object) and not sent_back:
+                    _limit(value)
                 nothing = value is None and not field.required
                 values[name] = None if nothing else field.check(value)
             elif name == "id" and user_id is not None:

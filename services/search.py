@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 import time
 from dataclasses import dataclass
@@ -128,5 +127,6 @@ def page(limit: int, after: str | None, search: Search, *, count: bool = False) 
     lines = joined.split("\n") if joined else []
     if len(lines) <= limit:
         return Page(lines, None, *(total or [None]))
-    last = json.loads(lines[limit - 1])["id"]
+    # It is cut out, because no reader of JSON takes all that somebody may have put into metadata.
+    last = lines[limit - 1].removeprefix('{"id": "')[:36]
     return Page(lines[:limit], last, *(total or [None]))

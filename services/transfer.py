@@ -11,7 +11,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from models import User, database
 from postgres.casing import lowered
 from postgres.statements import Lost, Statement, unknown
 from postgres.table import TIMES, in_rfc_3339
-from problems import EmailTaken, InvalidUser, Problem
+from problems import DatabaseUnavailable, EmailTaken, InvalidUser, Problem
 from services import users
 from services.fields import FIELDS, NAMES, valid, valid_id
 from services.search import MAX_PAGE, Search, matching, page
@@ -83,14 +83,15 @@ class Entry(Row):
     """A row of an import, and what becomes of it. `problem` says why it is refused."""
 
     id: str = ""
-    asked: bool = False  # whether the row named its id
+    has_id: bool = False  # whether the row named its id
+    doubtful: bool = False  # whether a run whose answer was lost may have created the user
     values: dict[str, Any] = field(default_factory=dict)
     outcome: str = ""
 
     def check(self) -> None:
         """Make `values` of the members, or set `problem`."""
-        self.id, self.asked = new_id(), "id" in self.members
-        if self.asked:
+        self.id, self.has_id = new_id(), "id" in self.members
+        if self.has_id:
             with contextlib.suppress(ValueError):  # `valid` says what is wrong with it.
                 self.id = valid_id(self.members["id"])
         try:
@@ -103,53 +104,50 @@ class Entry(Row):
         if self.problem is None:
             status = 201 if self.outcome == "created" else 200
             return json.dumps({"line": self.line, "status": status, "id": self.id})
-        document = json.loads(self.problem.document(""))
+        described = self.problem.described()
         names = ("status", "type", "detail", "outcome", "errors")
-        kept = {name: document[name] for name in names if name in document}
+        kept = {name: described[name] for name in names if name in described}
         return json.dumps({"line": self.line} | kept)
 
 
-_NAMES = ", ".join(f'"{name}"' for name in ("id", *NAMES))
-_GIVEN = f"unnest({TABLE.rows_given()}) AS given({_NAMES})"
+GIVEN = TABLE.rows_given()
 # Finds out whether an address of a user that exists would change.
 MOVES = Statement(
-    f"SELECT FROM users JOIN {_GIVEN} USING (id) WHERE users.email <> given.email LIMIT 1",
+    f"SELECT FROM users JOIN {GIVEN} USING (id) WHERE users.email <> given.email LIMIT 1",
     TABLE.arrays,
     prepared=False,
 )
 # Finds the rows whose address another user has.
 TAKEN = Statement(
-    f"SELECT given.id::text FROM {_GIVEN} JOIN users"
+    f"SELECT given.id::text FROM {GIVEN} JOIN users"
     f" ON {lowered('users.email')} = {lowered('given.email')} AND users.id <> given.id",
     TABLE.arrays,
     prepared=False,
 )
 
 
-def imported(kind: str, environ: Mapping[str, Any]) -> Iterator[bytes]:
-    """Create or replace the users in a body of the media type `kind`. Yields the lines of the
-    answer, batch by batch. Raises BadRequest or InvalidUser, before anything is written, for a file
-    that has not the right columns or is not in UTF-8, as far as it has arrived: a line later on
-    that is not in UTF-8 is refused by itself."""
-    lines = Lines(environ)
+def imported(kind: str, lines: Lines) -> Iterator[bytes]:
+    """Create or replace the users in a file of the media type `kind`. Yields the lines of the
+    answer, batch by batch. Raises BadRequest or InvalidUser, before anything is written, if the
+    file has not the right columns."""
     counts = dict.fromkeys(("rows", "created", "replaced", "unchanged", "refused"), 0)
     batch: list[Entry] = []
-    asked: set[str] = set()
+    ids: set[str] = set()
     size = 0
     for read in rows_of(kind, lines, COLUMNS):
         row = Entry(read.line, read.members, read.problem)
         if row.problem is None:
             row.check()
-        if row.asked and row.id in asked:
+        if row.has_id and row.id in ids:
             yield _done(batch, counts)  # Of two rows for one id the later one has the last word.
-            batch, asked, size = [], set(), 0
+            batch, ids, size = [], set(), 0
         batch.append(row)
-        if row.asked:
-            asked.add(row.id)
+        if row.has_id:
+            ids.add(row.id)
         size += sum(len(value) for value in row.values.values() if isinstance(value, str))
         if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES or lines.dry:
             yield _done(batch, counts)
-            batch, asked, size = [], set(), 0
+            batch, ids, size = [], set(), 0
     yield _done(batch, counts) + json.dumps(counts).encode() + b"\n"
 
 
@@ -168,7 +166,7 @@ def _done(batch: list[Entry], counts: dict[str, int]) -> bytes:
                 _singly(left)
             else:
                 for row in left:
-                    row.problem = problem
+                    row.problem = unknown() if row.doubtful else problem
     for row in batch:
         counts["rows"] += 1
         counts["refused" if row.problem else row.outcome] += 1
@@ -176,7 +174,7 @@ def _done(batch: list[Entry], counts: dict[str, int]) -> bytes:
 
 
 def _write(rows: list[Entry]) -> None:
-    if any(row.asked for row in rows) and database.read(MOVES, _arrays(rows)):
+    if any(row.has_id for row in rows) and database.read(MOVES, _arrays(rows)):
         # A row may take an address that another row gives up. So they are written one by one, in
         # order.
         _singly(rows)
@@ -196,16 +194,30 @@ def _write(rows: list[Entry]) -> None:
 def _singly(rows: list[Entry]) -> None:
     for row in rows:
         try:
-            if not row.asked:
-                users.insert(row.id, row.values)
+            if not row.has_id:
+                if not row.doubtful or not _is_there(row):
+                    users.insert(row.id, row.values)
                 row.outcome = "created"
                 continue
             before = database.read(TABLE.get, {"id": row.id})
             found = users.replace(row.id, row.values, users.Condition())
             same = bool(before) and before[0][1] == found.version
             row.outcome = "created" if found.created else "unchanged" if same else "replaced"
+        except DatabaseUnavailable as problem:
+            row.problem = unknown() if row.doubtful else problem
         except Problem as problem:
             row.problem = problem
+
+
+def _is_there(row: Entry) -> bool:
+    """Whether a run whose answer was lost has created the user, whose id nobody else knows. Raises
+    DatabaseUnavailable, outcome unknown, if somebody has changed it since."""
+    values = {**row.values, "id": row.id}
+    if TABLE.confirmed(TABLE.same, values):
+        return True
+    if TABLE.confirmed(TABLE.get, values):
+        raise unknown()
+    return False
 
 
 def _arrays(rows: Iterable[Entry]) -> dict[str, list[Any]]:
@@ -214,11 +226,12 @@ def _arrays(rows: Iterable[Entry]) -> dict[str, list[Any]]:
 
 
 def _create(rows: list[Entry]) -> None:
-    made, _ = database.write(TABLE.create_many, _arrays(rows))
+    made, again = database.write(TABLE.create_many, _arrays(rows))
     ids = {user_id for (user_id,) in made}
     for row in rows:
         if row.id in ids:
             row.outcome = "created"
+        row.doubtful = again and not row.has_id and not row.outcome
 
 
 def _replace(rows: list[Entry]) -> None:
@@ -233,7 +246,7 @@ def _replace(rows: list[Entry]) -> None:
                 row.problem = unknown()
             # Otherwise somebody was faster, or a trigger left it alone. It has no outcome yet, so
             # that it is written by itself next, which finds out.
-        elif not row.asked:
+        elif not row.has_id:
             # A run whose answer was lost has created it: nobody else knows the id.
             row.outcome = "created"
         else:

@@ -11,7 +11,7 @@ from typing import Any
 
 from peewee import SQL
 
-from models import MAILBOX, User, database
+from models import MAILBOX, MAILBOXES, User, database
 from postgres.casing import lowered
 from postgres.statements import Lost, unknown
 from postgres.table import Found, Table
@@ -23,11 +23,13 @@ from problems import (
     Problem,
     RefusedByDatabase,
 )
-from services.fields import FIELDS, MAX_KEPT, NAMES, checked, or_default, raise_for, valid, valid_id
+from services.fields import FIELDS, NAMES, checked, or_default, raise_for, valid, valid_id
 from wire.fields import ANY
 from wire.ids import new_id
 
-TOO_LARGE = f"would have more than {MAX_KEPT} bytes, with what is there already"
+TOO_LARGE = "would have more than {} bytes, with what is there already"
+# The parameters of searches, and their SQL types: see services/search.py.
+SEARCHES = {"after": "uuid", "limit": "integer", "text": "text", "pattern": "text"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Condition:
         return {"match": match, "none_match": none_match}
 
 
-TABLE = Table(User, FIELDS, next(index for index in User._meta.indexes if index._unique))
+TABLE = Table(User, FIELDS, MAILBOXES, SEARCHES)
+# Finds out who has an address.
 AT_ADDRESS = SQL(MAILBOX) == SQL(lowered("CAST(%(email)s AS text)"))
 HOLDER = TABLE.statement(User.select(User.id).where(AT_ADDRESS))
 
@@ -157,7 +160,11 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
 
     def why_not(rows: list[Any]) -> Problem | None:
         too_large = dict(zip(merged, rows[0][2:], strict=True)) if rows else {}
-        errors = [(name, TOO_LARGE) for name, is_so in too_large.items() if is_so]
+        errors = [
+            (name, TOO_LARGE.format(NAMES[name].merged))
+            for name, is_so in too_large.items()
+            if is_so
+        ]
         return condition.why_not(NoSuchUser())(rows) or (
             InvalidUser(errors=errors) if errors else None
         )

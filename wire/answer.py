@@ -127,7 +127,7 @@ class Answer:
     def _say_length(self, length: str | None) -> None:
         """Leave one Content-Length line, with this value; none if it is None."""
         said = [one for one in self.lines if one.key == "content-length"]
-        lines = [one for one in self.lines if one not in said]
+        lines = [one for one in self.lines if one.key != "content-length"]
         if length is not None:
             name = said[0].text.partition(b":")[0]
             lines.insert(self.lines.index(said[0]), line(name, length.encode()))
@@ -170,8 +170,8 @@ def lines_of(raw: bytes) -> Line:
 
 def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
     """The position in `data` where the head of an answer ends, and the position where what follows
-    it begins; -1 and 0 if its end has not arrived. The first `scanned` bytes have been searched before. Raises UpstreamBroken
-    if the head is too large."""
+    it begins; -1 and 0 if its end has not arrived. The first `scanned` bytes have been searched
+    before. Raises UpstreamBroken if the head is too large."""
     found = HEAD_END.search(data, scanned - 3 if scanned > 3 else 0)
     if found:
         end, begin = found.span()

@@ -14,7 +14,7 @@ from wire.objects import parsed
 MAX_BYTES = 65536
 
 
-def members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
+def json_members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
     """The members of the JSON object in the body, whose media type has to be one of these. Raises
     UnsupportedMediaType, BodyTooLarge, BadRequest, MalformedJson, or InvalidUser if it is JSON of
     another kind."""
@@ -26,8 +26,8 @@ def members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
 
 
 def length_of(environ: Mapping[str, Any]) -> int | None:
-    """How many bytes the body has; None if it ends where its stream ends. Without a length or such
-    an end there is no body. Raises BadRequest."""
+    """How many bytes the body has, 0 if there is none; None if it ends where its stream ends.
+    Raises BadRequest."""
     length = environ.get("CONTENT_LENGTH") or ""
     # No body needs more digits, and int() refuses thousands of them.
     if not re.fullmatch(r"[0-9]{0,18}", length):

@@ -9,6 +9,8 @@ from problems import BadRequest
 from wire.fields import ANY, SHORT_BYTES, remembering_short
 
 UTF_8 = {"utf-8", "utf8"}
+# It reads 65,000 semicolons in a millisecond; to split them took fifteen.
+CHARSET = re.compile(r";[ \t]*+charset=([^;]*)")
 ENTITY_TAG = re.compile(r'(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 QUALITY = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
 
@@ -50,18 +52,16 @@ def _no_tags(name: str) -> str:
 def media_type(value: str) -> str:
     """The media type in a Content-Type, in lower case; empty if its charset is another than UTF-8.
     Other parameters, such as CSV's `header` (RFC 4180 section 3), do not matter here."""
-    kind, _, rest = value.lower().partition(";")
-    parameters = rest.split(";") if "charset" in rest else []
-    for name, _, text in (parameter.strip().partition("=") for parameter in parameters):
-        if name == "charset" and text.strip('"') not in UTF_8:
-            return ""
-    return kind.strip()
+    value = value.lower()
+    if any(charset.strip(' \t"') not in UTF_8 for charset in CHARSET.findall(value)):
+        return ""
+    return value.partition(";")[0].strip()
 
 
 def preferred(accept: str | None, *offers: str) -> str:
     """The media type among `offers` that an Accept header prefers (RFC 9110 section 12.5.1).
-    Among equals it is the first, and so it is if the header is absent or accepts none. No more
-    than ACCEPT_READ characters of it are looked at."""
+    If it prefers several, it is the first of them; if there is no such header, or it accepts none,
+    it is the first of all. No more than ACCEPT_READ characters of it are looked at."""
     accept = (accept or "*/*")[:ACCEPT_READ]
     # It is asked for several times a request, and costs a tenth of a page of users to find out.
     return (_remembered if len(accept) <= SHORT_BYTES else _preferred)(accept, offers)

@@ -11,15 +11,14 @@ from typing import Any
 from problems import InvalidUser, MalformedJson
 
 SPACE = re.compile(r"[ \t\n\r]*")
-# PostgreSQL's numeric has at most this many digits after the point.
+# PostgreSQL's numeric keeps at most this many digits after the point.
 MOST_DIGITS = 16383
 
 
 class Object(dict[str, Any]):
-    """A JSON object that knows how it was written. `sent_back` says that it is what a GET gave."""
+    """A JSON object that knows how it was written."""
 
     text = ""
-    sent_back = False
 
 
 class Number(float):
@@ -48,7 +47,7 @@ def parsed(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise MalformedJson("The JSON in the body is nested too deeply.") from None
     except json.JSONDecodeError as error:
-        what = error.msg[:1].lower() + error.msg[1:]
+        what = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
         raise MalformedJson(
             f"The body is not one JSON document: {what}, at line {error.lineno},"
             f" character {error.colno}."
@@ -123,13 +122,12 @@ def _number(text: str) -> float:
     more digits than PostgreSQL keeps of one (0e-20000)."""
     mantissa, e, exponent = text.lower().partition("e")
     number = Number(text) if e else float(text)
-    if not number and re.search("[1-9]", mantissa):
+    # Zero may have any exponent, and int() refuses thousands of digits.
+    digits = len(mantissa) + int(exponent.lstrip("+-0")[:9] or 0)
+    if digits > MOST_DIGITS or (not number and re.search("[1-9]", mantissa)):
         return math.inf
     if isinstance(number, Number):
-        # Zero may have any exponent, and int() refuses thousands of digits.
-        number.digits = len(mantissa) + int(exponent.lstrip("+-0")[:9] or 0)
-        if number.digits > MOST_DIGITS:
-            return math.inf
+        number.digits = digits
     return number
 
 

@@ -5,6 +5,7 @@ They are read as they arrive, so that a file of any length needs no more memory 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,7 +48,12 @@ class Refused(Exception):
 class Lines:
     """The lines of a body as they arrive, as text and with their ends. `number` is how many have
     been read; `dry` says that the next one has not arrived yet. A line that is too long, or not in
-    UTF-8, raises Refused; after that the next one may be asked for."""
+    UTF-8, and one that makes its row too long, raises Refused; after that the next one may be asked
+    for. Before each row, `begin_row` is to be called.
+
+    Making it raises BadRequest if the file is not in UTF-8, as far as it has arrived: a line later
+    on that is not in UTF-8 is refused by itself.
+    """
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
         stream = environ["wsgi.input"]
@@ -58,7 +64,8 @@ class Lines:
         self._ended = self._left == 0
         self._buffer = bytearray()
         self.number = 0
-        self.row = 0  # bytes of the present row so far
+        self._row_bytes = 0
+        self._quotes = 0  # how many quotation marks the present row has so far
         short = self._left is not None and self._left <= WHOLE_BYTES
         self._fill()
         # The first three bytes may be a byte order mark, which may arrive in pieces.
@@ -87,6 +94,19 @@ class Lines:
     def dry(self) -> bool:
         return not self._ended and b"\n" not in self._buffer
 
+    def begin_row(self) -> int:
+        """A row begins. Returns the number of its first line."""
+        self._row_bytes = self._quotes = 0
+        return self.number + 1
+
+    def end_row(self) -> None:
+        """The present row is refused: pass over the rest of it. As long as the number of its
+        quotation marks is odd, a cell is open, in which the next line may look like a row."""
+        with contextlib.suppress(StopIteration):
+            while self._quotes % 2:
+                with contextlib.suppress(Refused):
+                    next(self)
+
     def __iter__(self) -> Lines:
         return self
 
@@ -94,6 +114,7 @@ class Lines:
         too_long = False
         while self.dry:
             if len(self._buffer) > MAX_LINE:
+                self._quotes += self._buffer.count(b'"')
                 self._buffer.clear()
                 too_long = True
             self._fill()
@@ -104,12 +125,15 @@ class Lines:
         if not line and not too_long:
             raise StopIteration
         self.number += 1
+        self._quotes += line.count(b'"')
         if too_long or len(line.removesuffix(b"\n")) > MAX_LINE:
             raise Refused(f"The line is longer than {MAX_LINE} bytes.")
-        self.row += len(line)
-        if self.row > 2 * MAX_LINE:
+        self._row_bytes += len(line)
+        if self._row_bytes > 2 * MAX_LINE:
             # Each line may end a quoted cell and begin another, so that a row could go on for ever.
-            raise Refused(f"The row is longer than {2 * MAX_LINE} bytes.")
+            raise Refused(
+                f"The row is longer than {2 * MAX_LINE} bytes; perhaps a quotation mark is missing."
+            )
         try:
             return line.decode()
         except UnicodeDecodeError:
@@ -124,37 +148,40 @@ def rows_of(kind: str, lines: Lines, columns: Columns) -> Iterator[Row]:
 
 def _ndjson(lines: Lines) -> Iterator[Row]:
     while True:
-        row = Row(lines.number + 1)
-        lines.row = 0
+        row = Row(lines.begin_row())
         try:
             text = next(lines)
-            if not text.strip():
+            if not text.strip(" \t\r\n"):
                 continue
             row.members = parsed(text.encode())
         except StopIteration:
             return
         except Refused as refused:
             row.problem = MalformedJson(str(refused))
+        except MalformedJson as problem:
+            row.problem = MalformedJson(problem.detail.replace("The body", "The line"))
         except Problem as problem:
             row.problem = problem
         yield row
 
 
 def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
+    csv.field_size_limit(3 * MAX_LINE)  # Of a row it is less: see Lines.
     reader = csv.reader(lines, strict=True)
     header = _header(reader, columns)
     while True:
-        row = Row(lines.number + 1)
-        lines.row = 0
+        row = Row(lines.begin_row())
         try:
             cells = next(reader)
             if not cells:
                 continue
-            if len(cells) != len(header):
-                raise Refused(f"The row has {len(cells)} cells, and the header {len(header)}.")
-            row.members, errors = _members(zip(header, cells, strict=True), columns)
-            if errors:
-                row.problem = InvalidUser(errors=errors)
+            if len(cells) == len(header):
+                row.members, errors = _members(zip(header, cells, strict=True), columns)
+                row.problem = InvalidUser(errors=errors) if errors else None
+            else:
+                row.problem = BadRequest(
+                    f"The row has {len(cells)} cells, and the header {len(header)}."
+                )
         except StopIteration:
             return
         except (Refused, csv.Error) as error:
@@ -162,6 +189,7 @@ def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
             if not isinstance(error, Refused):
                 text = f"The row is not CSV: {_csv_words(error)}."
             row.problem = BadRequest(text)
+            lines.end_row()  # The reader has forgotten that a cell may be open.
         yield row
 
 
@@ -206,7 +234,7 @@ def _members(
         members[name] = cell
         if name in columns.objects:
             try:
-                members[name] = Object(parsed(cell.encode(errors="replace")))
+                members[name] = Object(parsed(cell.encode()))
                 members[name].text = cell
             except Problem as problem:
                 text = "must be a JSON object" if problem.errors else problem.detail

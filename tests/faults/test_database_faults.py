@@ -7,6 +7,7 @@ added to each for a busy machine.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 import time
@@ -577,6 +578,47 @@ def test_a_create_whose_answer_is_lost_is_not_taken_for_another_s(
     assert_unknown(service.call("POST", "/users", new_user()))
     assert relay.lost
     assert server.sql("SELECT name FROM users", database=store) == [("later",)]
+
+
+def imported(service: Service, *rows: dict[str, str]) -> list[dict[str, Any]]:
+    body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    reply = service.call("POST", "/users", body, {"Content-Type": "application/x-ndjson"})
+    return [json.loads(line) for line in reply.body.splitlines()[:-1]]
+
+
+def test_rows_of_which_nobody_knows_are_not_told_as_refused(
+    server: Server, store: str, relay: Relay, gatehouse: Start
+) -> None:
+    """They were created, and the server went away before that could be found out."""
+    service = gatehouse(app_uri(server, store, relay.port))
+    warm(service)
+    relay.lose(b"INSERT", answer=True)
+    relay.lose(b"WITH", answer=False, times=50)
+    lines = imported(service, new_user(), new_user())
+    assert [(line["status"], line["outcome"]) for line in lines] == [(503, "unknown")] * 2
+    assert server.sql("SELECT count(*) FROM users", database=store) == [(2,)]
+
+
+def test_a_row_that_was_created_is_not_in_its_own_way(
+    server: Server, store: str, relay: Relay, gatehouse: Start
+) -> None:
+    """A rule refused another row, so that all were written once more: "taken"."""
+    service = gatehouse(app_uri(server, store, relay.port), **PATIENT)
+    other = create(service)
+    server.sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE 'not this one'; END $$;"
+        " CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION refuse()",
+        database=store,
+    )
+    relay.lose(b"INSERT", answer=True)
+    mine = new_user()
+    changed = {"id": other["id"], "email": other["email"], "name": "changed"}
+    lines = imported(service, mine, changed)
+    assert relay.lost
+    assert [line["status"] for line in lines] == [201, 409]
+    assert lines[1]["type"] == "urn:gatehouse:refused-by-database"
+    assert service.call("GET", f"/users/{lines[0]['id']}").json()["email"] == mine["email"]
 
 
 def test_a_write_that_cannot_be_looked_up_is_unknown(

@@ -25,7 +25,6 @@ from tests.harness import (
     ScriptedUpstream,
     Seen,
     Service,
-    create_user,
     free_port,
     message,
     wait_for,
@@ -125,10 +124,9 @@ def the_upstream_is_gatehouse_itself(uri: str, upstream: ScriptedUpstream) -> Ru
 @sets_up("internal-error")
 @contextlib.contextmanager
 def a_defect(uri: str, upstream: ScriptedUpstream) -> Iterator[Service]:
-    """Its database has a function of that name and kind, which makes it give what is no JSON."""
+    """Its database has a function of that name and kind, which fails in a way that a statement of
+    Gatehouse's cannot."""
     with Service(POSTGRES_URI=uri) as service:
-        create_user(service)
-        create_user(service)
         yield service
 
 
@@ -176,8 +174,12 @@ def test_each_request_of_a_section_gets_that_answer(
     if name == "internal-error":
         with databases.admin(uri) as cursor:
             cursor.execute(
-                "CREATE FUNCTION to_json(text) RETURNS text IMMUTABLE LANGUAGE sql AS"
-                " $$ SELECT 'no JSON' $$"
+                "CREATE FUNCTION to_json(text) RETURNS text LANGUAGE sql AS"
+                " $$ SELECT cursor_to_xml('none', 1, false, false, '')::text $$"
+            )
+            cursor.execute(
+                "INSERT INTO users (id, email, name)"
+                " VALUES (gen_random_uuid(), 'ann@example.com', 'Ann')"
             )
     setup = SETUPS.get(name)
     running = setup(uri, upstream) if setup else Service(POSTGRES_URI=uri)

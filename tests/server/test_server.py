@@ -39,6 +39,9 @@ class Rules:
         self._check("admit", head)
         return "proxy", 0
 
+    def owner(self, head: Head) -> str:
+        return "proxy"
+
     def caller(self, head: Head, peer: str) -> str:
         self._check("caller", head)
         return peer

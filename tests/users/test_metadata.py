@@ -156,6 +156,7 @@ def test_a_number_is_kept_as_postgresql_keeps_it(service: Service, number: str) 
         '{"a": -0E+99999999999999999999}',
         '{"a": 0e' + "1" * 5000 + "}",
         '{"a": 0.' + "0" * 16000 + "e-500}",
+        '{"a": 0.' + "0" * 16370 + "e-20}",
         '{"a": [' + ", ".join(["0e-16000"] * 4) + "]}",
         '{"a": [' + ", ".join(["1e307"] * 200) + "]}",
         '{"a": "' + "x" * 16384 + '"}',
@@ -190,6 +191,16 @@ def test_what_a_get_gave_may_be_sent_back_though_it_is_longer_than_what_was_sent
         reply = service.call(method, path, created.body, {"Content-Type": "application/json"})
         assert (reply.status, reply.body) == (200, created.body)
         assert reply.get("ETag") == created.get("ETag")
+    # It is no longer than that, however its white space is written.
+    many = ",".join(["1"] * 25000)
+    times = '"created_at": null, "updated_at": null'
+    wide = f'{{"email": "{new_email()}", "name": "A", {times}, "metadata": {{"a":[{many}]}}}}'
+    document = problem(
+        service.call("PUT", path, wide.encode(), {"Content-Type": "application/json"}),
+        422,
+        "invalid-user",
+    )
+    assert "61440" in document["errors"][0]["message"]
     # Without the times it is not what a GET gave.
     sent = {name: created.json()[name] for name in ("email", "name", "metadata")}
     problem(service.call("PUT", path, sent), 422, "invalid-user")

@@ -186,13 +186,15 @@ def a_database_that_fails_in_a_way_nobody_thought_of(parts: Parts) -> Reply:
     uri = parts.databases.create()
     with parts.databases.admin(uri) as cursor:
         cursor.execute(
-            "CREATE FUNCTION to_json(text) RETURNS text IMMUTABLE LANGUAGE sql AS"
-            " $$ SELECT 'quux s3cret' $$"
+            "CREATE FUNCTION to_json(text) RETURNS text LANGUAGE sql AS"
+            " $$ SELECT cursor_to_xml('quux s3cret', 1, false, false, '')::text $$"
         )
     service = parts.start(POSTGRES_URI=uri)
-    create_user(service)
-    create_user(service)
-    reply = service.call("GET", "/users?limit=1")
+    with parts.databases.admin(uri) as cursor:
+        cursor.execute(
+            "INSERT INTO users (id, email, name) VALUES (gen_random_uuid(), 'a@example.com', 'A')"
+        )
+    reply = service.call("GET", "/users")
     # The operator is told what the caller is not.
     assert reply.json()["request_id"] in service.log
     return reply

@@ -145,6 +145,25 @@ def test_an_answer_names_at_most_twenty_errors(service: Service) -> None:
     assert [error["field"] for error in errors[:2]] == ["email", "name"]
 
 
+def test_a_page_may_end_with_metadata_that_no_reader_of_json_takes(
+    database: str, databases: Databases, start: Any
+) -> None:
+    """The operator may write what a call may not, and the page was 500."""
+    with databases.admin(database) as cursor:
+        for number in range(3):
+            cursor.execute(
+                "INSERT INTO users (id, email, name, metadata)"
+                " VALUES (%s, %s, 'A', jsonb_build_object('n', repeat('9', 5000)::numeric))",
+                (f"00000000-0000-0000-0000-00000000000{number}", f"nines{number}@example.com"),
+            )
+    service = start(POSTGRES_URI=database)
+    reply = service.call("GET", "/users?limit=2")
+    assert reply.status == 200
+    assert b"after=00000000-0000-0000-0000-000000000001" in reply.body
+    with databases.admin(database) as cursor:
+        cursor.execute("DELETE FROM users WHERE email LIKE 'nines%'")
+
+
 def test_a_search_that_takes_too_long_says_what_would_help(
     databases: Databases, start: Any
 ) -> None:

@@ -168,6 +168,40 @@ HEADERS = {
 }
 
 
+WIDE = "x" * 131073
+OPEN = {
+    "a long line": (f"{WIDE}\n", 400),
+    "a long line with marks": (f'{WIDE}""\n', 400),
+    "a long cell": (("y" * 80000 + "\n") * 2, 422),
+    "a long row": (("y" * 80000 + "\n") * 4, 400),
+    "no UTF-8": ("\udcff\n", 400),
+}
+
+
+@pytest.mark.parametrize(("begin", "status"), OPEN.values(), ids=OPEN)
+def test_no_line_of_a_cell_that_is_refused_is_taken_for_a_row(
+    service: Service, begin: str, status: int
+) -> None:
+    """The rest of the cell was read as rows: one of them was a user that the file does not have."""
+    first, last = new_email(), new_email()
+    # So large that it is not looked at whole before.
+    filler = f"@,{'x' * 1000}\n" * 1500
+    cell = f"{begin}evil@example.com,Eve\n"
+    body = f'email,name\n{filler}{first},A\nb@example.com,"{cell}"\n{last},C\n'
+    lines, counts = told(send(service, body.encode(errors="surrogateescape")))
+    assert [line["status"] for line in lines[-3:]] == [201, status, 201]
+    assert counts[1] == 2
+    assert service.call("GET", "/users?email=evil@example.com").json()["users"] == []
+
+
+def test_a_row_that_is_not_closed_is_the_last(service: Service) -> None:
+    address = new_email()
+    body = f'email,name\n{address},A\nb@example.com,"B\n' + "c@example.com,C\n" * 20000
+    lines, counts = told(send(service, body))
+    assert [line["status"] for line in lines] == [201, 400]
+    assert "quotation mark" in lines[1]["detail"]
+
+
 @pytest.mark.parametrize(("header", "fields"), HEADERS.values(), ids=HEADERS)
 def test_a_file_without_the_right_columns_is_refused_before_anything_is_written(
     alone: Service, header: str, fields: list[str]
