@@ -1,4 +1,4 @@
-"""Bytes and what they mean, and back: no socket, no clock, no thread.
+"""Bytes and what they mean, and back: no socket, no thread, and no clock but for ids.
 
 Heads, header fields, bodies, JSON, rows and WebSocket frames become values here, and values bytes.
 Its door: the functions and small classes of each module. It imports the standard library and

@@ -78,6 +78,15 @@ def test_the_changes_touch_as_many_places_as_the_page_says() -> None:
     assert told == real
 
 
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def added(block: str) -> str:
+    """The block as it stands in the file when it is done."""
+    return "".join(line[1:] + "\n" for line in block.splitlines())
+
+
 def extended(folder: Path) -> Path:
     """A copy of the project with all that the tutorial says done to it."""
     copied(folder)
@@ -100,6 +109,10 @@ def extended(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
+    steps = BLOCK.findall(TUTORIAL.read_text())
+    made = [name for name, block in steps if (ROOT / name).exists() and added(block) in text_of(name)]
+    if made:
+        pytest.skip("this project has done some of it already")
     folder = extended(tmp_path)
     suite = ["phones", "create", "read", "write", "transfer", "search"]
     done = subprocess.run(

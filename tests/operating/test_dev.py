@@ -118,6 +118,8 @@ def test_all_parts_start_work_and_stop(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_is_no_trouble_for_the_next(checkout: Path) -> None:
+    # It is no setting, so that it has no effect here either.
+    (checkout / ".env").write_text("PGOPTIONS=--no-such-option=1\n")
     run = Dev(checkout, free_port())
     left = [process for process in run.children() if process.name() == "postgres"]
     run.end(signal.SIGKILL)
