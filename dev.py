@@ -31,7 +31,15 @@ from dotenv.parser import parse_stream
 
 import demo
 from postgres.connect import Connector, Target
-from settings import IN_FILES, VARIABLES, Settings, SettingsError, env_file, environment, near_misses
+from settings import (
+    IN_FILES,
+    VARIABLES,
+    Settings,
+    SettingsError,
+    env_file,
+    environment,
+    near_misses,
+)
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / ".data"

@@ -24,6 +24,8 @@ import peewee
 import psycopg2
 from psycopg2.extensions import parse_dsn
 
+from postgres.deadlines import ended_after
+
 MAX_HOSTS = 16
 # After our own start-up options were refused, they are tried again this many seconds later.
 REFUSED_SECONDS = 60.0
@@ -308,12 +310,16 @@ class Connector:
         try:
             connection.autocommit = True
             if options and self._checked:
-                with connection.cursor() as cursor:
-                    names, values = list(self._checked), list(self._checked.values())
+                names, values = list(self._checked), list(self._checked.values())
+                # A pooler lets a client in whose server is gone, and libpq waits for that for ever.
+                with connection.cursor() as cursor, ended_after(connection, 2 * self._patience):
                     cursor.execute(DROPPED, (names, values))
                     [dropped] = cursor.fetchone()
                 if dropped:
                     raise self._refusal("drops", dropped)
+        except TimeoutError as error:
+            connection.close()
+            raise psycopg2.OperationalError(str(error)) from None
         except BaseException:
             connection.close()
             raise

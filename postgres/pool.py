@@ -255,8 +255,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._deadlines.end(connection)
             return False
         else:
-            self._deadlines.end(connection, answered=True)
-            return True
+            return not self._deadlines.end(connection, answered=True)
         finally:
             with self._mutex:
                 self._verifying -= 1

@@ -223,8 +223,9 @@ class Database(Pool):
             self._deadlines.end(connection)
             self._release(connection, broken=True)
             raise
-        self._deadlines.end(connection, answered=True)
-        self._release(connection)
+        # It may have been cut just as its answer came.
+        broken = self._deadlines.end(connection, answered=True)
+        self._release(connection, broken=broken)
         return rows
 
     def _send(

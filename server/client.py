@@ -601,7 +601,9 @@ class Client(Stream):
         elif self.queued and not self._reads(now):
             self.hang_up(reset=True)
         elif self._patience() <= now:
-            self.hang_up()
+            # The part of an answer that ends with its connection must not look whole.
+            framed = self._chunked or self._body_left is not None
+            self.hang_up(reset=bool(self.status) and not framed)
         else:
             self._timer.set(self._patience())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import heapq
 import logging
 import select
 import socket
@@ -60,6 +61,8 @@ DROPPED_SECONDS = 0.001
 # To make room, no client is closed that has connected, or begun its head, less than this many
 # seconds ago.
 GRACE_SECONDS = 0.1
+# As many of them are looked for at once.
+SPARE_AT_ONCE = 4096
 
 
 class Application(Protocol):
@@ -162,6 +165,7 @@ class Server:
         # Since the last time that memory was given back.
         self._most_clients = 0
         self._was_large = False
+        self._found_spare = False
 
     # Serving.
 
@@ -279,16 +283,19 @@ class Server:
         """Close a connection that nobody waits for: first one that is kept to the upstream, then a
         client's, in the order of `Client.spare`. False if there is none.
 
-        To look through ten thousand clients takes milliseconds, and a flood of connections would do
-        that each time. So what was found is used for CROWDED_SECONDS.
+        To look through ten thousand clients takes tens of milliseconds, and a flood of connections
+        would do that each time. So what was found is used for CROWDED_SECONDS, or until ten times
+        as much time has passed as that took, so that the others have nine tenths of it.
         """
         if self.upstream.drop_one():
             return True
-        now = self.loop.now
-        if now >= self._spare_until:
-            self._spare_until = now + CROWDED_SECONDS
+        now = time.monotonic()
+        if now >= self._spare_until or (self._found_spare and not self._spare):
             found = [(spare, client) for client in self._clients if (spare := client.spare)]
-            self._spare = sorted(found, key=lambda one: one[0], reverse=True)
+            self._spare = heapq.nsmallest(SPARE_AT_ONCE, found, key=lambda one: one[0])[::-1]
+            self._found_spare = bool(self._spare)
+            took = time.monotonic() - now
+            self._spare_until = now + max(CROWDED_SECONDS, 10 * took)
         while self._spare:
             spare, client = self._spare.pop()
             # A client that was just accepted may have sent its request, which is not read yet.

@@ -90,7 +90,11 @@ class Tunnel:
             self.part()
 
     def _heard(self) -> None:
-        self.client.deadline.set(self.client.loop.now + self._silence)
+        # While the client has yet to take what has come, its upstream is not read. It is the client
+        # that has a time for that then (server/client.py), and may be as slow as it likes.
+        paused = self._connection is not None and self._connection.paused
+        when = NEVER if paused else self.client.loop.now + self._silence
+        self.client.deadline.set(when)
 
     # Bytes.
 
@@ -122,6 +126,8 @@ class Tunnel:
             self._say_goodbye_to_client(frames, data)
         if self.client.queued > HIGH_WATER:
             connection.pause()
+            if self.state is State.TUNNELLING:
+                self._heard()
 
     def pass_straight(self, connection: Connection) -> bool:
         """Returns False: the tunnel has to see where frames end."""
@@ -131,12 +137,14 @@ class Tunnel:
 
     def client_drained(self) -> None:
         """The client has taken all."""
-        self._drained()
         if self._connection is not None:
             self._connection.resume()
+        self._drained()
 
     def upstream_progressed(self) -> None:
         """The upstream has taken some of it."""
+        if self.state is State.TUNNELLING:
+            self._heard()
 
     def upstream_drained(self) -> None:
         """The upstream has taken all."""

@@ -13,8 +13,9 @@ from __future__ import annotations
 import errno
 import logging
 import select
+import socket
 import ssl
-from collections import deque
+import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+from urllib3.util.connection import allowed_gai_family
 
 from metrics import IN_FLIGHT, STREAMS, Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
@@ -36,6 +38,8 @@ log = logging.getLogger("gatehouse")
 FRESH_SECONDS = 1.0
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS = 10.0
+# An address is tried for this many seconds at least.
+LEAST_SECONDS = 0.05
 
 
 class Waiting(Protocol):
@@ -146,7 +150,7 @@ class Connection(Stream):
         """Whether nothing has come since the last answer: no bytes, which would be taken for the
         next answer, and no end. The loop may not have reported them yet. What follows a large body
         is not read with it, and the next request may be in the same turn of the loop."""
-        if self.closed:
+        if self.closed or (self.tls and self.sock.pending()):
             return False
         poller = select.poll()
         poller.register(self.sock, select.POLLIN)
@@ -194,7 +198,7 @@ class Upstream:
         self._keepalive = keepalive
         self._board = board
         self._connections: set[Connection] = set()
-        self._idle: deque[Connection] = deque()  # the one that was used last is the last
+        self._idle: dict[Connection, None] = {}  # the one that was used last is the last
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
         self._said = -SAY_SECONDS
@@ -243,14 +247,14 @@ class Upstream:
             own.used = True
             return own
         while self._idle:
-            connection = self._idle[-1]
+            connection = next(reversed(self._idle))
             idle = self.loop.now - connection.idle_since
             if idle > self._keepalive:
                 self._expire()
                 continue
             if not repeatable and idle > FRESH_SECONDS:
                 return None
-            self._idle.pop()
+            del self._idle[connection]
             if not connection.silent:
                 self.discard(connection)
                 continue
@@ -288,7 +292,7 @@ class Upstream:
         """Keep a connection for the next request."""
         connection.idle_since = self.loop.now
         if connection.client is None:
-            self._idle.append(connection)
+            self._idle[connection] = None
         else:
             self._own[connection.client] = connection
         if self._expiry.when == NEVER:
@@ -300,8 +304,8 @@ class Upstream:
         if connection.client is not None:
             if self._own.get(connection.client) is connection:
                 del self._own[connection.client]
-        elif connection.idle_since and connection in self._idle:
-            self._idle.remove(connection)
+        else:
+            self._idle.pop(connection, None)
         connection.close()
         self._connections.discard(connection)
 
@@ -315,19 +319,22 @@ class Upstream:
         there is none."""
         if not self._idle:
             return False
-        self.discard(self._idle[0])
+        self.discard(next(iter(self._idle)))
         return True
 
     def _expire(self) -> None:
         """Close the connections that have been idle for too long."""
-        while self._idle and self.loop.now - self._idle[0].idle_since >= self._keepalive:
-            self.discard(self._idle[0])
+        while self._idle:
+            oldest = next(iter(self._idle))
+            if self.loop.now - oldest.idle_since < self._keepalive:
+                break
+            self.discard(oldest)
         for own in list(self._own.values()):
             if self.loop.now - own.idle_since >= self._keepalive:
                 self.discard(own)
-        oldest = [*islice(self._idle, 1), *self._own.values()]
-        if oldest:
-            since = min(connection.idle_since for connection in oldest)
+        kept = [*islice(self._idle, 1), *self._own.values()]
+        if kept:
+            since = min(connection.idle_since for connection in kept)
             self._expiry.set(since + self._keepalive)
 
     def close(self) -> None:
@@ -354,17 +361,24 @@ class Connector(HTTPAdapter):
 
     def connect(self, seconds: float) -> Any:
         """A connected socket that does not block. Raises UpstreamUnreachable, or UpstreamTimeout
-        after `seconds` for any one address."""
+        after `seconds`. Each address of the upstream's name has its share of them: urllib3 would
+        give all of them to the first one, and nobody would wait any more for the second.
+        """
+        until = time.monotonic() + seconds
         connection = self._pool._new_conn()
-        connection.timeout = seconds
         try:
-            connection.connect()
-        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
+            found = socket.getaddrinfo(
+                connection._dns_host, connection.port, allowed_gai_family(), socket.SOCK_STREAM
+            )
+        except (OSError, ValueError) as error:
             raise UpstreamUnreachable from error
-        except (ConnectTimeoutError, TimeoutError):
-            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
-        except (HTTPError, OSError, ValueError) as error:
-            raise UpstreamUnreachable from error
+        for left, (*_, address) in zip(range(len(found), 0, -1), found, strict=True):
+            try:
+                connection = self._connected(address, (until - time.monotonic()) / left)
+                break
+            except Problem:
+                if left == 1:
+                    raise
         sock, connection.sock = connection.sock, None
         if is_to_itself(sock):
             sock.close()
@@ -375,6 +389,21 @@ class Connector(HTTPAdapter):
             sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         sock.setblocking(False)
         return sock
+
+    def _connected(self, address: tuple[Any, ...], seconds: float) -> Any:
+        """A connection to one address, within `seconds`."""
+        connection = self._pool._new_conn()
+        connection._dns_host = address[0]  # What TLS asks for is the name, as before.
+        connection.timeout = max(seconds, LEAST_SECONDS)
+        try:
+            connection.connect()
+        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
+            raise UpstreamUnreachable from error
+        except (ConnectTimeoutError, TimeoutError):
+            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
+        except (HTTPError, OSError, ValueError) as error:
+            raise UpstreamUnreachable from error
+        return connection
 
 
 def is_to_itself(sock: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -11,6 +12,9 @@ Field = tuple[str, str]
 
 # How many header lines are remembered, and how long each may be, in bytes.
 REMEMBERED, SHORT_BYTES = 1024, 256
+
+# A scheme that authenticates a connection, or a word that looks like one.
+OF_CONNECTIONS = re.compile(r"negotiate|ntlm", re.IGNORECASE)
 
 T = TypeVar("T", bytes, str)
 R = TypeVar("R")
@@ -69,7 +73,8 @@ def authenticates_connection(values: Iterable[str]) -> bool:
     """Whether a challenge or credentials (RFC 9110 sections 11.3 and 11.4) are of a scheme that
     authenticates the connection instead of the request (RFC 4559 section 6)."""
     return any(
-        member.partition(" ")[0].lower() in ("negotiate", "ntlm") for member in listed(values)
+        member.partition(" ")[0].lower() in ("negotiate", "ntlm")
+        for member in listed(value for value in values if OF_CONNECTIONS.search(value))
     )
 
 

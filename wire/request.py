@@ -17,6 +17,8 @@ from wire.fields import Line, line, listed, remembering, remembering_short
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADER_LINES = 200
+# How many things Connection and Upgrade may name.
+MOST_NAMES = 200
 
 REQUEST_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])"
@@ -136,14 +138,24 @@ class Head:
         self.path = path
 
     def _connection(self) -> None:
-        options = self.values.get("connection")
-        named = [option.lower() for option in listed(options)] if options else []
+        named = self._named("connection")
+        self._named("upgrade")
         if self.method == "CONNECT":
             return  # Not persistent: the next bytes may be meant for the tunnel that is refused.
         if self.version == "1.1":
             self.persistent = "close" not in named
         else:
             self.persistent = "keep-alive" in named and "close" not in named
+
+    def _named(self, name: str) -> list[str]:
+        """The members of a list header, in lower case. Raises BadRequest if they are too many: to
+        take 64 KB of commas apart takes ten milliseconds."""
+        values = self.values.get(name)
+        if not values:
+            return []
+        if sum(value.count(",") for value in values) > MOST_NAMES:
+            raise BadRequest(f"The {name.title()} header names more than {MOST_NAMES} things.")
+        return [member.lower() for member in listed(values)]
 
     def _framing(self) -> None:
         lengths = self.values.get("content-length")

@@ -496,6 +496,11 @@ def misspelt(folder: Path) -> str:
     return done.stderr
 
 
+def set_twice(folder: Path) -> str:
+    (folder / "secret").write_text("postgresql:///")
+    return run_app(POSTGRES_URI_FILE=folder / "secret").stdout
+
+
 def empty_secret(folder: Path) -> str:
     (folder / "secret").touch()
     return run_app(POSTGRES_URI="", POSTGRES_URI_FILE=folder / "secret").stdout
@@ -526,6 +531,7 @@ def workers_without_descriptors(folder: Path) -> str:
 
 START: dict[str, Callable[[Path], str]] = {
     "… is required": lambda folder: run_app(POSTGRES_URI="").stdout,
+    "… and …_FILE are both set: unset one of them": set_twice,
     "… in .env is no setting: write …": misspelt,
     "… cannot be read from …: the file is empty": empty_secret,
     "USERS_TOKEN is required where HOST is not loopback": lambda _: run_app(HOST="0.0.0.0").stdout,

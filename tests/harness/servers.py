@@ -489,11 +489,11 @@ class Pooler:
 
 
 @contextlib.contextmanager
-def unanswered_port() -> Iterator[int]:
+def unanswered_port(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
     """A port where no connection is ever answered: its queue is full, every SYN is dropped."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, port))
         listener.listen(0)
         address = listener.getsockname()
         for _ in range(4):

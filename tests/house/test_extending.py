@@ -110,7 +110,9 @@ def extended(folder: Path) -> Path:
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     steps = BLOCK.findall(TUTORIAL.read_text())
-    made = [name for name, block in steps if (ROOT / name).exists() and added(block) in text_of(name)]
+    made = [
+        name for name, block in steps if (ROOT / name).exists() and added(block) in text_of(name)
+    ]
     if made:
         pytest.skip("this project has done some of it already")
     folder = extended(tmp_path)

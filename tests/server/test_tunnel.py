@@ -126,6 +126,24 @@ def test_either_direction_keeps_a_tunnel_and_so_does_what_is_taken() -> None:
     assert world.client.told[-1] == ("hang up",)
 
 
+def test_a_reader_that_is_slow_but_steady_is_no_silence() -> None:
+    """Its upstream is not read meanwhile, and the tunnel was taken for silent."""
+    world = tunnelling()
+    connection = world.connection
+    assert connection is not None
+    world.client.queued = HIGH_WATER + 1
+    world.tunnel.from_upstream(HELLO)
+    assert connection.paused
+    world.tunnel.from_client(MASKED)
+    world.clock.pass_time(10_000)
+    assert world.tunnel.state is State.TUNNELLING
+    world.client.queued = 0
+    world.tunnel.client_drained()
+    assert not connection.paused
+    world.clock.pass_time(10_000)
+    assert world.tunnel.state is State.ENDED
+
+
 def test_the_end_of_a_side_is_passed_on_and_both_are_the_tunnels() -> None:
     world = tunnelling()
     connection = world.connection

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
 from server.loop import Loop
 from server.upstream import FRESH_SECONDS, Connection, Connector, Upstream, was_refused
+from tests.harness.servers import unanswered_port
 
 KEEPALIVE = 50.0
 
@@ -228,8 +230,10 @@ def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(
             place.upstream.discard(connection)
         elif how == "expired":
             connection.idle_since -= 2 * KEEPALIVE
-            place.upstream._idle.remove(connection)
-            place.upstream._idle.appendleft(connection)
+            idle = place.upstream._idle
+            others = [one for one in idle if one is not connection]
+            idle.clear()
+            idle.update(dict.fromkeys([connection, *others]))
             place.upstream._expire()
         else:
             other = place.take()
@@ -308,3 +312,28 @@ def test_a_connection_that_is_made_to_itself_is_a_refused_one() -> None:
     with pytest.raises(UpstreamUnreachable) as caught:
         connector.connect(5.0)
     assert was_refused(caught.value)
+
+
+def test_each_address_of_a_name_has_its_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one had all of it. If that does not answer, the second was never reached."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        look_up = socket.getaddrinfo
+
+        def two_addresses(host: str, *rest: Any) -> list[Any]:
+            hosts = ["127.0.0.2", "127.0.0.1"] if host == "two.example" else [host]
+            return [found for one in hosts for found in look_up(one, *rest)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
+        with unanswered_port("127.0.0.2", port):
+            began = time.monotonic()
+            sock = Connector(f"http://two.example:{port}").connect(1.0)
+            assert time.monotonic() - began < 1
+            assert sock.getpeername() == ("127.0.0.1", port)
+            sock.close()
+            with pytest.raises(UpstreamTimeout):
+                Connector(f"http://127.0.0.2:{port}").connect(0.3)
