@@ -603,7 +603,8 @@ class Client(Stream):
         elif self._patience() <= now:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None
-            self.hang_up(reset=bool(self.status) and not framed)
+            complete = self._complete and not self.queued
+            self.hang_up(reset=bool(self.status) and not framed and not complete)
         else:
             self._timer.set(self._patience())
 

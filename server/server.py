@@ -33,7 +33,7 @@ BACKLOG = 1024
 # Threads that make connections to the upstream: how many at most, and how many without a delay.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
 # If there were more clients than this, and half of them have gone, memory is given back, and so it
-# is after an answer of more than so many bytes, all of which may have waited for its reader.
+# is after an answer of the application's of more than so many bytes.
 CROWD, LARGE_BYTES = 100, 1 << 20
 # While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
@@ -61,8 +61,8 @@ DROPPED_SECONDS = 0.001
 # To make room, no client is closed that has connected, or begun its head, less than this many
 # seconds ago.
 GRACE_SECONDS = 0.1
-# As many of them are looked for at once.
-SPARE_AT_ONCE = 4096
+# As many of them are looked for at once, and again after this many seconds at the latest.
+SPARE_AT_ONCE, LONGEST_SECONDS = 4096, 2.0
 
 
 class Application(Protocol):
@@ -165,7 +165,7 @@ class Server:
         # Since the last time that memory was given back.
         self._most_clients = 0
         self._was_large = False
-        self._found_spare = False
+        self._more_spare = False
 
     # Serving.
 
@@ -290,12 +290,12 @@ class Server:
         if self.upstream.drop_one():
             return True
         now = time.monotonic()
-        if now >= self._spare_until or (self._found_spare and not self._spare):
+        if now >= self._spare_until or (self._more_spare and not self._spare):
             found = [(spare, client) for client in self._clients if (spare := client.spare)]
             self._spare = heapq.nsmallest(SPARE_AT_ONCE, found, key=lambda one: one[0])[::-1]
-            self._found_spare = bool(self._spare)
+            self._more_spare = len(found) > SPARE_AT_ONCE
             took = time.monotonic() - now
-            self._spare_until = now + max(CROWDED_SECONDS, 10 * took)
+            self._spare_until = now + min(max(CROWDED_SECONDS, 10 * took), LONGEST_SECONDS)
         while self._spare:
             spare, client = self._spare.pop()
             # A client that was just accepted may have sent its request, which is not read yet.
@@ -347,7 +347,8 @@ class Server:
 
     def answered(self, client: Client, head: Head) -> None:
         """A request is over: make its line of the access log."""
-        self._was_large = self._was_large or client.sent > LARGE_BYTES
+        if client.sent > LARGE_BYTES and client.lane != "proxy":
+            self._was_large = True
         if self._log is not None:
             caller = self.application.caller(head, client.peer[0])
             milliseconds = (time.monotonic() - client.arrived) * 1000
@@ -370,7 +371,8 @@ class Server:
         self._see_to_logs()
         self.application.board.turned(self.loop.longest_turn)
         self.loop.longest_turn = 0.0
-        self._spare.clear()  # It would keep clients alive whose connections are closed.
+        # It would keep clients alive whose connections are closed.
+        self._spare = [one for one in self._spare if not one[1].closed]
         self._most_clients = max(self._most_clients, len(self._clients))
         crowd_has_left = self._most_clients > CROWD and len(self._clients) < self._most_clients / 2
         if crowd_has_left or self._was_large:

@@ -15,7 +15,6 @@ import logging
 import select
 import socket
 import ssl
-import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, Protocol
@@ -38,8 +37,6 @@ log = logging.getLogger("gatehouse")
 FRESH_SECONDS = 1.0
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS = 10.0
-# An address is tried for this many seconds at least.
-LEAST_SECONDS = 0.05
 
 
 class Waiting(Protocol):
@@ -361,24 +358,23 @@ class Connector(HTTPAdapter):
 
     def connect(self, seconds: float) -> Any:
         """A connected socket that does not block. Raises UpstreamUnreachable, or UpstreamTimeout
-        after `seconds`. Each address of the upstream's name has its share of them: urllib3 would
-        give all of them to the first one, and nobody would wait any more for the second.
+        after `seconds`.
+
+        Each address of the upstream's name has its share of them. urllib3 would give all of them to
+        the first one, and nobody would wait any more for the second.
         """
-        until = time.monotonic() + seconds
         connection = self._pool._new_conn()
+        host, port, family = connection._dns_host, connection.port, allowed_gai_family()
         try:
-            found = socket.getaddrinfo(
-                connection._dns_host, connection.port, allowed_gai_family(), socket.SOCK_STREAM
-            )
-        except (OSError, ValueError) as error:
+            addresses = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            connection.timeout = seconds / len(addresses)
+            connection.connect()
+        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
             raise UpstreamUnreachable from error
-        for left, (*_, address) in zip(range(len(found), 0, -1), found, strict=True):
-            try:
-                connection = self._connected(address, (until - time.monotonic()) / left)
-                break
-            except Problem:
-                if left == 1:
-                    raise
+        except (ConnectTimeoutError, TimeoutError):
+            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
+        except (HTTPError, OSError, ValueError) as error:
+            raise UpstreamUnreachable from error
         sock, connection.sock = connection.sock, None
         if is_to_itself(sock):
             sock.close()
@@ -389,21 +385,6 @@ class Connector(HTTPAdapter):
             sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         sock.setblocking(False)
         return sock
-
-    def _connected(self, address: tuple[Any, ...], seconds: float) -> Any:
-        """A connection to one address, within `seconds`."""
-        connection = self._pool._new_conn()
-        connection._dns_host = address[0]  # What TLS asks for is the name, as before.
-        connection.timeout = max(seconds, LEAST_SECONDS)
-        try:
-            connection.connect()
-        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
-            raise UpstreamUnreachable from error
-        except (ConnectTimeoutError, TimeoutError):
-            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
-        except (HTTPError, OSError, ValueError) as error:
-            raise UpstreamUnreachable from error
-        return connection
 
 
 def is_to_itself(sock: Any) -> bool:

@@ -28,7 +28,7 @@ PLAIN_EMAIL = re.compile(
 MAX_PLAIN = 64
 MAX_NAME = 200
 # In bytes: as it is sent, and as PostgreSQL writes it. A user with the second still fits into one
-# body, so that it can be sent back.
+# body, so that it can be sent back as it came.
 MAX_METADATA, MAX_KEPT = 16384, 61440
 MAX_DEPTH = 100
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # all of Unicode's category Cc

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ CSV, NDJSON = "text/csv", "application/x-ndjson"
 READ_BYTES = 65536
 # A file whose Content-Length is not more than this is read whole before its first row is given.
 WHOLE_BYTES = 1 << 20
+# From within a quoted cell to its end; two marks in a row stand for one.
+CLOSING = re.compile(rb'[^"]*+(?:""[^"]*+)*+"')
 MAX_LINE = 2 * body.MAX_BYTES
 
 
@@ -65,7 +68,9 @@ class Lines:
         self._buffer = bytearray()
         self.number = 0
         self._row_bytes = 0
-        self._quotes = 0  # how many quotation marks the present row has so far
+        self._row = bytearray()  # what has come of the row, and is not followed yet
+        self._followed = 0  # bytes
+        self._inside = False  # whether a quoted cell was open where that ended
         short = self._left is not None and self._left <= WHOLE_BYTES
         self._fill()
         # The first three bytes may be a byte order mark, which may arrive in pieces.
@@ -96,16 +101,41 @@ class Lines:
 
     def begin_row(self) -> int:
         """A row begins. Returns the number of its first line."""
-        self._row_bytes = self._quotes = 0
+        self._row_bytes = self._followed = 0
+        self._inside = False
+        self._row.clear()
         return self.number + 1
 
-    def end_row(self) -> None:
-        """The present row is refused: pass over the rest of it. As long as the number of its
-        quotation marks is odd, a cell is open, in which the next line may look like a row."""
+    def end_row(self) -> str:
+        """The present row is refused: pass over the rest of it, in which a line may look like a
+        row. Returns words that say how far it goes, if it goes on."""
+        last = self.number
+        self._follow()
         with contextlib.suppress(StopIteration):
-            while self._quotes % 2:
+            while self._inside:
                 with contextlib.suppress(Refused):
                     next(self)
+                self._follow()
+        return f" The row goes on to line {self.number}." if self.number > last else ""
+
+    def _follow(self) -> None:
+        """Follow the quotation marks in what has come of the row, to see whether a cell is open at
+        its end. A mark opens a cell only where that begins (RFC 4180 section 2)."""
+        piece, at = self._row, 0
+        if not self._followed and piece.startswith(b'"'):
+            self._inside, at = True, 1
+        self._followed += len(piece)
+        while True:
+            if self._inside:
+                closing = CLOSING.match(piece, at)
+                if closing is None:
+                    break
+                self._inside, at = False, closing.end()
+            opening = piece.find(b',"', at)
+            if opening < 0:
+                break
+            self._inside, at = True, opening + 2
+        piece.clear()
 
     def __iter__(self) -> Lines:
         return self
@@ -114,8 +144,12 @@ class Lines:
         too_long = False
         while self.dry:
             if len(self._buffer) > MAX_LINE:
-                self._quotes += self._buffer.count(b'"')
-                self._buffer.clear()
+                # A mark at the end may be the first of two, and a comma may have one behind it.
+                marks = len(self._buffer) - len(self._buffer.rstrip(b'"'))
+                left = self._buffer[-1:] if marks % 2 or self._buffer.endswith(b",") else b""
+                self._row += self._buffer.removesuffix(left)
+                self._follow()
+                self._buffer[:] = left
                 too_long = True
             self._fill()
         # To take bytes off the front of a bytearray does not copy the rest. With such copies a
@@ -125,7 +159,9 @@ class Lines:
         if not line and not too_long:
             raise StopIteration
         self.number += 1
-        self._quotes += line.count(b'"')
+        self._row += line
+        if len(self._row) > MAX_LINE:
+            self._follow()
         if too_long or len(line.removesuffix(b"\n")) > MAX_LINE:
             raise Refused(f"The line is longer than {MAX_LINE} bytes.")
         self._row_bytes += len(line)
@@ -188,8 +224,8 @@ def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
             text = str(error)
             if not isinstance(error, Refused):
                 text = f"The row is not CSV: {_csv_words(error)}."
-            row.problem = BadRequest(text)
-            lines.end_row()  # The reader has forgotten that a cell may be open.
+            # The reader has forgotten that a cell may be open.
+            row.problem = BadRequest(text + lines.end_row())
         yield row
 
 

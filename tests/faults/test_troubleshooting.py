@@ -496,6 +496,14 @@ def misspelt(folder: Path) -> str:
     return done.stderr
 
 
+def unreadable(folder: Path) -> str:
+    project = copied(folder)
+    (project / ".env").mkdir()  # Root may read every file.
+    command = [sys.executable, "app.py"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    return done.stdout + done.stderr
+
+
 def set_twice(folder: Path) -> str:
     (folder / "secret").write_text("postgresql:///")
     return run_app(POSTGRES_URI_FILE=folder / "secret").stdout
@@ -533,6 +541,7 @@ START: dict[str, Callable[[Path], str]] = {
     "… is required": lambda folder: run_app(POSTGRES_URI="").stdout,
     "… and …_FILE are both set: unset one of them": set_twice,
     "… in .env is no setting: write …": misspelt,
+    ".env cannot be read: …": unreadable,
     "… cannot be read from …: the file is empty": empty_secret,
     "USERS_TOKEN is required where HOST is not loopback": lambda _: run_app(HOST="0.0.0.0").stdout,
     "cannot listen on …: …": port_in_use,

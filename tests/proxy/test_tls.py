@@ -95,6 +95,19 @@ def test_an_upstream_with_another_s_certificate_is_not_called(
     upstream.close()
 
 
+def test_an_upstream_is_asked_for_by_its_name(authority: trustme.CA, bundle: Path) -> None:
+    """Its name was looked up, and TLS asked for the address that was found."""
+    asked: list[str | None] = []
+    context = server_context(authority, "localhost")
+    context.sni_callback = lambda sock, name, of: asked.append(name)  # type: ignore[assignment]
+    upstream = ScriptedUpstream(tls=context)
+    url = upstream.url.replace("127.0.0.1", "localhost")
+    with Service(UPSTREAM_URL=url, REQUESTS_CA_BUNDLE=bundle) as service:
+        assert service.call("GET", "/").status == 200
+    assert asked == ["localhost"]
+    upstream.close()
+
+
 def test_an_upstream_that_does_not_speak_tls_is_502() -> None:
     def refuse(listener: socket.socket) -> None:
         sock, _ = listener.accept()

@@ -194,12 +194,25 @@ def test_no_line_of_a_cell_that_is_refused_is_taken_for_a_row(
     assert service.call("GET", "/users?email=evil@example.com").json()["users"] == []
 
 
+@pytest.mark.parametrize(
+    "row", [b'a@b.c,19" R\xf6hre', b'5" nail,"x"y', b'a@b.c,5" n\rail'], ids=["utf-8", "mark", "cr"]
+)
+def test_a_mark_within_a_cell_opens_none(service: Service, row: bytes) -> None:
+    """The rows behind it were passed over, and nothing told of them."""
+    addresses = [new_email() for _ in range(3)]
+    filler = f"@,{'x' * 1000}\n" * 1500
+    rows = "".join(f"{address},A\n" for address in addresses)
+    lines, _ = told(send(service, f"email,name\n{filler}".encode() + row + b"\n" + rows.encode()))
+    assert [line["status"] for line in lines[-4:]] == [400, 201, 201, 201]
+
+
 def test_a_row_that_is_not_closed_is_the_last(service: Service) -> None:
     address = new_email()
     body = f'email,name\n{address},A\nb@example.com,"B\n' + "c@example.com,C\n" * 20000
     lines, counts = told(send(service, body))
     assert [line["status"] for line in lines] == [201, 400]
     assert "quotation mark" in lines[1]["detail"]
+    assert lines[1]["detail"].endswith("The row goes on to line 20003.")
 
 
 @pytest.mark.parametrize(("header", "fields"), HEADERS.values(), ids=HEADERS)
