@@ -15,12 +15,14 @@ import logging
 import select
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, Protocol
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 from urllib3.util.connection import allowed_gai_family
 
@@ -37,6 +39,9 @@ log = logging.getLogger("gatehouse")
 FRESH_SECONDS = 1.0
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS = 10.0
+# An address is tried for this many seconds at least.
+LEAST_SECONDS = 0.05
+NUMBERS = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 
 
 class Waiting(Protocol):
@@ -360,21 +365,24 @@ class Connector(HTTPAdapter):
         """A connected socket that does not block. Raises UpstreamUnreachable, or UpstreamTimeout
         after `seconds`.
 
-        Each address of the upstream's name has its share of them. urllib3 would give all of them to
-        the first one, and nobody would wait any more for the second.
+        Each address of the upstream's name has its share of the time that is left. urllib3 would
+        give all of it to the first one, and nobody would wait any more for the second.
         """
+        until = time.monotonic() + seconds
         connection = self._pool._new_conn()
         host, port, family = connection._dns_host, connection.port, allowed_gai_family()
         try:
-            addresses = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-            connection.timeout = seconds / len(addresses)
-            connection.connect()
-        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
+            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            addresses = [socket.getnameinfo(one[4], NUMBERS)[0] for one in found]
+        except (OSError, ValueError) as error:
             raise UpstreamUnreachable from error
-        except (ConnectTimeoutError, TimeoutError):
-            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
-        except (HTTPError, OSError, ValueError) as error:
-            raise UpstreamUnreachable from error
+        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            try:
+                connection = self._connected(address, (until - time.monotonic()) / left)
+                break
+            except Problem:
+                if left == 1:
+                    raise
         sock, connection.sock = connection.sock, None
         if is_to_itself(sock):
             sock.close()
@@ -385,6 +393,24 @@ class Connector(HTTPAdapter):
             sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         sock.setblocking(False)
         return sock
+
+    def _connected(self, address: str, seconds: float) -> Any:
+        """A connection to one address, within `seconds`."""
+        connection = self._pool._new_conn()
+        if isinstance(connection, HTTPSConnection):
+            # TLS asks for the name all the same: for SNI, and to check the certificate.
+            connection.server_hostname = connection.server_hostname or connection.host
+        connection._dns_host = address
+        connection.timeout = max(seconds, LEAST_SECONDS)
+        try:
+            connection.connect()
+        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
+            raise UpstreamUnreachable from error
+        except (ConnectTimeoutError, TimeoutError):
+            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
+        except (HTTPError, OSError, ValueError) as error:
+            raise UpstreamUnreachable from error
+        return connection
 
 
 def is_to_itself(sock: Any) -> bool:

@@ -70,6 +70,7 @@ class Lines:
         self._row_bytes = 0
         self._row = bytearray()  # what has come of the row, and is not followed yet
         self._followed = 0  # bytes
+        self._first = 1  # the number of its first line
         self._inside = False  # whether a quoted cell was open where that ended
         short = self._left is not None and self._left <= WHOLE_BYTES
         self._fill()
@@ -104,38 +105,48 @@ class Lines:
         self._row_bytes = self._followed = 0
         self._inside = False
         self._row.clear()
-        return self.number + 1
+        self._first = self.number + 1
+        return self._first
 
-    def end_row(self) -> str:
+    @property
+    def extent(self) -> str:
+        """Words that say how far the present row goes, if it goes on after its first line."""
+        return f" The row goes on to line {self.number}." if self.number > self._first else ""
+
+    def end_row(self) -> None:
         """The present row is refused: pass over the rest of it, in which a line may look like a
-        row. Returns words that say how far it goes, if it goes on."""
-        last = self.number
+        row."""
         self._follow()
         with contextlib.suppress(StopIteration):
             while self._inside:
                 with contextlib.suppress(Refused):
                     next(self)
                 self._follow()
-        return f" The row goes on to line {self.number}." if self.number > last else ""
 
     def _follow(self) -> None:
         """Follow the quotation marks in what has come of the row, to see whether a cell is open at
-        its end. A mark opens a cell only where that begins (RFC 4180 section 2)."""
-        piece, at = self._row, 0
-        if not self._followed and piece.startswith(b'"'):
+        its end. A mark opens a cell only where that begins (RFC 4180 section 2). What cannot be
+        told yet is left: a comma, behind which a mark may come, and in a cell a mark, which may be
+        the first of two."""
+        row, at, left = self._row, 0, 0
+        if not self._followed and row.startswith(b'"'):
             self._inside, at = True, 1
-        self._followed += len(piece)
+        self._followed += len(row)
         while True:
             if self._inside:
-                closing = CLOSING.match(piece, at)
+                closing = CLOSING.match(row, at)
                 if closing is None:
                     break
+                if closing.end() == len(row):
+                    left = 1
+                    break
                 self._inside, at = False, closing.end()
-            opening = piece.find(b',"', at)
+            opening = row.find(b',"', at)
             if opening < 0:
+                left = int(row.endswith(b","))
                 break
             self._inside, at = True, opening + 2
-        piece.clear()
+        del row[: len(row) - left]
 
     def __iter__(self) -> Lines:
         return self
@@ -144,12 +155,9 @@ class Lines:
         too_long = False
         while self.dry:
             if len(self._buffer) > MAX_LINE:
-                # A mark at the end may be the first of two, and a comma may have one behind it.
-                marks = len(self._buffer) - len(self._buffer.rstrip(b'"'))
-                left = self._buffer[-1:] if marks % 2 or self._buffer.endswith(b",") else b""
-                self._row += self._buffer.removesuffix(left)
+                self._row += self._buffer
                 self._follow()
-                self._buffer[:] = left
+                self._buffer.clear()
                 too_long = True
             self._fill()
         # To take bytes off the front of a bytearray does not copy the rest. With such copies a
@@ -216,7 +224,7 @@ def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
                 row.problem = InvalidUser(errors=errors) if errors else None
             else:
                 row.problem = BadRequest(
-                    f"The row has {len(cells)} cells, and the header {len(header)}."
+                    f"The row has {len(cells)} cells, and the header {len(header)}.{lines.extent}"
                 )
         except StopIteration:
             return
@@ -225,7 +233,8 @@ def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
             if not isinstance(error, Refused):
                 text = f"The row is not CSV: {_csv_words(error)}."
             # The reader has forgotten that a cell may be open.
-            row.problem = BadRequest(text + lines.end_row())
+            lines.end_row()
+            row.problem = BadRequest(text + lines.extent)
         yield row
 
 

@@ -25,6 +25,7 @@ from tests.harness import (
     problem,
     request,
 )
+from wire.rows import Columns, Lines, rows_of
 
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 SUMMARY = ("rows", "created", "replaced", "unchanged", "refused")
@@ -204,6 +205,22 @@ def test_a_mark_within_a_cell_opens_none(service: Service, row: bytes) -> None:
     rows = "".join(f"{address},A\n" for address in addresses)
     lines, _ = told(send(service, f"email,name\n{filler}".encode() + row + b"\n" + rows.encode()))
     assert [line["status"] for line in lines[-4:]] == [400, 201, 201, 201]
+
+
+@pytest.mark.parametrize("tail", [",", ',"', ',""', ',"""', 'a"', 'a""', ',"a"', ',"a""'])
+@pytest.mark.parametrize("rest", ["", '"', "z", '"z', ',"', '""'])
+def test_marks_are_followed_where_a_long_line_is_cut(tail: str, rest: str) -> None:
+    """A line that is too long is read in pieces of 64 KB, and dropped when there are three."""
+    line = "b".ljust(3 * 65536 - len("a,b\n") - len(tail), "x") + tail + rest + "y\n"
+    follows = "c,d\n"
+    data = f"a,b\n{line}{follows * 3}".encode()
+    environ = {"wsgi.input": io.BytesIO(data), "wsgi.input_terminated": True}
+    columns = Columns(names=("a", "b"), required=("a",), objects=())
+    found = list(rows_of("text/csv", Lines(environ), columns))
+    # Where the csv module finds the cell closed, its rows behind it have to be there.
+    expected = list(csv.reader(io.StringIO(line + follows * 3)))
+    assert [row.members for row in found[1:]] == [{"a": "c", "b": "d"}] * (len(expected) - 1)
+    assert found[0].problem is not None
 
 
 def test_a_row_that_is_not_closed_is_the_last(service: Service) -> None:
