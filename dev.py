@@ -32,8 +32,6 @@ from dotenv.parser import parse_stream
 import demo
 from postgres.connect import Connector, Target
 from settings import (
-    IN_FILES,
-    VARIABLES,
     Settings,
     SettingsError,
     env_file,
@@ -87,9 +85,6 @@ def run() -> int:
     """Serve until Ctrl-C or SIGTERM; a second one stops at once. Returns the exit code."""
     try:
         given = environment(ROOT / ".env", parse_stream, os.environ)
-        # Of .env only the settings: what else is there has no effect in production.
-        known = {*VARIABLES, *IN_FILES, *os.environ}
-        given = {name: value for name, value in given.items() if name in known}
         # Check the settings before anything is started, with placeholders for what will be.
         placeholders = {"UPSTREAM_URL": "http://127.0.0.1"}
         if "POSTGRES_URI_FILE" not in given:

@@ -104,15 +104,14 @@ class Settings:
 def environment(
     file: Path, parse: Callable[[IO[str]], Iterable[Any]], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """What is set: in `environ`, or else in `file` (see `env_file`); an empty value counts as none.
+    """What is set: in `environ`, or else in `file` (see `env_file`), of which only the settings
+    count. An empty value counts as none.
 
     Raises SettingsError where the file, or a line of it, cannot be read.
     """
-    return {
-        name: value
-        for name, value in [*env_file(file, parse).items(), *environ.items()]
-        if value.strip()
-    }
+    known = {*VARIABLES, *IN_FILES}
+    there = {name: value for name, value in env_file(file, parse).items() if name in known}
+    return {name: value for name, value in [*there.items(), *environ.items()] if value.strip()}
 
 
 def env_file(file: Path, parse: Callable[[IO[str]], Iterable[Any]]) -> dict[str, str]:

@@ -136,6 +136,7 @@ class Server:
         self._clients: set[Client] = set()
         self._room = connection_room()
         self._spare: list[tuple[tuple[int, float], Client]] = []  # to close for room, last first
+        self._more_spare = False  # whether there were more than that
         self._spare_until = 0.0
         self.upstream = Upstream(
             self.loop,
@@ -165,7 +166,6 @@ class Server:
         # Since the last time that memory was given back.
         self._most_clients = 0
         self._was_large = False
-        self._more_spare = False
 
     # Serving.
 
@@ -285,7 +285,8 @@ class Server:
 
         To look through ten thousand clients takes tens of milliseconds, and a flood of connections
         would do that each time. So what was found is used for CROWDED_SECONDS, or until ten times
-        as much time has passed as that took, so that the others have nine tenths of it.
+        as much time has passed as that took, so that the others have nine tenths of it; but for
+        LONGEST_SECONDS at most.
         """
         if self.upstream.drop_one():
             return True

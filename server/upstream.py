@@ -41,6 +41,7 @@ FRESH_SECONDS = 1.0
 SAY_SECONDS = 10.0
 # An address is tried for this many seconds at least.
 LEAST_SECONDS = 0.05
+# An address as numbers, with its scope if it has one.
 NUMBERS = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 
 
@@ -369,10 +370,9 @@ class Connector(HTTPAdapter):
         give all of it to the first one, and nobody would wait any more for the second.
         """
         until = time.monotonic() + seconds
-        connection = self._pool._new_conn()
-        host, port, family = connection._dns_host, connection.port, allowed_gai_family()
+        host, port = self._pool.host, self._pool.port
         try:
-            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            found = socket.getaddrinfo(host, port, allowed_gai_family(), socket.SOCK_STREAM)
             addresses = [socket.getnameinfo(one[4], NUMBERS)[0] for one in found]
         except (OSError, ValueError) as error:
             raise UpstreamUnreachable from error

@@ -195,7 +195,8 @@ def _singly(rows: list[Entry]) -> None:
     for row in rows:
         try:
             if not row.has_id:
-                if not row.doubtful or not _is_there(row):
+                user = {**row.values, "id": row.id}
+                if not row.doubtful or not users.created_before(user):
                     users.insert(row.id, row.values)
                 row.outcome = "created"
                 continue
@@ -207,17 +208,6 @@ def _singly(rows: list[Entry]) -> None:
             row.problem = unknown() if row.doubtful else problem
         except Problem as problem:
             row.problem = problem
-
-
-def _is_there(row: Entry) -> bool:
-    """Whether a run whose answer was lost has created the user, whose id nobody else knows. Raises
-    DatabaseUnavailable, outcome unknown, if somebody has changed it since."""
-    values = {**row.values, "id": row.id}
-    if TABLE.confirmed(TABLE.same, values):
-        return True
-    if TABLE.confirmed(TABLE.get, values):
-        raise unknown()
-    return False
 
 
 def _arrays(rows: Iterable[Entry]) -> dict[str, list[Any]]:

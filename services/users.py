@@ -97,12 +97,19 @@ def insert(user_id: str, values: Mapping[str, Any]) -> Found:
     except Lost:
         return TABLE.done_before(TABLE.same, user)
     if not rows:  # Perhaps the work of a first run is in the way.
-        rows = TABLE.confirmed(TABLE.same, user)
-        if not rows and TABLE.confirmed(TABLE.get, user):  # Somebody has changed it since.
-            raise unknown()
+        rows = created_before(user)
     if not rows:
         raise _taken(database.read(HOLDER, user)) or RefusedByDatabase()
     return Found(*rows[0])
+
+
+def created_before(user: Mapping[str, Any]) -> list[Any]:
+    """The user, if a run whose answer was lost has created it; nobody else knows its id. Raises
+    DatabaseUnavailable, outcome unknown, if somebody has changed it since."""
+    rows = TABLE.confirmed(TABLE.same, user)
+    if not rows and TABLE.confirmed(TABLE.get, user):
+        raise unknown()
+    return rows
 
 
 def _taken(holders: list[Any]) -> Problem | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -57,16 +58,10 @@ def parsed(body: bytes) -> dict[str, Any]:
 
 
 def _members(text: str) -> dict[str, Any]:
-    try:
-        members: dict[str, Any] = DECODER.decode(text)
-    except ValueError:
-        return _members_with_text(text)  # which says what is wrong
-    if any(isinstance(value, Object) for value in members.values()):
-        return _members_with_text(text)
-    return members
-
-
-def _members_with_text(text: str) -> dict[str, Any]:
+    if text.count("{") == 1:  # There is no object within it, whose text would be needed.
+        with contextlib.suppress(ValueError):  # What is wrong is said below.
+            whole: dict[str, Any] = DECODER.decode(text)
+            return whole
     # json.JSONDecoder says where a value ends only if it is given one value at a time, and the text
     # of each is needed.
     members: dict[str, Any] = {}

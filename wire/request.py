@@ -139,7 +139,7 @@ class Head:
 
     def _connection(self) -> None:
         named = self._named("connection")
-        self._named("upgrade")
+        self._named("upgrade")  # It must not be too long either: see `upgrade`.
         if self.method == "CONNECT":
             return  # Not persistent: the next bytes may be meant for the tunnel that is refused.
         if self.version == "1.1":
