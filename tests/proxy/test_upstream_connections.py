@@ -267,8 +267,10 @@ def leave(client: RawClient, how: str) -> None:
 LEAVERS = {
     "no body": request(b"GET /a HTTP/1.1"),
     "a body": request(b"POST /a HTTP/1.1", b"Content-Length: 2", body=b"hi"),
+    # The end of a connection arrives after all bytes before it. What is not read here (more than
+    # GATHERED_BYTES) must fit into the kernel's smallest window of 64 KiB, or the end does not come.
     "some of a large body": request(
-        b"PUT /a HTTP/1.1", b"Content-Length: 1000000", body=bytes(400_000)
+        b"PUT /a HTTP/1.1", b"Content-Length: 1000000", body=bytes(100_000)
     ),
     "more requests": request(b"GET /a HTTP/1.1") * 3,
 }
