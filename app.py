@@ -50,12 +50,13 @@ from services.health import Health
 from services.proxy import Proxy
 from settings import Settings, is_loopback
 from wire.body import MAX_BYTES, json_members
-from wire.fields import ANY, Field
-from wire.headers import media_type, preferred, tags
+from wire.headers import Header
 from wire.ids import request_id as usable_id
-from wire.refusal import own_fields, refusal
+from wire.media_types import media_type, preferred
+from wire.refusal import own_headers, refusal
 from wire.request import Head
 from wire.rows import CSV, NDJSON, Lines
+from wire.tags import ANY, tags
 
 VERSION = "2.0.0"
 
@@ -345,12 +346,12 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         given = environ.get("gatehouse.request_id")
         request_id = given or usable_id([environ.get("HTTP_X_REQUEST_ID", "")])
 
-        def start(status: str, fields: list[Field]) -> Any:
-            return start_response(status, fields + own_fields(request_id))
+        def start(status: str, headers: list[Header]) -> Any:
+            return start_response(status, headers + own_headers(request_id))
 
         try:
             self._guard(environ)
-            return self.wsgi(environ, lambda status, fields, _: start(status, fields))
+            return self.wsgi(environ, lambda status, headers, _: start(status, headers))
         except ConnectionError:
             raise
         except Exception as error:
@@ -358,8 +359,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             if problem is not error:
                 log.exception("%s request_id=%s", environ["REQUEST_METHOD"], request_id)
             self.health.board.problem(problem.name)
-            status, fields, body = refusal(problem, request_id)
-            start(status, fields)
+            status, headers, body = refusal(problem, request_id)
+            start(status, headers)
             return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     def _guard(self, environ: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ from server.logs import asked
 from server.loop import LEAVING, NEVER, Loop, Timer
 from server.stream import Stream
 from wire.chunks import LAST_CHUNK, chunk
-from wire.fields import remembering_short, text_of
+from wire.headers import remembering_short, text_of
 from wire.ids import request_id
-from wire.refusal import own_fields, refusal
+from wire.refusal import own_headers, refusal
 from wire.request import Head, end_of_head
 
 log = logging.getLogger("gatehouse")
@@ -445,13 +445,13 @@ class Client(Stream):
         head, responder = self.head, self.responder
         assert head is not None
         self._desk.refused(problem)
-        status, fields, body = refusal(problem, head.id)
-        fields += own_fields(head.id)
+        status, headers, body = refusal(problem, head.id)
+        headers += own_headers(head.id)
         # If the framing is in doubt, or if bytes of a body will come that nobody reads, what comes
         # next cannot be told from a request.
         to_come = responder.wants_body if responder is not None else head.chunked or head.length
         self._unread = bool(to_come) or isinstance(problem, BadRequest) or head.problem is not None
-        self.begin(status, text_of(fields), length=len(body), dated=False, close=self._unread)
+        self.begin(status, text_of(headers), length=len(body), dated=False, close=self._unread)
         self.write(body)
         self.flush()
         self._go_on()

@@ -25,7 +25,7 @@ from server.tunnel import Talker, Tunnel
 from server.upstream import Connection, Upstream
 from wire.answer import EVENT_ENDS, Answer, end_of_head
 from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk
-from wire.fields import authenticates_connection
+from wire.headers import authenticates_connection
 from wire.request import Head
 
 log = logging.getLogger("gatehouse")
@@ -35,7 +35,7 @@ log = logging.getLogger("gatehouse")
 # a larger body streams on.
 GATHERED_BYTES = 65536
 # An answer's body of more bytes than this goes from socket to socket, if the kernel can do that.
-LARGE_BYTES = 262144
+STRAIGHT_BYTES = 262144
 # How many bytes of interim answers may come before an answer. That is enough for a thousand 102s.
 INTERIM_BYTES = 65536
 # RFC 9110 section 9.2.2.
@@ -453,7 +453,7 @@ class Exchange:
             self._gathered = b""
         data, self._in = self._in, b""
         self._silent_since = self.loop.now
-        if isinstance(answer.body, Sized) and answer.body.left > LARGE_BYTES:
+        if isinstance(answer.body, Sized) and answer.body.left > STRAIGHT_BYTES:
             connection.straight = SPLICES and not connection.tls
         self._answer_on(data)
 

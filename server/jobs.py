@@ -22,7 +22,7 @@ from problems import BadRequest, BodyTooLarge, DatabaseUnavailable, Problem
 from server.logs import asked
 from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
-from wire.fields import Field, lowered, text_of
+from wire.headers import Header, lowered, text_of
 from wire.request import Head
 
 log = logging.getLogger("gatehouse")
@@ -34,7 +34,7 @@ STALLED_SECONDS = 0.05
 # These further threads stay for at least this many seconds.
 RELIEF_SECONDS = 1.0
 # How much of an answer may wait for a client that is still sending its body.
-AHEAD_BYTES = 33554432
+UNTAKEN_BYTES = 33554432
 # What the client of a job is told that has waited for a thread for too long.
 ALL_HELD = "As many imports and exports as there may be are under way. Try again later."
 # How much of a body may wait for its reader, if it is read while it arrives.
@@ -378,29 +378,29 @@ class Job:
         self.over = True
         self.client.refuse(problem)
 
-    def give_whole(self, status: str, fields: list[Field], body: bytes) -> None:
+    def give_whole(self, status: str, headers: list[Header], body: bytes) -> None:
         """The whole answer, on the loop's thread."""
-        self.give_head(status, fields)
+        self.give_head(status, headers)
         self.client.write(body)
         self.give_end()
 
-    def give_head(self, status: str, fields: list[Field]) -> None:
+    def give_head(self, status: str, headers: list[Header]) -> None:
         length, dated = None, False
-        for name, value in fields:
+        for name, value in headers:
             key = lowered(name)
             if key == "content-length":
                 length = int(value)
             elif key == "date":
                 dated = True
         if length is not None and status.startswith("204"):  # RFC 9110 section 8.6
-            fields = [field for field in fields if lowered(field[0]) != "content-length"]
-        self.client.begin(status, text_of(fields), length=length, dated=dated)
+            headers = [one for one in headers if lowered(one[0]) != "content-length"]
+        self.client.begin(status, text_of(headers), length=length, dated=dated)
 
     def give_piece(self, piece: bytes) -> None:
         self.client.write(piece)
         # Many clients read only after they have sent all of their body. If the application waited
         # until such a client reads, it would not take the rest of the body: neither would go on.
-        if self.client.queued < (AHEAD_BYTES if self.wants_body else HIGH_WATER):
+        if self.client.queued < (UNTAKEN_BYTES if self.wants_body else HIGH_WATER):
             self._let_go_on()
 
     def give_end(self) -> None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from problems import LoopDetected, MethodNotAllowed
 from wire.answer import Answer
-from wire.fields import listed
+from wire.headers import listed
 from wire.request import Head
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -24,8 +24,8 @@ from problems import (
     RefusedByDatabase,
 )
 from services.fields import FIELDS, NAMES, checked, or_default, raise_for, valid, valid_id
-from wire.fields import ANY
 from wire.ids import new_id
+from wire.tags import ANY
 
 TOO_LARGE = "would have more than {} bytes, with what is there already"
 # The parameters of searches, and their SQL types: see services/search.py.

@@ -1,6 +1,6 @@
 """Bytes and what they mean, and back: no socket, no thread, and no clock but for ids.
 
-Heads, header fields, bodies, JSON, rows and WebSocket frames become values here, and values bytes.
+Heads, headers, bodies, JSON, rows and WebSocket frames become values here, and values bytes.
 Its door: the functions and small classes of each module. It imports the standard library and
 `problems`, so every rule of it is tested with every message split at every byte.
 """

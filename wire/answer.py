@@ -6,7 +6,7 @@ import re
 
 from problems import UpstreamBroken
 from wire.chunks import Chunks, Sized, UntilClose
-from wire.fields import Line, line, listed, remembering, remembering_short
+from wire.headers import Line, line, listed, remembering, remembering_short
 
 MAX_HEAD_BYTES = 262144
 STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from problems import BadRequest, BodyTooLarge, UnsupportedMediaType
-from wire.headers import media_type
+from wire.media_types import media_type
 from wire.objects import parsed
 
 # The largest body that is one JSON object, in bytes.

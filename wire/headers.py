@@ -1,85 +1,81 @@
-"""What the headers of a request for Gatehouse itself say: entity tags and media types."""
+"""Header lines, as both sides of the wire have them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
-from problems import BadRequest
-from wire.fields import ANY, SHORT_BYTES, remembering_short
+# A header line of an answer that is made here: name and value, decoded as latin-1, byte for byte.
+Header = tuple[str, str]
 
-UTF_8 = {"utf-8", "utf8"}
-# It reads 65,000 semicolons in a millisecond; to split them took fifteen.
-CHARSET = re.compile(r";[ \t]*+charset=([^;]*)")
-ENTITY_TAG = re.compile(r'(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
-QUALITY = re.compile(r"q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
+# How many header lines are remembered, and how long each may be, in bytes.
+REMEMBERED, SHORT_BYTES = 1024, 256
 
-# Ten times what browsers send. It is read before a token is asked for, while nobody else is served:
-# 64 KB of commas took thirty milliseconds.
-ACCEPT_READ = 2000
+# A scheme that authenticates a connection, or a word that looks like one.
+OF_CONNECTIONS = re.compile(r"negotiate|ntlm", re.IGNORECASE)
 
-
-def tags(name: str, text: str | None) -> tuple[str, ...] | None:
-    """The entity tags in the header `name` (RFC 9110 section 13.1), of which `text` is the value,
-    None if it is absent. ANY is `*`.
-
-    A weak tag counts as the strong one: all that Gatehouse makes are strong, and a proxy in front
-    that compresses answers makes them weak (nginx does). Raises BadRequest.
-    """
-    if text is None:
-        return None
-    if text == "*":
-        return ANY
-    tags = []
-    # Read it piece by piece: one expression for the whole list would look ahead from every comma.
-    pieces = re.findall(r'"[^"]*"?|[^",]+|,', text)
-    members = "".join("\n" if piece == "," else piece for piece in pieces).split("\n")
-    for member in filter(None, (part.strip(" \t") for part in members)):
-        match = ENTITY_TAG.fullmatch(member)
-        if match is None:
-            raise BadRequest(_no_tags(name))
-        tags.append(match[1])
-    if not tags:
-        raise BadRequest(_no_tags(name))
-    return tuple(tags)
+T = TypeVar("T", bytes, str)
+R = TypeVar("R")
 
 
-def _no_tags(name: str) -> str:
-    return f"{name} must be * or what an ETag header said, with its double quotes."
+class Line(NamedTuple):
+    """A header line that has been read: its name in lower case; its value, decoded as latin-1; and
+    the whole line to send on, byte for byte except for the white space around the value."""
+
+    key: str
+    value: str
+    text: bytes
 
 
-@remembering_short
-def media_type(value: str) -> str:
-    """The media type in a Content-Type, in lower case; empty if its charset is another than UTF-8.
-    Other parameters, such as CSV's `header` (RFC 4180 section 3), do not matter here."""
-    value = value.lower()
-    if any(charset.strip(' \t"') not in UTF_8 for charset in CHARSET.findall(value)):
-        return ""
-    return value.partition(";")[0].strip()
+def line(name: bytes, value: bytes) -> Line:
+    """The header line of this name and value."""
+    value = value.strip(b" \t")
+    key = name.decode("ascii").lower()
+    return Line(key, value.decode("latin-1"), b"%b: %b\r\n" % (name, value))
 
 
-def preferred(accept: str | None, *offers: str) -> str:
-    """The media type among `offers` that an Accept header prefers (RFC 9110 section 12.5.1).
-    If it prefers several, it is the first of them; if there is no such header, or it accepts none,
-    it is the first of all. No more than ACCEPT_READ characters of it are looked at."""
-    accept = (accept or "*/*")[:ACCEPT_READ]
-    # It is asked for several times a request, and costs a tenth of a page of users to find out.
-    return (_remembered if len(accept) <= SHORT_BYTES else _preferred)(accept, offers)
+def remembering_short(read: Callable[[T], R]) -> Callable[[T], R]:
+    """A function of a text that remembers its last results, but none for a long text: 256 hosts of
+    64 KB would stay for ever."""
+    remembered = lru_cache(256)(read)
+    return lambda text: remembered(text) if len(text) <= SHORT_BYTES else read(text)
 
 
-def _preferred(accept: str, offers: tuple[str, ...]) -> str:
-    given: dict[str, float] = {}
-    for item in accept.lower().split(","):
-        kind, *parameters = (part.strip() for part in item.split(";"))
-        qualities = [match[1] for one in parameters if (match := QUALITY.fullmatch(one))]
-        given[kind] = float(qualities[0]) if qualities else 1.0
-    best, most = offers[0], 0.0
-    for offer in offers:
-        ranges = (offer, offer.partition("/")[0] + "/*", "*/*")
-        quality = next((given[one] for one in ranges if one in given), 0.0)
-        if quality > most:
-            best, most = offer, quality
-    return best
+def remembering(read: Callable[[bytes], Line]) -> Callable[[Iterable[bytes]], list[Line]]:
+    """A function that reads header lines, without their ends, each by `read`. The next request, and
+    that of the next client, has nearly all of the same lines. So the result for a short line is
+    remembered: to find it costs a fifth of reading the line again."""
+    remembered = lru_cache(REMEMBERED)(read)
+
+    def lines(raw: Iterable[bytes]) -> list[Line]:
+        return [remembered(one) if len(one) <= SHORT_BYTES else read(one) for one in raw]
+
+    return lines
 
 
-_remembered = lru_cache(256)(_preferred)
+def text_of(headers: Iterable[Header]) -> bytes:
+    """Header lines as they are sent."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1")
+
+
+def listed(values: Iterable[str]) -> list[str]:
+    """The members of a comma-separated header that may stand on several lines."""
+    return [member.strip(" \t") for value in values for member in value.split(",")]
+
+
+def authenticates_connection(values: Iterable[str]) -> bool:
+    """Whether a challenge or credentials (RFC 9110 sections 11.3 and 11.4) are of a scheme that
+    authenticates the connection instead of the request (RFC 4559 section 6)."""
+    return any(
+        member.partition(" ")[0].lower() in ("negotiate", "ntlm")
+        for member in listed(value for value in values if OF_CONNECTIONS.search(value))
+    )
+
+
+@lru_cache(1024)
+def lowered(name: str) -> str:
+    """A header's name in lower case. Names repeat, and to find one in a cache costs less than to
+    make it."""
+    return name.lower()

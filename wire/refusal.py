@@ -5,12 +5,12 @@ from __future__ import annotations
 from http import HTTPStatus
 
 from problems import Problem
-from wire.fields import Field
+from wire.headers import Header
 
 STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
-def own_fields(request_id: str) -> list[Field]:
+def own_headers(request_id: str) -> list[Header]:
     """The header lines of every answer that Gatehouse itself makes."""
     return [
         ("Cache-Control", "no-store"),
@@ -19,9 +19,9 @@ def own_fields(request_id: str) -> list[Field]:
     ]
 
 
-def refusal(problem: Problem, request_id: str) -> tuple[str, list[Field], bytes]:
+def refusal(problem: Problem, request_id: str) -> tuple[str, list[Header], bytes]:
     """The answer that reports a problem: a status ("404 Not Found"), header lines without those of
-    `own_fields`, and the body."""
+    `own_headers`, and the body."""
     body = problem.document(request_id)
-    fields = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(body)))]
-    return STATUS_LINES[problem.status], [*fields, *problem.headers], body
+    headers = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(body)))]
+    return STATUS_LINES[problem.status], [*headers, *problem.headers], body

@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
 from wire.chunks import Chunks, Sized
-from wire.fields import Line, line, listed, remembering, remembering_short
+from wire.headers import Line, line, listed, remembering, remembering_short
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADER_LINES = 200

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.fields import (
+from wire.headers import (
     SHORT_BYTES,
     Line,
     authenticates_connection,
