@@ -27,9 +27,9 @@ PARAMETERS = {
 }
 
 
-# How values of these types are compared. As jsonb 1 and 1.0 are equal, and are not the same JSON: a
-# GET would give another answer with the same version.
-AS_TEXT = {"jsonb": "::text"}
+# Types whose values are compared as text. As jsonb 1 and 1.0 are equal, and are not the same JSON:
+# a GET would give another answer with the same version.
+AS_TEXT = {"jsonb"}
 
 
 class Column(Protocol):
@@ -124,8 +124,7 @@ class Table:
 
     def statement(self, query: Query, *, prepared: bool = True) -> Statement:
         """Make a statement of a query. All its values are parameters by name: see `types`."""
-        sql, params = query.sql()
-        assert not params, params
+        sql = sql_of(query)
         types = {name: kind for name, kind in self.types.items() if f"%({name})s" in sql}
         return Statement(sql, types, prepared=prepared)
 
@@ -166,10 +165,12 @@ class Table:
         # A condition that was not given is NULL.
         match = SQL("(%(match)s IS NULL)") | (self.version == SQL("ANY(%(match)s)"))
         none = SQL("(%(none_match)s IS NULL)") | ~(self.version == SQL("ANY(%(none_match)s)"))
+        return match & none & self._untouched()
+
+    def _untouched(self) -> Any:
         # A second run, if nobody knows whether the first was carried out: see Database.write.
         since = fn.now() - SQL("make_interval(secs => %(untouched)s)")
-        untouched = SQL("(%(untouched)s IS NULL)") | (self.model.updated_at < since)
-        return match & none & untouched
+        return SQL("(%(untouched)s IS NULL)") | (self.model.updated_at < since)
 
     def _update(self, new: Mapping[str, Any], *unless: Any) -> Statement:
         query = self.model.update(self._changed(new)).where(self._this & self._allowed())
@@ -181,12 +182,11 @@ class Table:
         """Finds the row if it looks as a write of these values would have left it. The third column
         says whether that write created it, and did not change one that was there."""
         created = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
-        unchanged = NodeList((SQL("NOT"), self._differs(new)))
         # The row is locked because a lock is a write. With a synchronous standby it is answered
         # only when the standby has all writes before it. A mere read may see what a failover will
         # undo.
         found = self.model.select(self.json, self.version, created)
-        return self.statement(found.where(self._this & unchanged).for_update())
+        return self.statement(found.where(self._this & ~self._differs(new)).for_update())
 
     def _patch(self, names: frozenset[str], merged: frozenset[str]) -> Patch:
         new = {column.name: self._of(column) for column in self.columns}
@@ -217,33 +217,31 @@ class Table:
         return f"unnest({rows}) WITH ORDINALITY AS given({names}, number)"
 
     def _compose_many(self) -> None:
-        table = self.model._meta.table_name
-        columns = [f'"{column.name}"' for column in self.columns]
-        names = ", ".join(('"id"', *columns))
-        old, new = (
-            ", ".join(f'{of}."{one.name}"{AS_TEXT.get(one.kind, "")}' for one in self.columns)
-            for of in (table, "given")
-        )
-        changes = ", ".join(f"{column} = given.{column}" for column in columns)
+        id_, rows = self.model.id, SQL("given")
+        names = ("id", *(column.name for column in self.columns))
+        given = {name: SQL(f'given."{name}"') for name in names}
+        as_text = Cast(id_, "text")
         # Creates rows. It leaves alone a row that exists already, and leaves out a second one of
         # the same.
+        query = self.model.select(*given.values()).from_(SQL(self.rows_given()))
+        insert = self.model.insert_from(
+            query.order_by(SQL("number")), [getattr(self.model, name) for name in names]
+        )
         self.create_many = Statement(
-            f"INSERT INTO {table} ({names}) SELECT {names} FROM {self.rows_given()}"
-            " ORDER BY number ON CONFLICT DO NOTHING RETURNING id::text",
+            sql_of(insert.on_conflict(action="IGNORE").returning(as_text)),
             self.arrays,
             prepared=False,
         )
         # Replaces rows that exist. For each of them it says whether this statement changed it, and
         # whether it was already as it is given.
+        this, differs = id_ == given["id"], self._differs(given)
+        update = self.model.update(self._changed(given)).from_(rows)
+        changed = update.where(this & differs & self._untouched()).returning(id_)
+        told = (as_text, NodeList((id_, SQL("IN (SELECT id FROM changed)"))), ~differs)
+        found = self.model.select(*told).from_(self.model, rows).where(this)
         self.replace_many = Statement(
-            f"WITH given AS (SELECT * FROM {self.rows_given()}), changed AS ("
-            f"UPDATE {table} SET {changes},"
-            f" updated_at = greatest(now(), {table}.updated_at + interval '1 microsecond')"
-            f" FROM given WHERE {table}.id = given.id AND ROW({old}) IS DISTINCT FROM ROW({new})"
-            f" AND (%(untouched)s IS NULL OR {table}.updated_at"
-            f" < now() - make_interval(secs => %(untouched)s)) RETURNING {table}.id)"
-            f" SELECT {table}.id::text, {table}.id IN (SELECT id FROM changed),"
-            f" ROW({old}) IS NOT DISTINCT FROM ROW({new}) FROM {table} JOIN given USING (id)",
+            f"WITH given AS (SELECT * FROM {self.rows_given()}),"
+            f" changed AS ({sql_of(changed)}) {sql_of(found)}",
             self.arrays | {"untouched": self.types["untouched"]},
             prepared=False,
         )
@@ -306,3 +304,11 @@ def in_rfc_3339(column: Any) -> Any:
     """A time in RFC 3339, in UTC with microseconds, as SQL."""
     utc = fn.timezone(SQL("'UTC'"), column)
     return fn.to_char(utc, SQL("""'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'"""))
+
+
+def sql_of(query: Query) -> str:
+    """The SQL of a query, all of whose values are parameters by name."""
+    sql: str
+    sql, params = query.sql()
+    assert not params, params
+    return sql
