@@ -181,12 +181,18 @@ class Table:
     def _same(self, new: Mapping[str, Any]) -> Statement:
         """Finds the row if it looks as a write of these values would have left it. The third column
         says whether that write created it, and did not change one that was there."""
-        created = SQL("created_at = updated_at AND created_at > now() - interval '1 minute'")
         # The row is locked because a lock is a write. With a synchronous standby it is answered
         # only when the standby has all writes before it. A mere read may see what a failover will
         # undo.
-        found = self.model.select(self.json, self.version, created)
+        found = self.model.select(self.json, self.version, self._created_lately())
         return self.statement(found.where(self._this & ~self._differs(new)).for_update())
+
+    def _created_lately(self) -> Any:
+        """Whether a row was created a moment ago, and not changed since."""
+        created = self.model.created_at
+        return (created == self.model.updated_at) & (
+            created > fn.now() - SQL("interval '1 minute'")
+        )
 
     def _patch(self, names: frozenset[str], merged: frozenset[str]) -> Patch:
         new = {column.name: self._of(column) for column in self.columns}
@@ -232,12 +238,13 @@ class Table:
             self.arrays,
             prepared=False,
         )
-        # Replaces rows that exist. For each of them it says whether this statement changed it, and
-        # whether it was already as it is given.
+        # Replaces rows that exist. For each of them it says whether this statement changed it,
+        # whether it was already as it is given, and whether it was created a moment ago.
         this, differs = id_ == given["id"], self._differs(given)
         update = self.model.update(self._changed(given)).from_(rows)
         changed = update.where(this & differs & self._untouched()).returning(id_)
-        told = (as_text, NodeList((id_, SQL("IN (SELECT id FROM changed)"))), ~differs)
+        was_changed = NodeList((id_, SQL("IN (SELECT id FROM changed)")))
+        told = (as_text, was_changed, ~differs, self._created_lately())
         found = self.model.select(*told).from_(self.model, rows).where(this)
         self.replace_many = Statement(
             f"WITH given AS (SELECT * FROM {self.rows_given()}),"

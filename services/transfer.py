@@ -194,10 +194,11 @@ def _write(rows: list[Entry]) -> None:
 def _singly(rows: list[Entry]) -> None:
     for row in rows:
         try:
+            if row.doubtful and _created_before(row):
+                row.outcome = "created"
+                continue
             if not row.has_id:
-                user = {**row.values, "id": row.id}
-                if not row.doubtful or not users.created_before(user):
-                    users.insert(row.id, row.values)
+                users.insert(row.id, row.values)
                 row.outcome = "created"
                 continue
             before = database.read(TABLE.get, {"id": row.id})
@@ -208,6 +209,15 @@ def _singly(rows: list[Entry]) -> None:
             row.problem = unknown() if row.doubtful else problem
         except Problem as problem:
             row.problem = problem
+
+
+def _created_before(row: Entry) -> bool:
+    """Whether a run whose answer was lost has created the user. Raises DatabaseUnavailable, outcome
+    unknown, if that cannot be found out."""
+    user = {**row.values, "id": row.id}
+    if not row.has_id:
+        return bool(users.created_before(user))
+    return any(created for _, _, created in TABLE.confirmed(TABLE.same, user))
 
 
 def _arrays(rows: Iterable[Entry]) -> dict[str, list[Any]]:
@@ -221,23 +231,24 @@ def _create(rows: list[Entry]) -> None:
     for row in rows:
         if row.id in ids:
             row.outcome = "created"
-        row.doubtful = again and not row.has_id and not row.outcome
+        row.doubtful = again and not row.outcome
 
 
 def _replace(rows: list[Entry]) -> None:
     found, again = database.write(TABLE.replace_many, _arrays(rows))
-    states = {user_id: (changed, same) for user_id, changed, same in found}
+    states = {user_id: state for user_id, *state in found}
     for row in rows:
         if row.id not in states:
             continue
-        changed, same = states[row.id]
+        changed, same, created = states[row.id]
         if not changed and not same:
             if again:  # Somebody has changed it since the run that was lost.
                 row.problem = unknown()
             # Otherwise somebody was faster, or a trigger left it alone. It has no outcome yet, so
             # that it is written by itself next, which finds out.
-        elif not row.has_id:
-            # A run whose answer was lost has created it: nobody else knows the id.
+        elif not row.has_id or (row.doubtful and created):
+            # A run whose answer was lost has created it. Nobody else knows an id that was made
+            # here.
             row.outcome = "created"
         else:
             row.outcome = "replaced" if changed else "unchanged"

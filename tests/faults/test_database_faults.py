@@ -599,6 +599,22 @@ def test_rows_of_which_nobody_knows_are_not_told_as_refused(
     assert server.sql("SELECT count(*) FROM users", database=store) == [(2,)]
 
 
+def test_a_row_that_was_created_is_told_as_created(
+    server: Server, store: str, relay: Relay, gatehouse: Start
+) -> None:
+    """A row with an id was found to be there already, and told as unchanged."""
+    service = gatehouse(app_uri(server, store, relay.port), **PATIENT)
+    old = create(service)
+    server.sql(
+        "UPDATE users SET created_at = '2020-01-01', updated_at = '2020-01-01'", database=store
+    )
+    there = {name: old[name] for name in ("id", "email", "name")}
+    relay.lose(b"INSERT", answer=True)
+    lines = imported(service, new_user(), {"id": str(uuid.uuid4())} | new_user(), there)
+    assert relay.lost
+    assert [line["status"] for line in lines] == [201, 201, 200]
+
+
 def test_a_row_that_was_created_is_not_in_its_own_way(
     server: Server, store: str, relay: Relay, gatehouse: Start
 ) -> None:
@@ -612,12 +628,12 @@ def test_a_row_that_was_created_is_not_in_its_own_way(
         database=store,
     )
     relay.lose(b"INSERT", answer=True)
-    mine = new_user()
+    mine, named = new_user(), {"id": str(uuid.uuid4())} | new_user()
     changed = {"id": other["id"], "email": other["email"], "name": "changed"}
-    lines = imported(service, mine, changed)
+    lines = imported(service, mine, named, changed)
     assert relay.lost
-    assert [line["status"] for line in lines] == [201, 409]
-    assert lines[1]["type"] == "urn:gatehouse:refused-by-database"
+    assert [line["status"] for line in lines] == [201, 201, 409]
+    assert lines[2]["type"] == "urn:gatehouse:refused-by-database"
     assert service.call("GET", f"/users/{lines[0]['id']}").json()["email"] == mine["email"]
 
 
