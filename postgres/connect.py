@@ -357,7 +357,7 @@ def reason(error: Exception, target: Target | None = None) -> str:
     # libpq says `connection to server at "10.0.0.1", port 5432 failed: FATAL:  role "ann" ...`,
     # a line for each host, with hints between them.
     error = getattr(error, "orig", error)  # in peewee's wrapping
-    if isinstance(error, OptionsRefused):
+    if isinstance(error, OptionsRefused | TimeoutError):
         return f"{target.places}: {error}" if target else str(error)
     lines = str(error).strip().splitlines() or ["connection lost"]
     unreachable = [(match, line) for line in lines if (match := AT_SERVER.match(line))]

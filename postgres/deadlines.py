@@ -132,7 +132,7 @@ def ended_after(connection: Any, seconds: float) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except psycopg2.Error:
+    except Exception:  # psycopg2's own, or peewee's, if that ends a transaction first.
         if late.is_set():
             raise TimeoutError(f"no answer within {seconds:g} seconds") from None
         raise

@@ -47,6 +47,8 @@ PARTS = """
 # Migration 004 makes this only if the database has pg_trgm. The schema is right without it too.
 OPTIONAL = {("index", "users_search")}
 LOCK_TIMEOUT = 5  # seconds
+# How long a comparison may take in all, in seconds. It is some forty statements.
+COMPARE_SECONDS = 30
 # No other encoding can hold all names and addresses.
 ENCODING = "UTF8"
 # The oldest version of PostgreSQL that can be asked the queries of this module.
@@ -161,7 +163,10 @@ def verdict(
         if missing:
             return 3, "ok", f"migrations pending: {', '.join(missing)}"
         try:
-            lines = differences(database, directory, rights=True)
+            with ended_after(connection, COMPARE_SECONDS):
+                lines = differences(database, directory, rights=True)
+        except TimeoutError as error:
+            return 5, f"unreachable: {reason(error, target)}", "unknown"
         except Exception as error:  # It is a standby, or the role may not make temporary tables.
             return 4, "ok", f"cannot be compared: {_advised(error, target)}"
     if lines:

@@ -63,15 +63,21 @@ class Notifier:
     def __bool__(self) -> bool:
         return bool(self._address)
 
-    def tell(self, state: str) -> None:
-        """Send one message, such as READY=1, if anybody wants it."""
+    def tell(self, state: str) -> bool:
+        """Send one message, such as READY=1, if anybody wants it. False if the receiver has not
+        taken earlier ones, so that its queue is full: to wait for it here would be to wait in a
+        signal handler, or in the supervisor."""
         if self._address:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
                 try:
                     sock.connect(self._address)
                     sock.send(state.encode())
+                except BlockingIOError:
+                    return False
                 except OSError:
-                    return
+                    pass  # Nobody listens there.
+        return True
 
     def watch(self, turning: Callable[[], bool]) -> None:
         """Say that all is well, if it is time to and all loops turn."""

@@ -141,9 +141,8 @@ def on_signals(service: Service, server: Server, *, supervised: bool) -> None:
 def keep_told(service: Service) -> None:
     """Tell, on a thread of the only worker, when it serves, and that it still does."""
     pause = threading.Event()
-    while not ready(service.board, 1):
+    while not (ready(service.board, 1) and service.notifier.tell("READY=1")):
         pause.wait(READY_SECONDS)
-    service.notifier.tell("READY=1")
     while service.notifier.interval:
         service.notifier.watch(lambda: turning(service.board, [0]))
         pause.wait(service.notifier.interval / 2)
@@ -233,8 +232,7 @@ class Supervisor:
         times = [] if until is None else [until]
         if not self.told_ready and self.notifier:
             if ready(self.service.board, self.service.workers):
-                self.told_ready = True
-                self.notifier.tell("READY=1")
+                self.told_ready = self.notifier.tell("READY=1")
             times.append(time.monotonic() + READY_SECONDS)
         if self.notifier.interval and self.told_ready:
             numbers = [number for number, _ in self.running.values()]
@@ -261,10 +259,12 @@ class Supervisor:
             self.service.board.left(worker)
             self.service.board.add(REPLACED)
             now = time.monotonic()
-            early = now - since < START_SECONDS and -code not in (signal.SIGKILL, signal.SIGTERM)
-            self.failures = self.failures + 1 if early else 0
-            pause = 0.1 * 2**self.failures if early else 0.0
-            heapq.heappush(self.due, (now + pause, worker))
+            early = now - since < START_SECONDS
+            # One that was killed may be able to start when there is memory again.
+            killed = code == -signal.SIGKILL
+            self.failures = self.failures + 1 if early and not killed else 0
+            pause = 0.1 * 2**self.failures if self.failures else 0.0
+            heapq.heappush(self.due, (since + START_SECONDS if killed else now + pause, worker))
 
     def stop(self) -> int:
         """Drain the workers, after the drain's delay; a second signal, or time running out, kills

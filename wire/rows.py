@@ -18,7 +18,7 @@ from wire.objects import Object, parsed
 
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 
-READ_BYTES = 65536
+READ_BYTES = 262144
 # A file whose Content-Length is not more than this is read whole before its first row is given.
 WHOLE_BYTES = 1 << 20
 # From within a quoted cell to its end; two marks in a row stand for one.
@@ -50,9 +50,9 @@ class Refused(Exception):
 
 class Lines:
     """The lines of a body as they arrive, as text and with their ends. `number` is how many have
-    been read; `dry` says that the next one has not arrived yet. A line that is too long, or not in
-    UTF-8, and one that makes its row too long, raises Refused; after that the next one may be asked
-    for. Before each row, `begin_row` is to be called.
+    been read; `dry` says that the next one may have yet to arrive. A line that is too long, or not
+    in UTF-8, and one that makes its row too long, raises Refused; after that the next one may be
+    asked for. Before each row, `begin_row` is to be called.
 
     Making it raises BadRequest if the file is not in UTF-8, as far as it has arrived: a line later
     on that is not in UTF-8 is refused by itself.

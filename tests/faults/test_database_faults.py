@@ -21,10 +21,12 @@ import psutil
 import psycopg2
 import pytest
 
+from postgres import schema
 from postgres.pool import VERIFY_SECONDS
 from postgres.statements import SKEW_SECONDS
 from tests.harness import (
     DEAD_DATABASE,
+    ROOT,
     Reply,
     ScriptedUpstream,
     Service,
@@ -1055,3 +1057,19 @@ def test_the_proxy_needs_no_database_at_all(gatehouse: Start, upstream: Scripted
     assert [seen.body for seen in upstream.seen] == [body] * 20
     assert {seen.target for seen in upstream.seen} == {b"/else?a=%2F"}
     assert {seen.get("X-Kept") for seen in upstream.seen} == {"as it is"}
+
+
+def test_check_does_not_wait_for_ever_for_a_server_that_falls_silent_while_it_compares(
+    server: Server, store: str, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "COMPARE_SECONDS", 1)
+    relay.lose(b"SET", answer=True, then=relay.stall)
+    uri = server.uri(store, port=relay.port)
+    code, database, _ = schema.verdict(
+        uri, ROOT / "migrations", connect_timeout=30, statement_timeout=60
+    )
+    assert relay.lost
+    assert (code, database) == (
+        5,
+        f"unreachable: 127.0.0.1:{relay.port}: no answer within 1 seconds",
+    )

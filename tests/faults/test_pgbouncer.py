@@ -273,7 +273,8 @@ def test_commands_do_not_wait_for_ever_behind_a_pooler_that_is_paused(
             admin.cursor().execute("PAUSE")
             done = run_app("check", POSTGRES_URI=uri, DB_STATEMENT_TIMEOUT=1)
             assert done.returncode == 5
-            assert "database: unreachable: no answer within 1.5 seconds" in done.stdout
+            place = f"127.0.0.1:{bouncer.port}"
+            assert f"database: unreachable: {place}: no answer within 1.5 seconds" in done.stdout
             listed = pw_migrate("list", uri=uri)
             told = "the database cannot be used: no answer within 10 seconds\n"
             assert (listed.returncode, listed.stderr) == (1, told)

@@ -140,6 +140,30 @@ def test_a_socket_that_nobody_listens_on_stops_nothing(
 
 
 @one_or_two_workers
+def test_a_receiver_that_reads_nothing_does_not_hold_the_service_up(
+    listener: Listener, handed: Handed, told: Told, workers: int
+) -> None:
+    """A send to its full queue waited, in a signal handler: the service neither served nor ended."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        other.connect(str(told.path))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.send(b"X=1")
+        other.setblocking(True)
+        process = handed(WORKERS=workers, NOTIFY_SOCKET=told.path, WATCHDOG_USEC=1_000_000)
+        assert call(listener.port, "GET", "/health/live").status == 200
+        while told.next() == "X=1":  # It is told that all is ready once there is room for that.
+            pass
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.send(b"X=1")
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+@one_or_two_workers
 def test_the_watchdog_is_fed_while_every_loop_turns_and_not_longer(
     listener: Listener, handed: Handed, told: Told, workers: int
 ) -> None:

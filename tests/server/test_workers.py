@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 
 from metrics import Board
 from server.systemd import Notifier
-from server.workers import STOPS, Service, Supervisor
+from server.workers import START_SECONDS, STOPS, Service, Supervisor
 from tests.harness import ROOT
 
 
@@ -66,3 +67,31 @@ def test_a_service_for_which_no_worker_can_be_forked_ends() -> None:
     assert done.returncode == 1
     assert "worker 2 cannot be started: Resource temporarily unavailable" in done.stderr
     assert done.stderr.endswith("the workers cannot start\n")
+
+
+KILLED_WORKERS = """
+import os, signal, socket, sys
+from metrics import Board
+from server.systemd import Notifier
+from server.workers import Service, Supervisor
+
+def make():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+service = Service(make, None, socket.socket(), Board(2), Notifier({}), workers=2)
+sys.exit(Supervisor(service).run())
+"""
+
+
+def test_a_worker_that_is_killed_as_it_starts_is_started_once_a_second() -> None:
+    """Under a limit of memory that was too low there were a hundred forks a second, for ever."""
+    command = [sys.executable, "-c", KILLED_WORKERS]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        began = time.monotonic()
+        for _ in range(3):
+            for _ in range(2):
+                assert process.stderr.readline().endswith("ended (signal 9)\n")
+        assert time.monotonic() - began > 2 * START_SECONDS
+        process.terminate()
+        assert process.wait(20) == 0
