@@ -7,7 +7,6 @@ the rules by which all other requests are forwarded. `main` is the command line.
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ from problems import (
     NotFound,
     Problem,
     SchemaNotMigrated,
-    Unauthorized,
     UnsupportedMediaType,
 )
 from server import workers
@@ -45,10 +43,11 @@ from server.exchange import Patience
 from server.server import Options, Server
 from server.systemd import Notifier
 from services import browser, search, transfer, users
+from services.access import HEADERS, Access
 from services.fields import valid_id
 from services.health import Health
 from services.proxy import Proxy
-from settings import Settings, is_loopback
+from settings import Settings
 from wire.body import MAX_BYTES, json_members
 from wire.headers import Header
 from wire.ids import request_id as usable_id
@@ -75,13 +74,8 @@ HTML = "text/html"
 LIST_TYPES = (JSON, *BULK_TYPES, HTML)
 OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
-# Headers that a browser sends by itself, and that no page in it can take away.
-BROWSER_HEADERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
-BROWSER_KEYS = frozenset(f"HTTP_{name.upper().replace('-', '_')}" for name in BROWSER_HEADERS)
-NOT_LOCAL = (
-    "No USERS_TOKEN is set: a browser may use this path only if it calls this machine localhost or"
-    " 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
-)
+# What a WSGI environ calls the headers that decide who may use /users.
+KEYS = {name: f"HTTP_{name.upper().replace('-', '_')}" for name in HEADERS}
 UNROUTABLE = re.compile(r"[^!-~]")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -334,8 +328,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         super().__init__()
         self.health = health
         self.pages = {name: browser.load(name) for name in ("users", "health")}
-        self.tokens = [] if settings.users_auth == "none" else list(settings.users_token)
-        self.local_only = settings.users_auth != "none" and not self.tokens
+        self.access = Access(settings.users_token, everyone=settings.users_auth == "none")
         self.patience = settings.db_pool_timeout
         self.config["catchall"] = False  # Exceptions come to __call__.
         self.uninstall(True)
@@ -372,8 +365,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
             asked = asked_for(path, environ["REQUEST_METHOD"], *headers)
             if asked != "page":
-                given, host = environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_HOST", "")
-                self.authorize(given, host, not BROWSER_KEYS.isdisjoint(environ))
+                host = environ.get("HTTP_HOST", "")
+                self.access.check(lambda name: environ.get(KEYS[name]), host)
             if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
@@ -386,27 +379,6 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         environ["PATH_INFO"] = UNROUTABLE.sub("?", path).removesuffix("/")
         if environ["REQUEST_METHOD"] not in METHODS:
             environ["REQUEST_METHOD"] = "OTHER"
-
-    def authorize(self, authorization: str | None, host: str, browser: bool) -> None:
-        """Raises Unauthorized unless the Authorization header has one of the tokens.
-
-        If no token is set, a request of a `browser` has to name this machine as its `host`
-        (USERS_AUTH=none lifts that). Otherwise any page in the browser could have its own name lead
-        to 127.0.0.1, and then read and change all users (DNS rebinding).
-        """
-        if self.local_only and browser and not is_local(host):
-            raise Unauthorized(NOT_LOCAL, headers=[("WWW-Authenticate", 'Bearer realm="users"')])
-        if not self.tokens:
-            return
-        scheme, _, token = (authorization or "").partition(" ")
-        bearer, token = scheme.lower() == "bearer", token.strip(" ")
-        # Every token is compared, so that the time does not tell which one is right.
-        matches = [hmac.compare_digest(token.encode(), known.encode()) for known in self.tokens]
-        if bearer and any(matches):
-            return
-        # Whoever sent no token at all is told of no error (RFC 6750 section 3.1).
-        error = ', error="invalid_token"' if bearer and token else ""
-        raise Unauthorized(headers=[("WWW-Authenticate", f'Bearer realm="users"{error}')])
 
     def default_error_handler(self, error: Any) -> str:
         """Turn Bottle's own refusals into problems. Bottle calls this while it makes the answer."""
@@ -424,13 +396,6 @@ class Application(bottle.Bottle):  # type: ignore[misc]
                     return ""
                 raise MethodNotAllowed(headers=[("Allow", allow)])
         raise RuntimeError(f"{error.status_line}: {error.body}") from error.exception
-
-
-def is_local(host: str) -> bool:
-    """Whether a Host, with a port or without, can only be this machine, whatever a name server
-    says (RFC 6761 section 6.3). An empty one counts as this machine: no browser sends it."""
-    name = re.sub(r":[0-9]*\Z", "", host).strip("[]")
-    return not name or is_loopback(name) or name.lower().endswith(".localhost")
 
 
 def asked_for(path: str, method: str, content_type: str | None, accept: str | None) -> str:
@@ -488,13 +453,16 @@ class Gatehouse:
             self.proxy.admit(head)
             return "proxy", self.max_body
         if owner[1] == "users":
-            names = ("content-type", "accept", "authorization")
-            values = (head.values.get(name) for name in names)
-            kind, accept, given = (None if one is None else ", ".join(one) for one in values)
+
+            def value_of(name: str) -> str | None:
+                values = head.values.get(name)
+                return None if values is None else ", ".join(values)
+
+            kind, accept = value_of("content-type"), value_of("accept")
             asked = asked_for(head.path, head.method, kind, accept)
             if asked == "page":
                 return "live", MAX_BYTES
-            self.owned.authorize(given, head.host, not BROWSER_HEADERS.isdisjoint(head.values))
+            self.owned.access.check(value_of, head.host)
             if asked == "bulk":
                 return "bulk", self.max_body
         elif LIVE.fullmatch(head.path):

@@ -25,9 +25,12 @@ from wire.request import Head, end_of_head
 
 log = logging.getLogger("gatehouse")
 
-# A request has this many seconds, plus one for each MIN_BYTES_PER_SECOND that have arrived.
-REQUEST_SECONDS = 30.0
+# A head has this many seconds, plus one for each MIN_BYTES_PER_SECOND that have arrived.
+HEAD_SECONDS = 30.0
 MIN_BYTES_PER_SECOND = 500
+# A client that sends nothing of its body for this many seconds is cut. One that sends slowly but
+# steadily is served, as one that reads slowly is.
+SENDER_SECONDS = 60.0
 # A client that takes nothing for READER_SECONDS is cut. How often that is looked at, in seconds.
 READER_SECONDS, READER_LOOK_SECONDS = 60.0, 15.0
 # The rest of a request that nobody wants is read and thrown away: for LINGER_SECONDS at most, or
@@ -157,8 +160,10 @@ class Client(Stream):
         self.arrived = 0.0
         self._ahead = b""  # bytes that have come and are not read yet
         self._scanned = 0  # how many of them have been searched for the end of a head
-        self._began = 0.0  # when the first byte of the present request came; 0 between requests
-        self._received = 0  # bytes of the present request
+        # When the first byte of the present head came, or the last one of the present body; 0
+        # between requests.
+        self._began = 0.0
+        self._received = 0  # bytes of the present head
         self._paused_at = 0.0
         self.idle_since = desk.loop.now
         self._linger_until = 0.0
@@ -189,16 +194,17 @@ class Client(Stream):
         if self.phase is Phase.LINGERING:
             self._took = self.loop.now
             return
-        self._received += len(data)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
             # Many clients read only after they have sent all. So a client that sends is not cut as
             # one that takes nothing, but only for as long as so many bytes may take. Otherwise it
             # could keep its answer, and the upstream, for ever with a byte a minute.
             self._took = min(self.loop.now, self._took + len(data) / MIN_BYTES_PER_SECOND)
+            self._began = self.loop.now
             data = responder.from_client(data)
             if self.phase is Phase.ANSWERING and not responder.wants_body:
                 self._timer.set(self._patience())
+        self._received += len(data)
         if not data or self._unread or self.phase is Phase.CLOSED:
             return
         self._ahead = self._ahead + data if self._ahead else data
@@ -237,9 +243,9 @@ class Client(Stream):
     def _read_head(self) -> bool:
         """Begin the next request; False if its head is not complete yet."""
         data = self._ahead
-        if data[0] in b"\r\n":
+        if data[0] in b"\r\n" and (empty := EMPTY_LINES.match(data)):
             # Empty lines before a request are ignored, but no CR alone (RFC 9112 section 2.2).
-            data, self._scanned = EMPTY_LINES.sub(b"", data), 0
+            data, self._scanned = data[empty.end() :], 0
         if not data:
             self._began = 0.0
         elif not self._began:
@@ -269,8 +275,8 @@ class Client(Stream):
             self.refuse(refused)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
+            self._began = self.loop.now
             self._timer.set(self._patience())
-            self._received -= len(self._ahead)
             self.received(self.take_ahead())  # Even if it is empty: the responder may begin now.
         elif self.phase is Phase.ANSWERING and len(self._ahead) > AHEAD_BYTES:
             self.pause()  # The end of the answer before has resumed it.
@@ -423,7 +429,6 @@ class Client(Stream):
         if more:
             # From now on the client is no slower than one that has just begun.
             self._began = self._paused_at = self.loop.now
-            self._received = 0
             self._timer.set(self._patience())
         else:
             self._leave_unread()
@@ -579,15 +584,14 @@ class Client(Stream):
         if self.queued:
             when = self.loop.now + READER_LOOK_SECONDS
         if self.phase is Phase.READING:
-            least = 0.0 if self.served else REQUEST_SECONDS
-            idle_until = self.idle_since + max(self._desk.keepalive, least)
-            when = min(when, self._overdue() if self._began else idle_until)
+            least = 0.0 if self.served else HEAD_SECONDS
+            until = self.idle_since + max(self._desk.keepalive, least)
+            if self._began:
+                until = self._began + HEAD_SECONDS + self._received / MIN_BYTES_PER_SECOND
+            when = min(when, until)
         elif self.responder is not None and self.responder.hurries_client and not self.paused:
-            when = min(when, self._overdue())
+            when = min(when, self._began + SENDER_SECONDS)
         return when
-
-    def _overdue(self) -> float:
-        return self._began + REQUEST_SECONDS + self._received / MIN_BYTES_PER_SECOND
 
     def _look(self) -> None:
         """Close the connection of a client that has used up its time."""

@@ -38,8 +38,10 @@ GATHERED_BYTES = 65536
 STRAIGHT_BYTES = 262144
 # How many bytes of interim answers may come before an answer. That is enough for a thousand 102s.
 INTERIM_BYTES = 65536
-# RFC 9110 section 9.2.2.
-IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+# RFC 9110 section 9.2.2, and the safe methods of WebDAV (RFC 3253, 4918 and 5323).
+IDEMPOTENT = frozenset(
+    {"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "PROPFIND", "REPORT", "SEARCH"}
+)
 # A refused connection is tried again after this many seconds, if UPSTREAM_RETRY allows it.
 RETRY_SECONDS = 0.25
 # A client that waits for a 100 before it sends a large body gets one after this many seconds, if
@@ -338,8 +340,7 @@ class Exchange:
         if isinstance(self.body, Chunks):
             piece = (chunk(piece) if piece else b"") + (LAST_CHUNK if self.body.complete else b"")
         connection.send(piece)
-        if self.state is State.ASKING or self.state is State.DELIVERING:
-            self._asked()
+        self.upstream_progressed()
         self._pace_client()
         self._end_if_delivered()
 
@@ -352,9 +353,11 @@ class Exchange:
             self.client.resume()
 
     def upstream_progressed(self) -> None:
-        """The upstream has taken some of the request."""
+        """The upstream has been sent some of the request, or has taken some."""
         if self.state is State.ASKING or self.state is State.DELIVERING:
             self._asked()
+        elif self.state is State.ANSWERING and self._deadline < NEVER:
+            self._wait_for_piece()  # The two talk, and the upstream may have to hear all of it.
 
     def upstream_drained(self) -> None:
         """The upstream has taken all that was sent to it."""

@@ -25,7 +25,7 @@ from server.loop import NEVER, READ, Loop, Timer, give_large_pieces_back, give_m
 from server.tunnel import Tunnel
 from server.upstream import Connector, Upstream
 from wire.answer import Answer
-from wire.request import Head
+from wire.request import ABSURD_BYTES, Head
 
 log = logging.getLogger("gatehouse")
 
@@ -313,8 +313,9 @@ class Server:
         with."""
         lane, largest = self.application.admit(head)
         client.lane = lane
-        if largest and head.length is not None and head.length > largest:
-            raise BodyTooLarge(f"The body is larger than {largest} bytes.")
+        most = largest or ABSURD_BYTES - 1
+        if head.length is not None and head.length > most:
+            raise BodyTooLarge(f"The body is larger than {most} bytes.")
         if lane == "proxy":
             exchange = Exchange(
                 client,

@@ -249,6 +249,10 @@ class Upstream:
             del self._own[client]
             own.used = True
             return own
+        while self._own and self.in_flight + len(self._own) > self.limit:
+            # Anybody may send a header that gives a client a connection of its own. These count as
+            # if they carried requests, or they could take all that the upstream has.
+            self.discard(next(iter(self._own.values())))
         while self._idle:
             connection = next(reversed(self._idle))
             idle = self.loop.now - connection.idle_since
@@ -318,12 +322,12 @@ class Upstream:
             self.discard(own)
 
     def drop_one(self) -> bool:
-        """Close the one that has been idle longest, of those that are for any client. False if
-        there is none."""
-        if not self._idle:
-            return False
-        self.discard(next(iter(self._idle)))
-        return True
+        """Close the one that has been idle longest; those that are each for one client come last.
+        False if there is none."""
+        kept = next(iter(self._idle or self._own.values()), None)
+        if kept is not None:
+            self.discard(kept)
+        return kept is not None
 
     def _expire(self) -> None:
         """Close the connections that have been idle for too long."""
@@ -344,8 +348,6 @@ class Upstream:
         """Close the connections that are kept."""
         while self.drop_one():
             pass
-        for own in list(self._own.values()):
-            self.discard(own)
 
 
 class Connector(HTTPAdapter):

@@ -46,6 +46,11 @@ FRAMING = frozenset({"content-length", "transfer-encoding"})
 # with any other mark in the place of a hyphen either.
 OURS = HOP_BY_HOP | SET | BELIEVED | FRAMING
 MARK = re.compile("[^a-z0-9-]")
+# How much of a name is looked at for that. Hardly any is longer, and 64 KB of marks take five
+# milliseconds.
+LONGEST_NAME = 100
+# How many addresses of X-Forwarded-For are looked at for the caller, from the last one on.
+MOST_HOPS = 50
 # Alt-Svc names ports of the upstream itself: a client that went there would go past Gatehouse.
 NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
 UPGRADE = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
@@ -138,7 +143,8 @@ class Proxy:
             hops = filter(None, listed(values.get("x-forwarded-for", [])))
             forwarded_for = ", ".join([*hops, peer])
             forwarded_host = values.get("x-forwarded-host", [host])[0]
-            if listed(values.get("x-forwarded-proto", [""]))[0].lower() == "https":
+            # Some proxies say ws or wss of a WebSocket.
+            if listed(values.get("x-forwarded-proto", [""]))[0].lower() in ("https", "wss"):
                 proto = "https"
         via = f"{head.version} {self.name}"
         if "via" in values:
@@ -160,6 +166,7 @@ class Proxy:
 
     def _is_ours(self, key: str, ending: frozenset[str]) -> bool:
         """Whether a name with other marks than hyphens stands for one that does not pass."""
+        key = key[:LONGEST_NAME]
         spelled = MARK.sub("-", key)
         ours = spelled in OURS or spelled in ending or spelled.startswith(FORWARDED)
         return ours and spelled != key
@@ -193,7 +200,8 @@ class Proxy:
         is the peer's own if it is not trusted, or has sent something else than addresses."""
         found = peer
         if self.trusted and self.trusts(peer):
-            for hop in reversed(listed(head.values.get("x-forwarded-for", []))):
+            hops = ",".join(head.values.get("x-forwarded-for", ())).rsplit(",", MOST_HOPS)
+            for hop in reversed(hops[-MOST_HOPS:]):
                 try:
                     found = str(address_of(hop))
                 except ValueError:

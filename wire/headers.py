@@ -13,8 +13,11 @@ Header = tuple[str, str]
 # How many header lines are remembered, and how long each may be, in bytes.
 REMEMBERED, SHORT_BYTES = 1024, 256
 
-# A scheme that authenticates a connection, or a word that looks like one.
-OF_CONNECTIONS = re.compile(r"negotiate|ntlm", re.IGNORECASE)
+# A member of a list of challenges or credentials (RFC 9110 sections 11.3 and 11.4) whose scheme
+# authenticates the connection instead of the request (RFC 4559 section 6).
+OF_CONNECTIONS = re.compile(
+    r"(?:\A|,)[ \t]*+(?:negotiate|ntlm)(?: |[ \t]*+(?:,|\Z))", re.IGNORECASE
+)
 
 T = TypeVar("T", bytes, str)
 R = TypeVar("R")
@@ -66,12 +69,8 @@ def listed(values: Iterable[str]) -> list[str]:
 
 
 def authenticates_connection(values: Iterable[str]) -> bool:
-    """Whether a challenge or credentials (RFC 9110 sections 11.3 and 11.4) are of a scheme that
-    authenticates the connection instead of the request (RFC 4559 section 6)."""
-    return any(
-        member.partition(" ")[0].lower() in ("negotiate", "ntlm")
-        for member in listed(value for value in values if OF_CONNECTIONS.search(value))
-    )
+    """Whether one of these headers, of challenges or of credentials, has such a scheme."""
+    return any(OF_CONNECTIONS.search(value) for value in values)
 
 
 @lru_cache(1024)

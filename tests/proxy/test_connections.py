@@ -30,7 +30,7 @@ from tests.harness.upstream import read_chunks
 
 OK = b"HTTP/1.1 200 OK"
 CHUNKED = b"Transfer-Encoding: chunked"
-IDEMPOTENT = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"]
+IDEMPOTENT = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "PROPFIND", "REPORT", "SEARCH"]
 # A small cap, and in one worker: the cap, like a pool of connections, is a worker's own.
 CAP = 3
 # So many bytes of a body are gathered before the upstream is asked, and kept until it answers.

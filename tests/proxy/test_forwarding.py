@@ -143,6 +143,9 @@ def test_a_name_that_connection_lists_is_removed_in_every_spelling(
         (b",", "http"),
         (b"gopher", "http"),
         (b"httpss", "http"),
+        (b"wss", "https"),
+        (b"WSS,ws", "https"),
+        (b"ws", "http"),
         (b"https;http", "http"),
     ],
 )

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from server.client import REQUEST_SECONDS
+from server.client import HEAD_SECONDS, SENDER_SECONDS
 from tests.harness import (
     RawClient,
     Reply,
@@ -413,6 +413,17 @@ def reader_that_never_reads(service: Service) -> RawClient:
     return client
 
 
+@pytest.mark.parametrize("digits", [b"1152921504606846976", b"9" * 26, b"9" * 5000])
+def test_a_length_beyond_all_bodies_is_refused_without_a_limit_too(
+    service: Service, upstream: ScriptedUpstream, digits: bytes
+) -> None:
+    """Another number was sent on in its place."""
+    with service.client() as client:
+        client.send(request(b"POST / HTTP/1.1", b"Content-Length: " + digits, body=b"abc"))
+        problem(client.reply(), 413, "body-too-large")
+    assert upstream.seen == []
+
+
 def trickle_into(senders: list[RawClient], stop: threading.Event) -> None:
     """A byte to each now and then, so that none of them is idle."""
     while not stop.wait(0.5):
@@ -427,7 +438,7 @@ def test_the_time_of_a_request_is_counted_while_it_may_arrive(
 ) -> None:
     """Half a minute is what a request has to arrive in. It was counted for the next one, or for an
     empty line, while Gatehouse itself made that wait: what was under way was cut then."""
-    seconds = REQUEST_SECONDS + 3
+    seconds = HEAD_SECONDS + 3
     post = b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
     expects = b"PUT /x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
 
@@ -472,8 +483,8 @@ def test_the_time_of_a_request_is_counted_while_it_may_arrive(
     def a_head_that_is_never_whole(client: RawClient) -> None:
         began = time.monotonic()
         client.send(b"GET /x HTTP/1.1\r\nHo")
-        assert client.closed(REQUEST_SECONDS + 8)
-        assert time.monotonic() - began > REQUEST_SECONDS
+        assert client.closed(HEAD_SECONDS + 8)
+        assert time.monotonic() - began > HEAD_SECONDS
 
     def try_one(sends: Callable[[RawClient], None]) -> None:
         with service.client(timeout=seconds + 10) as client:
@@ -517,7 +528,7 @@ def test_one_who_is_answered_meanwhile_may_send_slowly(
     with service.client() as client:
         client.send(head + b"hi")
         assert client.head().startswith(b"HTTP/1.1 200 ")
-        assert not client.closed(REQUEST_SECONDS + 3)
+        assert not client.closed(SENDER_SECONDS + 3)
         client.sock.settimeout(15)
         client.send(bytes(70000 - 2))
         assert client.sock.recv(2, socket.MSG_WAITALL) == b"ok"

@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 
+import server.client
 from problems import NotFound, Problem
 from server.client import (
     AHEAD_BYTES,
+    HEAD_SECONDS,
     MIN_BYTES_PER_SECOND,
     READER_LOOK_SECONDS,
-    REQUEST_SECONDS,
     REQUESTS_AT_ONCE,
+    SENDER_SECONDS,
     Client,
     Phase,
 )
 from server.loop import Loop
 from tests.harness import request
-from wire.request import Head
+from wire.request import Head, end_of_head
 
 
 class Responder:
@@ -204,7 +206,7 @@ def test_no_clock_of_a_request_is_that_of_a_tunnel(desk: Desk, let_in: Callable[
     client.resume()
     for _ in range(10):
         desk.pass_time(READER_LOOK_SECONDS)
-        desk.pass_time(REQUEST_SECONDS)
+        desk.pass_time(HEAD_SECONDS)
     assert client.phase is Phase.ANSWERING and desk.gone == []
     far.setblocking(True)
     far.send(b"still here")
@@ -262,18 +264,36 @@ def test_a_client_may_take_nothing_for_as_long_as_it_sends_steadily(
 
 
 def has_a_whole_time(desk: Desk, client: Client) -> None:
-    """The client is cut when all the time that a request has is over, and not before."""
-    desk.pass_time(REQUEST_SECONDS - 1)
+    """The client is cut when all the time that it may send nothing in is over, and not before."""
+    seconds = SENDER_SECONDS if client.responder is not None else HEAD_SECONDS
+    desk.pass_time(seconds - 1)
     assert desk.gone == []
     desk.pass_time(2)
     assert desk.gone == [client]
 
 
-def test_a_body_that_trickles_has_its_clock(desk: Desk, let_in: Callable[[], Pair]) -> None:
+def test_a_body_that_stops_is_cut_however_much_of_it_has_come(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """Its time grew with its bytes: a hundred megabytes held a place for two days."""
     client, _ = let_in()
-    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100000000", body=b"x"))
+    client.received(bytes(10_000_000))
     has_a_whole_time(desk, client)
     assert desk.responders[0].told == ["settled"]
+
+
+def test_a_body_may_come_as_slowly_as_it_likes_if_it_comes_steadily(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """Whoever sent less than 500 bytes a second was cut, and not by the application itself."""
+    client, _ = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
+    for _ in range(20):
+        desk.pass_time(SENDER_SECONDS - 1)
+        client.received(b"x")
+    assert desk.gone == []
+    has_a_whole_time(desk, client)
 
 
 def test_a_body_has_its_clock_again_after_its_client_was_made_to_wait(
@@ -283,7 +303,7 @@ def test_a_body_has_its_clock_again_after_its_client_was_made_to_wait(
     client, _ = let_in()
     client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
     client.pause()
-    desk.pass_time(2 * REQUEST_SECONDS)
+    desk.pass_time(2 * SENDER_SECONDS)
     assert desk.gone == []
     client.resume()
     has_a_whole_time(desk, client)
@@ -298,7 +318,7 @@ def test_a_request_is_given_no_time_for_the_pause_before_it(
     first = request(b"POST / HTTP/1.1", b"Content-Length: 2", body=b"ab")
     client.received(first + b"GET / HT")
     client.pause()
-    desk.pass_time(2 * REQUEST_SECONDS)
+    desk.pass_time(2 * SENDER_SECONDS)
     desk.responders[0].answer()
     has_a_whole_time(desk, client)
 
@@ -311,7 +331,7 @@ def test_a_body_has_its_clock_anew_after_a_conversation(
     client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
     desk.responders[0].patient = True
     client.begin("200 OK", b"Content-Length: 2\r\n", length=2, dated=True, close=True)
-    desk.pass_time(2 * REQUEST_SECONDS)
+    desk.pass_time(2 * SENDER_SECONDS)
     assert desk.gone == []
     desk.responders[0].patient = False
     client.write(b"ok")
@@ -446,6 +466,25 @@ def test_a_client_is_not_read_while_more_waits_than_it_may_send_ahead(
         assert client.paused == ((number - answered - 1) * len(one) > AHEAD_BYTES)
         desk.responders[-1].answer()
     assert client.idle and not client.paused
+
+
+@pytest.mark.parametrize("first", [b"\r", b"\r\n\r\n\r"])
+def test_a_head_that_begins_with_a_lone_cr_is_not_searched_anew_for_every_byte(
+    let_in: Callable[[], Pair], monkeypatch: pytest.MonkeyPatch, first: bytes
+) -> None:
+    """Twenty such clients with 1,500 bytes a second took nearly a whole processor."""
+    searched: list[int] = []
+
+    def noted(data: bytes, scanned: int = 0) -> int:
+        searched.append(len(data) - scanned)
+        return end_of_head(data, scanned)
+
+    monkeypatch.setattr(server.client, "end_of_head", noted)
+    client, _ = let_in()
+    client.received(first + bytes(60_000).replace(b"\0", b"a"))
+    for _ in range(100):
+        client.received(b"a")
+    assert searched[1:] == [1] * 100
 
 
 def test_a_client_that_leaves_while_its_requests_wait_their_turn_is_gone(

@@ -463,6 +463,19 @@ def test_while_the_client_sends_its_body_the_upstream_is_not_late() -> None:
 EVENTS_HEAD = message(OK, b"Content-Type: text/event-stream", CHUNKED)
 
 
+def test_an_upstream_that_answers_before_it_has_the_body_is_not_late_while_that_comes() -> None:
+    """It says nothing until it has all of an upload, which may take longer than it may be silent."""
+    world = World(b"POST / HTTP/1.1", b"Content-Length: 1000000").start(b"x")
+    world.connect()
+    world.exchange.from_upstream(message(OK, CHUNKED, body=b"2\r\nok\r\n"))
+    for _ in range(5):
+        world.clock.pass_time(9.9)
+        world.exchange.from_client(b"x")
+    assert world.exchange.state is State.ANSWERING
+    world.clock.pass_time(10.1)
+    assert world.client.told[-1] == ("cut",)
+
+
 def test_a_piece_of_an_event_stream_has_a_time_of_its_own_and_is_counted() -> None:
     world = asking()
     world.exchange.from_upstream(EVENTS_HEAD)

@@ -188,6 +188,40 @@ def test_one_clients_own_is_taken_by_nobody_else_and_is_closed_when_idle_for_too
     own_far.close()
 
 
+def test_those_that_are_each_for_one_client_count_as_requests(place: Place) -> None:
+    """A header was enough to have a connection of one's own, and idle clients could take all that
+    the upstream has."""
+    assert place.upstream.limit == 2
+    owners, fars = [object() for _ in range(4)], []
+    for owner in owners:
+        place.upstream.enter()
+        assert place.upstream.take(repeatable=True, client=owner) is None
+        _, own, far = place.connect()
+        own.client = owner
+        own.release(keep=True)
+        place.upstream.leave()
+        fars.append(far)
+        assert place.upstream.open <= place.upstream.limit
+    # One that was kept for its client is the client's even at the limit.
+    place.upstream.enter()
+    assert place.upstream.take(repeatable=True, client=owners[-1]) is own
+    for far in fars:
+        far.close()
+
+
+def test_those_that_are_each_for_one_client_make_room_last(place: Place) -> None:
+    _, own, own_far = place.connect()
+    own.client = object()
+    own.release(keep=True)
+    _, other, far = place.connect()
+    other.release(keep=True)
+    assert place.upstream.drop_one() and (own.closed, other.closed) == (False, True)
+    assert place.upstream.drop_one() and own.closed
+    assert not place.upstream.drop_one()
+    own_far.close()
+    far.close()
+
+
 def test_one_clients_own_is_closed_when_its_client_leaves(place: Place) -> None:
     ann, bob = object(), object()
     for leaving, left in ((bob, 1), (ann, 0)):

@@ -564,6 +564,49 @@ def test_without_a_token_a_browser_has_to_call_this_machine_by_its_own_name(
     assert found["users"] == []
 
 
+AFAR = [
+    ("X-Forwarded-For", "203.0.113.7"),
+    ("X-Forwarded-For", "127.0.0.1, 203.0.113.7"),
+    ("X-Forwarded-For", "203.0.113.7, 127.0.0.1"),
+    ("X-Forwarded-For", "unknown"),
+    ("X-Real-IP", "2001:db8::7"),
+    ("Forwarded", "for=203.0.113.7;proto=https"),
+    ("Forwarded", 'for="[::1]:80", for=10.0.0.1'),
+    ("Forwarded", "proto=https"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), AFAR, ids=str)
+def test_without_a_token_a_proxy_lets_no_other_machine_in(
+    service: Service, behind: Service, name: str, value: str
+) -> None:
+    """nginx on this machine forwarded the whole world's requests, and Gatehouse answered them."""
+    body = {"email": f"{uuid.uuid4().hex}@example.com", "name": "Eve"}
+    for running in (service, behind):
+        for method, target in (("GET", "/users"), ("POST", "/users"), ("PUT", f"/users/{uuid.uuid4()}")):  # fmt: skip
+            given = None if method == "GET" else body
+            reply = running.call(method, target, given, {name: value})
+            problem(reply, 401, "unauthorized")
+            assert "USERS_TOKEN" in reply.json()["detail"]
+    assert service.call("GET", f"/users?email={body['email']}").json()["users"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-Forwarded-For", "127.0.0.1"),
+        ("X-Forwarded-For", "::1, ::ffff:127.0.0.1, 127.0.0.1:5000"),
+        ("X-Real-IP", "::1"),
+        ("Forwarded", 'for="[::1]:5000";proto=http, for=127.0.0.1'),
+    ],
+)
+def test_without_a_token_a_proxy_may_forward_what_is_this_machines_own(
+    service: Service, name: str, value: str
+) -> None:
+    """A development server does that."""
+    assert service.call("GET", "/users", headers={name: value}).status == 200
+
+
 def test_who_is_no_browser_may_call_it_as_it_likes(service: Service) -> None:
     for host in (*OTHER_NAMES, *OWN_NAMES):
         assert service.call("GET", "/users", headers={"Host": host}).status == 200

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import Gatehouse
+from problems import Unauthorized
 from settings import Settings
 from tests.harness import (
     Databases,
@@ -27,6 +28,7 @@ from tests.harness import (
     request,
     wait_for,
 )
+from wire.headers import authenticates_connection
 from wire.request import Head
 
 # The examples are the same in every run, so that a failure is everybody's.
@@ -304,6 +306,35 @@ def test_no_head_takes_long_to_decide_who_answers(name: str, piece: str) -> None
 
     for target in ("/users", "/other"):
         assert min(decide(target) for _ in range(5)) < 0.004
+
+
+HARD_TO_READ = {
+    "percent signs": ("/" + "%" * 65000, ""),
+    "percent signs in an owned path": ("/users/" + "%" * 65000, ""),
+    "an encoded path": ("/%41%42%2f" * 6500, ""),
+    "a name of marks": ("/", "\r\n" + "_" * 65000 + ": a"),
+    "a scheme and commas": ("/", "\r\nAuthorization: xntlm" + "," * 65000),
+    "schemes": ("/", "\r\nAuthorization: xntlm" + ",ntlmx" * 10000),
+}
+
+
+@pytest.mark.parametrize("what", HARD_TO_READ)
+def test_no_head_takes_long_to_read_and_to_send_on(what: str) -> None:
+    """64 KB of percent signs took twenty milliseconds, in which nobody else was served."""
+    target, more = HARD_TO_READ[what]
+    environ = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://a", "USERS_TOKEN": "t"}
+    gatehouse = Gatehouse(Settings.from_env(environ))
+
+    def seconds() -> float:
+        began = time.thread_time()
+        head = Head(f"GET {target} HTTP/1.1\r\nHost: a{more}".encode())
+        with contextlib.suppress(Unauthorized):
+            gatehouse.admit(head)
+        gatehouse.request_head(head, "127.0.0.1", None)
+        authenticates_connection(head.values.get("authorization", ()))
+        return time.thread_time() - began
+
+    assert min(seconds() for _ in range(5)) < 0.004
 
 
 @given(name=st.text(max_size=210))

@@ -1,0 +1,85 @@
+"""Who may use /users: whoever has a token; if none is set, this machine alone."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Callable, Sequence
+
+from problems import Unauthorized
+from services.proxy import address_of
+
+# Headers that a browser sends by itself, and that no page in it can take away.
+BROWSER_HEADERS = ("accept-language", "origin", "sec-fetch-mode", "sec-fetch-site")
+# Headers by which a proxy says for whom it forwards a request.
+FORWARDING = ("x-forwarded-for", "x-real-ip", "forwarded")
+FOR = re.compile(r'(?:\A|[;,\s])for="?([^;,"]*)', re.IGNORECASE)  # RFC 7239 section 4
+PORT = re.compile(r":[0-9]*\Z")
+
+# All headers that matter here, in lower case.
+HEADERS = ("authorization", *BROWSER_HEADERS, *FORWARDING)
+
+REALM = 'Bearer realm="users"'
+OTHER_NAME = (
+    "No USERS_TOKEN is set: a browser may use this path only if it calls this machine localhost or"
+    " 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
+)
+OTHER_MACHINE = (
+    "No USERS_TOKEN is set: only this machine may use this path, and a proxy has forwarded this"
+    " request for another. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
+)
+
+
+class Access:
+    """Lets in whoever has one of the `tokens`; without any, this machine; or `everyone`."""
+
+    def __init__(self, tokens: Sequence[str], *, everyone: bool = False) -> None:
+        self._tokens = [] if everyone else [token.encode() for token in tokens]
+        self._local_only = not everyone and not tokens
+
+    def check(self, value_of: Callable[[str], str | None], host: str) -> None:
+        """Raises Unauthorized unless the request may go on. `value_of` gives the value of a header
+        by its name in lower case, None if it is absent; `host` is the authority that is asked for.
+
+        Without a token a request of a browser has to name this machine. Otherwise any page in it
+        could have its own name lead to 127.0.0.1, and then read and change all users (DNS
+        rebinding). And what a proxy on this machine forwards for another machine is not let in:
+        that proxy would open all users to the world.
+        """
+        if self._local_only:
+            browser = any(value_of(name) is not None for name in BROWSER_HEADERS)
+            if browser and not is_local(host):
+                raise Unauthorized(OTHER_NAME, headers=[("WWW-Authenticate", REALM)])
+            if not all(is_of_this_machine(name, value_of(name)) for name in FORWARDING):
+                raise Unauthorized(OTHER_MACHINE, headers=[("WWW-Authenticate", REALM)])
+        if not self._tokens:
+            return
+        scheme, _, token = (value_of("authorization") or "").partition(" ")
+        bearer, token = scheme.lower() == "bearer", token.strip(" ")
+        # Every token is compared, so that the time does not tell which one is right.
+        matches = [hmac.compare_digest(token.encode(), known) for known in self._tokens]
+        if bearer and any(matches):
+            return
+        # Whoever sent no token at all is told of no error (RFC 6750 section 3.1).
+        error = ', error="invalid_token"' if bearer and token else ""
+        raise Unauthorized(headers=[("WWW-Authenticate", REALM + error)])
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host, with a port or without, can only be this machine, whatever a name server
+    says (RFC 6761 section 6.3). An empty one counts as this machine: no browser sends it."""
+    name = PORT.sub("", host).strip("[]").lower()
+    if not name or name == "localhost" or name.endswith(".localhost"):
+        return True
+    return is_of_this_machine("host", name)
+
+
+def is_of_this_machine(name: str, value: str | None) -> bool:
+    """Whether the addresses in this header, if it is there, are all this machine's own."""
+    if not value:
+        return True
+    addresses = FOR.findall(value) or [""] if name == "forwarded" else value.split(",")
+    try:
+        return all(address_of(address).is_loopback for address in addresses)
+    except ValueError:
+        return False
