@@ -365,7 +365,7 @@ def test_an_import_is_whole_though_its_client_has_ended_its_sending_half(alone: 
 def test_a_length_of_thousands_of_digits_is_refused(service: Service, kind: str) -> None:
     """Python makes no number of them: it was a 500, and a traceback in the log."""
     fields = [b"Content-Type: " + kind.encode(), b"Content-Length: " + b"1" * 5000]
-    problem(service.exchange(request(b"POST /users HTTP/1.1", *fields)), 400, "bad-request")
+    problem(service.exchange(request(b"POST /users HTTP/1.1", *fields)), 413, "body-too-large")
 
 
 @pytest.mark.parametrize("count", [0, 1, 500, 1000])
