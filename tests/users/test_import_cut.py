@@ -18,9 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
-from services.fields import NAMES
+from services.fields import FIELDS
 from tests.harness import RawClient, Service, wait_for
 from tests.harness.servers import Server
+from tests.users.test_transfer import default_in_json
 
 Start = Callable[..., Service]
 Rows = list[dict[str, Any]]
@@ -122,7 +123,7 @@ def assert_as_if_sent_once(
     found = everyone(service)
     assert all(user["created_at"] == user["updated_at"] for user in found)
     times = {"created_at": "", "updated_at": ""}
-    absent = dict.fromkeys(NAMES)  # of the fields that the rows do not have
+    absent = {field.name: default_in_json(field) for field in FIELDS}
     expected = {row["id"]: absent | row | times for row in rows}
     assert len(found) == COUNT
     assert {user["id"]: user | times for user in found} == expected

@@ -13,6 +13,7 @@ import pytest
 
 import problems as errors
 from problems import Problem
+from services.fields import NAMES
 from tests.harness import (
     Databases,
     Reply,
@@ -422,5 +423,5 @@ def test_what_gatehouse_sets_itself_is_refused_with_words_of_its_own(service: Se
         "name": "must be a string, not null",
         "id": "is made by Gatehouse; leave it out, or choose one with PUT /users/{id}",
         "created_at": "is set by Gatehouse; leave it out",
-        "x": "is not a member of a user; you can set email, name, metadata",
+        "x": f"is not a member of a user; you can set {', '.join(NAMES)}",
     }
