@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,16 @@ def test_a_room_says_what_it_is_for(folder: str) -> None:
     tree = ast.parse((ROOT / folder / "__init__.py").read_text())
     assert len((ast.get_docstring(tree) or "").splitlines()) >= 3
     assert len(tree.body) == 1, "a room's door opens without work"
+
+
+@pytest.mark.parametrize("folder", [room for room in ROOMS if room != "wire"])
+def test_a_door_is_what_other_rooms_import(folder: str) -> None:
+    """Of wire they may import every module."""
+    told = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
+    door = set(re.findall(r"`(\w+)[.\w]*`", told.partition(" door")[2]))
+    others = [path for name, path in FILES.items() if room(name) != folder]
+    used = {one for path in [*others, ROOT / "migrations" / "conf.py"] for one in imported(path)}
+    assert {f"{folder}.{name}" for name in door} == {one for one in used if room(one) == folder}
 
 
 def test_what_serves_and_proxies_knows_no_database() -> None:
