@@ -26,7 +26,7 @@ Console blocks
     docs/backup.md is carried out: its `sh` blocks, with PostgreSQL's own tools.
 
     docs/tutorial.md is done as it stands, in a copy of the project: `make run`, with its settings,
-    starts `app.py --dev` with an embedded PostgreSQL of its own, the Python block is `hello.py`,
+    starts `app.py --dev` with an embedded PostgreSQL of its own, the Python block is `~/hello.py`,
     and `kill` ends the PostgreSQL.
 
 Tables
@@ -507,7 +507,7 @@ def hello(port: int, folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_tutorial_can_be_done() -> None:
+def test_the_tutorial_can_be_done(tmp_path: Path) -> None:
     """All of it, in its order, but for what is done in a browser."""
     port, upstream_port = free_port(), free_port()
     with contextlib.ExitStack() as stack:
@@ -528,7 +528,7 @@ def test_the_tutorial_can_be_done() -> None:
                     printed = terminal.start(port, settings)
                     complaints.append(reader.complaint(command, documented, printed))
                 case "python3":
-                    stack.enter_context(hello(upstream_port, folder))
+                    stack.enter_context(hello(upstream_port, tmp_path))
                 case "kill":
                     complaints.append(reader.complaint(command, documented))
                     terminal.until("Gatehouse goes on without it")
@@ -536,6 +536,6 @@ def test_the_tutorial_can_be_done() -> None:
                     assert command.startswith("curl "), command
                     complaints.append(reader.complaint(command, documented))
         # Each kind was there, or this would test less than it says.
-        assert [kinds.count("make run"), kinds.count("python3 hello.py &")] == [2, 1]
+        assert [kinds.count("make run"), kinds.count("python3 ~/hello.py &")] == [2, 1]
     wrong = [complaint for complaint in complaints if complaint]
     assert not wrong, "\n\n".join(wrong)
