@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from services.fields import NAMES
 from tests.harness import ROOT
 from tests.harness.service import copied
 
@@ -84,7 +85,7 @@ def text_of(name: str) -> str:
 
 def added(block: str) -> str:
     """The block as it stands in the file when it is done."""
-    return "".join(line[1:] + "\n" for line in block.splitlines())
+    return "".join(line[1:] + "\n" for line in block.splitlines() if not line.startswith("-"))
 
 
 def extended(folder: Path) -> Path:
@@ -97,9 +98,8 @@ def extended(folder: Path) -> Path:
     steps = BLOCK.findall(TUTORIAL.read_text())
     assert len(steps) >= 8
     for name, block in steps:
-        path, lines = folder / name, block.splitlines()
-        old = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
-        new = "".join(line[1:] + "\n" for line in lines)
+        path, new = folder / name, added(block)
+        old = "".join(line[1:] + "\n" for line in block.splitlines() if not line.startswith("+"))
         text = path.read_text() if path.exists() else ""
         assert text.count(old) == 1 or not text, f"{name}: where does this go?\n{block}"
         path.write_text(text.replace(old, new, 1) if text else new)
@@ -107,8 +107,28 @@ def extended(folder: Path) -> Path:
     return folder
 
 
+def assert_pass(folder: Path, names: list[str]) -> None:
+    """These tests pass there. Some measure time: what fails is tried again, as the Makefile does."""
+    paths = [f"tests/{name}" for name in names]
+    for options in (["-n", "2"], ["--last-failed", "--last-failed-no-failures", "none"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *options, *paths],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        if done.returncode == 0:
+            return
+    raise AssertionError(done.stdout[-4000:])
+
+
 @pytest.mark.slow
 def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
+    if list(NAMES) != ["email", "name", "metadata"]:
+        pytest.skip(
+            "this project has fields of its own, and the page's blocks fit Gatehouse as it is"
+        )
     steps = BLOCK.findall(TUTORIAL.read_text())
     made = [
         name for name, block in steps if (ROOT / name).exists() and added(block) in text_of(name)
@@ -116,19 +136,8 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     if made:
         pytest.skip("this project has done some of it already")
     folder = extended(tmp_path)
-    suite = ["phones", "create", "read", "write", "transfer", "search"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *(f"tests/users/test_{name}.py" for name in suite)]
-        + ["tests/users/test_import_cut.py::test_the_client_leaves"]
-        + ["tests/operating/test_migrations.py::test_models_are_what_the_migrations_make"]
-        + ["tests/operating/test_settings.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    house = [
+    assert_pass(folder, ["users", "operating/test_migrations.py", "operating/test_settings.py"])
+    pages = [
         "test_docs.py::test_every_variable_is_in_the_configuration_and_nothing_else_is",
         "test_docs.py::test_every_variable_is_in_the_example_with_its_default_and_nothing_else_is",
         "test_docs.py::test_every_variable_of_the_example_has_a_line_of_meaning",
@@ -136,14 +145,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
         "test_openapi.py",
         "test_configuration.py",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *(f"tests/house/{name}" for name in house)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert_pass(folder, [f"house/{name}" for name in pages])
     for command in (["ruff", "check"], ["ruff", "format", "--check"]):
         done = subprocess.run(
             [

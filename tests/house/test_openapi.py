@@ -20,6 +20,8 @@ from schemathesis.config import (
     SchemathesisConfig,
 )
 
+from postgres.table import TIMES
+from services.fields import NAMES
 from tests.harness import ROOT, Databases, ScriptedUpstream, Service
 from tests.users.test_problems import CONTRACT
 
@@ -161,6 +163,13 @@ def test_every_response_is_under_its_own_status() -> None:
                 schema = content.get("application/problem+json", {}).get("schema")
                 if schema is not None:
                     assert str(schema["properties"]["status"]["const"]) == status, (path, method)
+
+
+def test_a_user_always_has_each_of_its_members() -> None:
+    """A client that is made of the document would take another one for optional."""
+    user = DOCUMENT["components"]["schemas"]["User"]
+    assert user["required"] == list(user["properties"])
+    assert sorted(user["required"]) == sorted(["id", *NAMES, *TIMES])
 
 
 def test_every_path_has_the_methods_that_are_described_and_no_others(guarded: Service) -> None:
