@@ -1,5 +1,6 @@
-PYTHON ?= python3
 BIN := .venv/bin
+# The Python that .venv was made with. Another one would leave its link there, beside modules that are its own.
+PYTHON ?= $(or $(realpath $(BIN)/python),python3)
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
 APPLICATIONS := .venv-applications

@@ -524,6 +524,22 @@ def test_a_venv_that_no_longer_works_is_made_anew(tmp_path: Path, case: str) -> 
     assert ("-m venv" in told) == (not works), told
 
 
+@needs("make")
+def test_a_venv_keeps_its_python_where_none_is_named(tmp_path: Path) -> None:
+    """`make -B install` put the modules of `python3` beside the Python that had been named before."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    named = tmp_path / "python3.named"
+    named.write_text("#!/bin/sh\n")
+    named.chmod(0o755)
+    commands = tmp_path / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    install = ("make", "--dry-run", "--always-make", "install")
+    assert "\npython3 -m venv " in run(*install, cwd=tmp_path)
+    (commands / "python").symlink_to(named)
+    assert f"\n{named} -m venv  .venv\n" in run(*install, cwd=tmp_path)
+
+
 # The page "from zero to production"
 
 
