@@ -200,7 +200,11 @@ class Board:
         serving = sum(1 for beat in self.each(HEARTBEAT) if beat)
         for name, number, text in (
             ("database_pool_size", pool_size, "Database connections that all workers may have."),
-            ("database_up", int(database_up), "Whether the database answered during this scrape."),
+            (
+                "database_up",
+                int(database_up),
+                "Whether the database answered during this scrape and the role may use users.",
+            ),
             ("loop_longest_turn_seconds", longest, "The longest turn of a loop in two minutes."),
             ("workers", serving, "Workers that serve."),
             ("start_time_seconds", self.started, "When the service started, since 1970."),
