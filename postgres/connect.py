@@ -34,7 +34,12 @@ REFUSED_SECONDS = 60.0
 KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 10, "keepalives_count": 3}
 # Values that are known to be no secret, so that a message may quote them.
 KNOWN_WORDS = {"allow", "prefer", "require", "verify-ca", "verify-full", "direct", "disable"}
+# A password with a / in it: libpq takes what is before that for a host and a port, and names them.
+CUT_PASSWORD = re.compile(r"[a-z]+://[^/?@]*:[^/?@]*/[^?]*@")
 HOST = re.compile(r"[A-Za-z0-9._:%-]+|/\S*")
+UNREADABLE = (
+    "is not a URI that libpq can read: in a password write %40 for @, %2F for / and %25 for %"
+)
 # How libpq names the server that it could not reach, before it says why.
 AT_SERVER = re.compile(
     r'connection to server at "(?P<host>[^"]*)"(?: \([^)]*\))?, port (?P<port>[0-9]+) failed: '
@@ -91,7 +96,9 @@ class Target:
             if "invalid URI query parameter" in str(error):
                 # It may also be a ? in the password.
                 raise UnusableURI("has an option that libpq does not know") from None
-            raise UnusableURI("is not a URI that libpq can read") from None
+            raise UnusableURI(UNREADABLE) from None
+        if CUT_PASSWORD.match(uri):
+            raise UnusableURI(UNREADABLE)
         ports = given.get("port") or os.environ.get("PGPORT", "")
         for port in ports.split(","):
             if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535):

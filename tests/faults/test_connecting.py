@@ -285,6 +285,18 @@ def test_the_systems_certificates_are_found(
     )
 
 
+@pytest.mark.parametrize("password", ["12/abc", "ab/c", "1/2@3", "%zz"])
+def test_a_password_that_is_not_encoded_is_told_at_the_start(password: str) -> None:
+    """libpq took `u:12` for the host and the port, and they were named."""
+    uri = f"postgresql://u:{password}@db.invalid/none"
+    told = (
+        "POSTGRES_URI is not a URI that libpq can read: in a password write %40 for @, %2F for / and"
+        " %25 for %\n"
+    )
+    assert run_app("check", POSTGRES_URI=uri).stdout == told
+    assert pw_migrate("list", uri=uri).stderr == told
+
+
 @pytest.mark.parametrize(
     ("query", "told"),
     [

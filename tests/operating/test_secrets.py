@@ -124,7 +124,6 @@ DATABASES = {
     "unknown host": f"postgresql://rolemarker:{PASSWORD}@hostmarker.invalid/none",
     "wrong password": f"postgresql://rolemarker:{PASSWORD}@127.0.0.1:%d/none",
     "at sign in the password": f"postgresql://rolemarker:first@{PASSWORD}@127.0.0.1:1/none",
-    "slash in the password": f"postgresql://rolemarker:1/{PASSWORD}@127.0.0.1:1/none",
     "password as a parameter": f"postgresql://127.0.0.1:1/none?user=rolemarker&password={PASSWORD}",
 }
 
