@@ -54,9 +54,9 @@ usage: {usage}
 
 Without an argument Gatehouse serves, with the settings of the environment and of .env.
 
-  check             say whether the configuration, the database, the schema and the upstream
-                    are as they should be; on a terminal, or with --verbose, also what the
-                    configuration comes to
+  check             say whether the configuration, the database and the schema are as they
+                    should be, and whether the upstream takes connections; on a terminal, or
+                    with --verbose, also what the configuration comes to
   health [WHICH]    ask the instance that runs at HOST and PORT for /health, /health/live or
                     /health/ready; exit code 0 where it answers 200, else 1
   --dev             serve with an embedded PostgreSQL and a demo upstream, as `make run` does
@@ -227,6 +227,8 @@ def cause(problem: BaseException) -> str:
         error = deeper
         if isinstance(error, ssl.SSLCertVerificationError):
             return error.verify_message
+        if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+            return "it speaks no TLS: write http:// in UPSTREAM_URL"
         if isinstance(error, OSError) and error.strerror:
             words = error.strerror
 

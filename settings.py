@@ -131,7 +131,11 @@ def env_file(file: Path, parse: Callable[[IO[str]], Iterable[Any]]) -> dict[str,
         raise SettingsError([".env is not in UTF-8"]) from None
     except OSError as error:
         raise SettingsError([f".env cannot be read: {error.strerror}"]) from None
-    wrong = [f".env cannot be read at line {line.original.line}" for line in lines if line.error]
+    wrong = [
+        f".env cannot be read at line {line.original.line}: write NAME=value"
+        for line in lines
+        if line.error
+    ]
     wrong += [
         f".env has no = after {line.key} at line {line.original.line}"
         for line in lines

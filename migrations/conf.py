@@ -117,7 +117,8 @@ def check_rollback(database: Migrating, count: int) -> None:
     if not done:
         raise SystemExit("there is nothing to roll back")
     if len(done) < count:
-        raise SystemExit(f"there is no more than {len(done)} to roll back")
+        applied_are = "1 migration is" if len(done) == 1 else f"{len(done)} migrations are"
+        raise SystemExit(f"only {applied_are} applied: --count must be {len(done)} or less")
     undone = done[len(done) - count :]
     missing = set(undone) - set(names(MIGRATIONS))
     if missing:

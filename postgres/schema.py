@@ -69,7 +69,10 @@ def unsuitable(connection: Connection) -> str | None:
     """Why no migration can be applied to a database, or None."""
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != ENCODING:
-        return f"the database's encoding is {encoding}, and must be {ENCODING}"
+        return (
+            f"the database's encoding is {encoding}, and must be {ENCODING}: make a new database,"
+            f" with createdb --encoding={ENCODING} --template=template0"
+        )
     version = connection.server_version // 10000
     if version < OLDEST:
         return f"PostgreSQL {version} is too old: {OLDEST} or newer is needed"
@@ -161,7 +164,8 @@ def verdict(
         if wrong:
             return 4, "ok", wrong
         if missing:
-            return 3, "ok", f"migrations pending: {', '.join(missing)}"
+            todo = "run .venv/bin/pw_migrate migrate"
+            return 3, "ok", f"migrations pending: {', '.join(missing)}: {todo}"
         try:
             with ended_after(connection, COMPARE_SECONDS):
                 lines = differences(database, directory, rights=True)

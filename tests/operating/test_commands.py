@@ -6,10 +6,12 @@ import json
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg2
 import pytest
@@ -47,7 +49,8 @@ def test_pending_migrations_are_3(databases: Databases, upstream: ScriptedUpstre
     code, lines = check(POSTGRES_URI=uri, UPSTREAM_URL=upstream.url)
     assert code == 3
     steps = sorted(path.stem for path in (ROOT / "migrations").glob("0*.py"))
-    assert lines[2] == f"schema: migrations pending: {', '.join(steps)}"
+    todo = "run .venv/bin/pw_migrate migrate"
+    assert lines[2] == f"schema: migrations pending: {', '.join(steps)}: {todo}"
 
 
 def test_another_schema_is_4(databases: Databases, upstream: ScriptedUpstream) -> None:
@@ -131,6 +134,22 @@ def test_an_upstream_without_a_port_has_that_of_its_scheme(database: str) -> Non
     code, lines = check(POSTGRES_URI=database, UPSTREAM_URL="https://nowhere.invalid")
     assert code == 6
     assert lines[-1].startswith("upstream: unreachable: nowhere.invalid:443: ")
+
+
+def test_an_upstream_without_tls_is_told(database: str) -> None:
+    def answer() -> None:
+        client, _ = listener.accept()
+        with client:
+            client.recv(65536)
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        threads.submit(answer)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        code, lines = check(POSTGRES_URI=database, UPSTREAM_URL=f"https://{address}")
+    assert code == 6
+    todo = "it speaks no TLS: write http:// in UPSTREAM_URL"
+    assert lines[-1] == f"upstream: unreachable: {address}: {todo}"
 
 
 def test_check_says_on_a_terminal_what_the_configuration_comes_to(

@@ -262,7 +262,10 @@ def test_a_database_of_another_encoding_is_refused(databases: Databases) -> None
     uri = databases.uri.replace("/postgres?", f"/{name}?")
     done = pw_migrate("migrate", uri=uri)
     assert done.returncode == 1
-    assert done.stderr == "the database's encoding is LATIN1, and must be UTF8\n"
+    assert done.stderr == (
+        "the database's encoding is LATIN1, and must be UTF8: make a new database, with createdb"
+        " --encoding=UTF8 --template=template0\n"
+    )
     assert differences(uri, MIGRATIONS) == [done.stderr.strip()]
     assert f"schema: {done.stderr}" in run_app("check", POSTGRES_URI=uri).stdout
 
@@ -651,9 +654,10 @@ def test_a_rollback_of_more_than_there_is_is_one_line_and_undoes_nothing(
     uri = databases.create()
     run = pw_migrate("rollback", "--count", "99", uri=uri)
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr == f"there is no more than {len(FILES)} to roll back\n"
-    for count in ("0", "-1"):
-        run = pw_migrate("rollback", "--count", count, uri=uri)
-        told = (1, f"--count must be 1 or more, not {count}\n")
+    count = len(FILES)
+    assert run.stderr == f"only {count} migrations are applied: --count must be {count} or less\n"
+    for wrong in ("0", "-1"):
+        run = pw_migrate("rollback", "--count", wrong, uri=uri)
+        told = (1, f"--count must be 1 or more, not {wrong}\n")
         assert (run.returncode, run.stderr) == told
     assert differences(uri, MIGRATIONS) == []

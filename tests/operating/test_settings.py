@@ -624,7 +624,8 @@ def test_a_line_of_the_env_file_that_cannot_be_read_is_no_line_that_is_not_there
     """It was skipped, and /users was open."""
     (checkout / ".env").write_text(f"# of ours\nTHREADS=8\n{line}\n")
     done = run_there(checkout, **REQUIRED)
-    assert (done.returncode, done.stdout) == (2, ".env cannot be read at line 3\n")
+    told = ".env cannot be read at line 3: write NAME=value\n"
+    assert (done.returncode, done.stdout) == (2, told)
 
 
 @pytest.mark.parametrize("line", ["USERS_TOKEN", "export USERS_TOKEN", "POSTGRES_URI_FILE"])
