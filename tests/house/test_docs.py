@@ -418,15 +418,15 @@ def test_a_dump_can_be_restored(
         cursor.execute(user)
     for commands, uri in ((dump, full), (restore, empty := databases.create(migrated=False))):
         commands = commands.replace(".venv/bin", str(Path(sys.executable).parent))
-        commands = commands.replace("gatehouse.dump", str(tmp_path / "gatehouse.dump"))
-        secret = tmp_path / "postgres-uri"
+        [named] = set(re.findall(r"/etc/gatehouse/[a-z-]+", commands))
+        secret = tmp_path / Path(named).name
         secret.write_text(f"{uri}\n")
-        assert "/etc/gatehouse/postgres-uri" in commands
-        commands = commands.replace("/etc/gatehouse/postgres-uri", str(secret))
+        commands = commands.replace("/etc/gatehouse", str(tmp_path))
+        commands = commands.replace("/root/gatehouse.dump", str(tmp_path / "gatehouse.dump"))
         environ = os.environ | {
             "PATH": f"{POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]}:{os.environ['PATH']}",
             # These two are in .env there.
-            "POSTGRES_URI_FILE": str(secret),
+            "POSTGRES_URI_FILE": str(tmp_path / "postgres-uri"),
             "UPSTREAM_URL": upstream.url,
         }
         done = subprocess.run(
