@@ -259,6 +259,7 @@ def read_only(house: House) -> Service:
     house.sql(f"ALTER DATABASE {house.database} SET default_transaction_read_only = on")
     service = house.start()
     assert create(service).status == 503
+    assert service.call("GET", "/users").status == 200
     return service
 
 
@@ -386,6 +387,10 @@ def hung_upstream(house: House) -> None:
         assert health(service)["upstream"]["status"] == "up"
 
 
+def only_readable(house: House) -> None:
+    assert read_only(house).call("GET", "/health/ready").status == 200
+
+
 def not_ready(house: House) -> None:
     service = house.start(DEAD_DATABASE)
     ready, whole = (service.call("GET", f"/health{which}").status for which in ("/ready", ""))
@@ -401,6 +406,7 @@ HEALTH: dict[str, Callable[[House], object]] = {
     "`upstream.status` is `up`, and `in_flight` grows": hung_upstream,
     "`upstream.status` is `down`": failed_upstream,
     "`in_flight` near `limit`": full_upstream,
+    "`/health/ready` is 200, and every write is 503": only_readable,
     "`/health/ready` is 503, `/health` is 200": not_ready,
 }
 
@@ -504,6 +510,14 @@ def unreadable(folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def no_setting(folder: Path) -> str:
+    project = copied(folder)
+    (project / ".env").write_text("PORT 8081\n")
+    command = [sys.executable, "app.py"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    return done.stderr
+
+
 def set_twice(folder: Path) -> str:
     (folder / "secret").write_text("postgresql:///")
     return run_app(POSTGRES_URI_FILE=folder / "secret").stdout
@@ -541,8 +555,12 @@ START: dict[str, Callable[[Path], str]] = {
     "… is required": lambda folder: run_app(POSTGRES_URI="").stdout,
     "… and …_FILE are both set: unset one of them": set_twice,
     "… in .env is no setting: write …": misspelt,
+    ".env cannot be read at line …: write NAME=value": no_setting,
     ".env cannot be read: …": unreadable,
     "… cannot be read from …: the file is empty": empty_secret,
+    "POSTGRES_URI is not a URI that libpq can read: …": lambda _: (
+        run_app(POSTGRES_URI="postgresql://ann:a/b@db.invalid/none").stdout
+    ),
     "USERS_TOKEN is required where HOST is not loopback": lambda _: run_app(HOST="0.0.0.0").stdout,
     "cannot listen on …: …": port_in_use,
     "the workers cannot start": workers_without_descriptors,
@@ -557,6 +575,49 @@ def test_every_line_of_a_start_is_provoked() -> None:
 @pytest.mark.parametrize("line", START)
 def test_a_start_that_fails_says_what_the_page_has(line: str, tmp_path: Path) -> None:
     said = START[line](tmp_path)
+    assert has(line, said), said
+
+
+def rejected(house: House) -> str:
+    rules = house.server.data / "pg_hba.conf"
+    before = rules.read_text()
+    house.sql(f"CREATE ROLE {house.database} LOGIN")
+    rules.write_text(f"host all {house.database} all reject\n" + before)
+    house.sql("SELECT pg_reload_conf()")
+    house.stack.callback(rules.write_text, before)
+    return house.server.uri(house.database, house.database)
+
+
+def role_without_connections(house: House) -> str:
+    house.sql(f"CREATE ROLE {house.database} LOGIN CONNECTION LIMIT 0")
+    return house.server.uri(house.database, house.database)
+
+
+def changed_by_hand(house: House) -> str:
+    house.sql("DROP INDEX users_mailbox")
+    return house.server.uri(house.database)
+
+
+# What check is to say: makes the fault, and returns the database's URI.
+CHECK: dict[str, Callable[[House], str]] = {
+    "database does not exist": lambda house: house.server.uri("nowhere"),
+    "pg_hba.conf rejects connection": rejected,
+    "too many connections for role": role_without_connections,
+    # No name server has to be asked for this one.
+    "Name or service not known": lambda _: "postgresql://no..name/none",
+    "server does not support SSL": lambda house: house.server.uri() + "?sslmode=require",
+    "migrations pending: …": lambda house: house.server.uri(house.server.create("template1")),
+    "not what the migrations make: …": changed_by_hand,
+}
+
+
+def test_every_line_of_check_is_provoked_here_and_no_other() -> None:
+    assert first_cells("What check says") == list(CHECK)
+
+
+@pytest.mark.parametrize("line", CHECK)
+def test_check_says_what_the_page_has(house: House, line: str) -> None:
+    said = run_app("check", POSTGRES_URI=CHECK[line](house)).stdout
     assert has(line, said), said
 
 
