@@ -1,5 +1,6 @@
 BIN := .venv/bin
-# The Python that .venv was made with. Another one would leave its link there, beside modules that are its own.
+# Without PYTHON= it is the Python of .venv: `python3 -m venv` would leave the link to that one where it is, and
+# name the folder of another one's modules beside it.
 PYTHON ?= $(or $(realpath $(BIN)/python),python3)
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
