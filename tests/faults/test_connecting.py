@@ -224,6 +224,18 @@ def test_a_search_path_that_a_pooler_refuses_is_not_lost_without_a_word(
     assert count(server, tenants, "public.users") == 0
 
 
+def test_another_schema_than_the_migrated_one_is_as_operating_has_it(server: Server) -> None:
+    name = server.create()
+    server.sql("CREATE SCHEMA app", database=name)
+    before = server.uri(name) + "?options=" + quote("-c search_path=app,public")
+    assert check(POSTGRES_URI=before)[1][2] == "schema: ok"
+    assert pw_migrate("migrate", uri=before).returncode == 1
+    without = server.uri(name) + "?options=" + quote("-c search_path=app")
+    assert check(POSTGRES_URI=without)[1][2].startswith("schema: migrations pending: ")
+    assert pw_migrate("migrate", uri=without).returncode == 0
+    assert count(server, name, "app.users") == 0
+
+
 def test_a_second_server_makes_up_for_a_first_that_is_away(
     server: Server, start: Start, tmp_path: Path
 ) -> None:
