@@ -319,8 +319,9 @@ class Application(bottle.Bottle):  # type: ignore[misc]
     """A Bottle application with one place for all errors. Where Bottle would guess, a guard decides
     before it.
 
-    A server may put into the environ `gatehouse.request_id`, and `gatehouse.arrived`: when the
-    request was complete, in seconds on the monotonic clock. A ConnectionError that `wsgi.input`
+    A server may put into the environ `gatehouse.request_id`; `gatehouse.arrived`, when the request
+    was complete, in seconds on the monotonic clock; and `gatehouse.lane`, if it has asked
+    `Gatehouse.admit`, so that access is not checked again. A ConnectionError that `wsgi.input`
     raises says that the client has left; it is not answered.
     """
 
@@ -362,15 +363,17 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         if owner is None:
             raise NotFound("This path is not Gatehouse's; only its own server forwards requests.")
         if owner[1] == "users":
-            headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
-            asked = asked_for(path, environ["REQUEST_METHOD"], *headers)
-            if asked != "page":
-                host = environ.get("HTTP_HOST", "")
-                self.access.check(lambda name: environ.get(KEYS[name]), host)
+            lane = environ.get("gatehouse.lane")
+            if lane is None:
+                headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
+                lane = users_lane(path, environ["REQUEST_METHOD"], *headers)
+                if lane != "live":
+                    host = environ.get("HTTP_HOST", "")
+                    self.access.check(lambda name: environ.get(KEYS[name]), host)
             if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
-            if waited > self.patience and not asked:
+            if waited > self.patience and lane == "users":
                 raise DatabaseUnavailable("Too many requests wait for the database.")
         # Bottle drops octets of a path that are not UTF-8 (bottle.py:981: `/us%FFers` would be
         # `/users`). Its expressions ignore a line feed at the end (:441). It takes a method in any
@@ -398,17 +401,18 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         raise RuntimeError(f"{error.status_line}: {error.body}") from error.exception
 
 
-def asked_for(path: str, method: str, content_type: str | None, accept: str | None) -> str:
-    """The kind of a request: `page` for the browser's page, which holds nobody's data; `bulk` for
-    an import or export; empty for anything else."""
-    if path.removesuffix("/") != "/users":
-        return ""
-    if method == "POST":
-        return "bulk" if media_type(content_type or "") in BULK_TYPES else ""
-    if method not in ("GET", "HEAD"):
-        return ""
-    kind = preferred(accept, *LIST_TYPES)
-    return "page" if kind == HTML else "bulk" if kind in BULK_TYPES else ""
+def users_lane(path: str, method: str, content_type: str | None, accept: str | None) -> str:
+    """The lane of a request below /users: `live` for the browser's page, which holds nobody's data
+    and waits for nothing; `bulk` for an import or export; `users` for anything else."""
+    kind = ""
+    if path.removesuffix("/") == "/users":
+        if method == "POST":
+            kind = media_type(content_type or "")
+        elif method in ("GET", "HEAD"):
+            kind = preferred(accept, *LIST_TYPES)
+            if kind == HTML:
+                return "live"
+    return "bulk" if kind in BULK_TYPES else "users"
 
 
 class Gatehouse:
@@ -420,18 +424,14 @@ class Gatehouse:
         self.board = Board(settings.workers)
         self.owned = create_app(settings, self.board)
         url = urlsplit(settings.upstream_url)
-        self.proxy = Proxy(
+        self.rules = Proxy(
             host=url.netloc,
             prefix=url.path,
             name=f"gatehouse-{uuid.uuid4().hex[:12]}",
             preserve_host=settings.upstream_preserve_host,
             trusted=settings.trusted_proxies,
         )
-        # The server asks the application for these rules too: see server.server.Application.
-        self.caller = self.proxy.caller
-        self.request_head = self.proxy.request_head
-        self.answer_lines = self.proxy.answer_lines
-        self.interim_lines = self.proxy.interim_lines
+        self.caller = self.rules.caller
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer a request that is not proxied."""
@@ -450,7 +450,7 @@ class Gatehouse:
         answers. Raises the Problem to refuse the request with."""
         owner = OWNED.fullmatch(head.path)
         if owner is None:
-            self.proxy.admit(head)
+            self.rules.admit(head)
             return "proxy", self.max_body
         if owner[1] == "users":
 
@@ -459,16 +459,12 @@ class Gatehouse:
                 return None if values is None else ", ".join(values)
 
             kind, accept = value_of("content-type"), value_of("accept")
-            asked = asked_for(head.path, head.method, kind, accept)
-            if asked == "page":
-                return "live", MAX_BYTES
-            self.owned.access.check(value_of, head.host)
-            if asked == "bulk":
-                return "bulk", self.max_body
-        elif LIVE.fullmatch(head.path):
-            # It waits for nothing, and must not wait behind requests that do.
-            return "live", MAX_BYTES
-        return owner[1], MAX_BYTES
+            lane = users_lane(head.path, head.method, kind, accept)
+            if lane != "live":
+                self.owned.access.check(value_of, head.host)
+            return lane, self.max_body if lane == "bulk" else MAX_BYTES
+        # What waits for nothing must not wait behind requests that do.
+        return "live" if LIVE.fullmatch(head.path) else "health", MAX_BYTES
 
 
 def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int:

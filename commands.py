@@ -171,15 +171,14 @@ def check(settings: Settings, *, verbose: bool = False) -> int:
         statement_timeout=settings.db_statement_timeout,
     )
     print(f"database: {database}\nschema: {shape}")
-    codes = [code]
     connector = Connector(settings.upstream_url, os.environ.get(CA_BUNDLE))
     try:
         connector.connect(settings.upstream_connect_timeout).close()
         print("upstream: ok")
     except Problem as problem:
-        codes.append(6)
+        code = code or 6
         print(f"upstream: unreachable: {upstream_address(settings)}: {cause(problem)}")
-    return next((code for code in codes if code), 0)
+    return code
 
 
 def means(settings: Settings) -> list[str]:
@@ -203,11 +202,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _address(host: str, port: str | int | None) -> str:
-    # If a password has an @ that is not written as %40, its end is taken for a part of the host.
-    host = host.rpartition("@")[2]
-    host = f"[{host}]" if ":" in host else host
-    return host if port is None else f"{host}:{port}"
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def upstream_address(settings: Settings) -> str:

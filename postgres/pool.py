@@ -383,7 +383,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         self._release(conn, broken=close_conn)
 
     def close_idle(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the connections that nobody uses; the others are left to their users."""
         with self._mutex:
             idle, self._ready = self._ready, []
             self._count -= len(idle)
@@ -391,6 +391,4 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         for connection, _ in idle:
             connection.close()
 
-    def close_all(self) -> None:
-        """Close the connections that nobody uses; the others are left to their users."""
-        self.close_idle()
+    close_all = close_idle  # as peewee calls it

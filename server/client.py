@@ -55,7 +55,7 @@ class Responder(Protocol):
 
     @property
     def hurries_client(self) -> bool:
-        """Whether the client has a limited time to send that."""
+        """Whether the client has only a limited time to send the rest of the body."""
 
     def from_client(self, data: bytes) -> bytes:
         """Take bytes of the body; returns what follows it."""
@@ -177,7 +177,7 @@ class Client(Stream):
         # The responder's timer. All requests of a connection share it: none has to make its own.
         self.deadline = Timer(desk.loop)
         self._timer = Timer(desk.loop, self._look)
-        self._timer.set(self._patience())
+        self._timer.set(self._next_look())
         self.watch()
 
     def _forget_answer(self) -> None:
@@ -203,7 +203,7 @@ class Client(Stream):
             self._began = self.loop.now
             data = responder.from_client(data)
             if self.phase is Phase.ANSWERING and not responder.wants_body:
-                self._timer.set(self._patience())
+                self._timer.set(self._next_look())
         self._received += len(data)
         if not data or self._unread or self.phase is Phase.CLOSED:
             return
@@ -258,8 +258,9 @@ class Client(Stream):
             problem = error
         if end < 0 and problem is None:
             self._ahead, self._scanned = data, len(data)
-            self._timer.set(self._patience())
+            self._timer.set(self._next_look())
             return False
+        # Of a head that is refused unread only one thing matters: the answer to a HEAD has no body.
         head = self.head = Head(data[:end] if problem is None else data[:5])
         head.id = request_id(head.values.get("x-request-id"))
         self._ahead, self._scanned = data[end + 4 :] if problem is None else b"", 0
@@ -268,15 +269,15 @@ class Client(Stream):
         self.phase = Phase.ANSWERING
         self._timer.cancel()
         try:
-            if problem or head.problem:
-                raise problem or head.problem or BadRequest
+            if problem := problem or head.problem:
+                raise problem
             self._desk.respond(self, head)
         except Problem as refused:
             self.refuse(refused)
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
             self._began = self.loop.now
-            self._timer.set(self._patience())
+            self._timer.set(self._next_look())
             self.received(self.take_ahead())  # Even if it is empty: the responder may begin now.
         elif self.phase is Phase.ANSWERING and len(self._ahead) > AHEAD_BYTES:
             self.pause()  # The end of the answer before has resumed it.
@@ -293,7 +294,7 @@ class Client(Stream):
         if paused and self._began:
             # The pause was ours: its time is not the client's.
             self._began += self.loop.now - self._paused_at
-            self._timer.set(min(self._timer.when, self._patience()))
+            self._timer.set(min(self._timer.when, self._next_look()))
 
     def ask_for_body(self) -> None:
         """Send the 100 that a client may wait for before it sends a body."""
@@ -360,11 +361,6 @@ class Client(Stream):
         self._began = NEVER  # What comes now is not a request, and may take any time.
         self._send(status_line(status) + lines + b"\r\n")
 
-    @property
-    def closing(self) -> bool:
-        """Whether the service stops, so that connections end with what is under way."""
-        return self._desk.closing
-
     def write(self, piece: bytes) -> None:
         """Send a piece of the body, and the head before the first."""
         if self._body_left is not None:
@@ -429,7 +425,7 @@ class Client(Stream):
         if more:
             # From now on the client is no slower than one that has just begun.
             self._began = self._paused_at = self.loop.now
-            self._timer.set(self._patience())
+            self._timer.set(self._next_look())
         else:
             self._leave_unread()
             self._go_on()
@@ -502,7 +498,7 @@ class Client(Stream):
                 self._began = self.loop.now if self._ahead else 0.0
                 self._received = len(self._ahead)
                 self.idle_since = self.loop.now
-                self._timer.set(self._patience())
+                self._timer.set(self._next_look())
                 self._read_requests()
         except Exception:
             # The responder may have let go of this client already: nobody else would end it.
@@ -578,7 +574,7 @@ class Client(Stream):
 
     # Time.
 
-    def _patience(self) -> float:
+    def _next_look(self) -> float:
         """When to check next whether the client takes too long: to send, to read, or to ask."""
         when = NEVER
         if self.queued:
@@ -604,13 +600,13 @@ class Client(Stream):
                 self._timer.set(until)
         elif self.queued and not self._reads(now):
             self.hang_up(reset=True)
-        elif self._patience() <= now:
+        elif self._next_look() <= now:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None
             complete = self._complete and not self.queued
             self.hang_up(reset=bool(self.status) and not framed and not complete)
         else:
-            self._timer.set(self._patience())
+            self._timer.set(self._next_look())
 
     def _reads(self, now: float) -> bool:
         """Whether the client has taken something lately. The kernel may take no more from us for
@@ -620,6 +616,11 @@ class Client(Stream):
             self._took = now
         self._untaken = untaken
         return now - self._took < READER_SECONDS
+
+    @property
+    def closing(self) -> bool:
+        """Whether the service stops, so that connections end with what is under way."""
+        return self._desk.closing
 
     @property
     def idle(self) -> bool:

@@ -123,14 +123,14 @@ class Exchange:
         "_answer",
         "_connection",
         "_deadline",
-        "_entered",
+        "_counted",
         "_gathered",
         "_head",
         "_heard",
         "_in",
         "_interim",
         "_largest",
-        "_name",
+        "_id",
         "_nudge_at",
         "_patience",
         "_peer",
@@ -139,8 +139,8 @@ class Exchange:
         "_rules",
         "_scanned",
         "_silent_since",
-        "_streamed",
-        "_streams",
+        "_partly_sent",
+        "_is_stream",
         "_tail",
         "_timer",
         "_upgrades",
@@ -166,7 +166,7 @@ class Exchange:
         self.state = State.GATHERING
         self.body = head.body()
         self._head: Head | None = head
-        self._name = head.id
+        self._id = head.id
         self._peer = peer
         self._upstream = upstream
         self._rules = rules
@@ -174,10 +174,10 @@ class Exchange:
         self._largest = largest
         self._upgrades = head.upgrade
         self._gathered = b""  # the part of the body that the upstream does not have yet
-        self._streamed = False  # whether a part of the body has been sent and is not kept
+        self._partly_sent = False  # whether a part of the body has been sent and is not kept
         self._connection: Connection | None = None
-        self._entered = False  # whether it counts as a request that is with the upstream
-        self._streams = False  # whether it counts as a stream
+        self._counted = False  # whether it counts as a request that is with the upstream
+        self._is_stream = False  # whether it counts as a stream
         self._repeated = False
         self._refused_since = NEVER
         self._in = b""  # the part of the answer's head that has arrived
@@ -185,8 +185,8 @@ class Exchange:
         self._scanned = 0
         self._heard = False  # whether a byte of an answer has arrived
         self._answer: Answer | None = None
-        # The last bytes of an event stream. Before the first one a comment may be sent, as after an
-        # event.
+        # The last bytes of an event stream. It begins as if an event had just ended, so that a
+        # comment may come before the first one.
         self._tail = b"\n\n"
         self._silent_since = 0.0
         self._timer = client.deadline
@@ -206,7 +206,8 @@ class Exchange:
         if self.body is None:
             self._ask()
         elif not self._large:
-            self.client.ask_for_body()  # The upstream asks for a larger one.
+            # For a larger body the upstream is asked first: it may send a 100, or refuse.
+            self.client.ask_for_body()
 
     @property
     def _large(self) -> bool:
@@ -235,7 +236,7 @@ class Exchange:
         elif self._largest and self.body.announced > self._largest:
             self._refuse(BodyTooLarge(f"The body is larger than {self._largest} bytes."))
         elif self._connection is not None:
-            self._send_on(piece)
+            self._send_on(self._connection, piece)
         elif self._answer is not None:
             pass  # The upstream takes it no more.
         else:
@@ -256,9 +257,7 @@ class Exchange:
         except Problem as busy:
             self._refuse(busy)
             return
-        self._entered = True
-        head = self._head
-        assert head is not None
+        self._counted = True
         connection = self._upstream.take(repeatable=self._repeatable, client=self.client)
         if connection is None:
             self._connect()
@@ -270,7 +269,7 @@ class Exchange:
         """Whether it is safe to send the request a second time, and all of it is kept."""
         head = self._head
         whole = self.body is None or self.body.complete
-        return head is not None and head.method in IDEMPOTENT and whole and not self._streamed
+        return head is not None and head.method in IDEMPOTENT and whole and not self._partly_sent
 
     def _connect(self) -> None:
         self.state = State.CONNECTING
@@ -311,7 +310,7 @@ class Exchange:
         elif head.chunked:
             body = (chunk(body) if body else b"") + (LAST_CHUNK if whole else b"")
         if not whole:
-            self._gathered, self._streamed = b"", True
+            self._gathered, self._partly_sent = b"", True
         connection.send(self._rules.request_head(head, self._peer, length) + body)
         self._asked()
         if not whole:
@@ -333,10 +332,7 @@ class Exchange:
 
     # The body streams on.
 
-    def _send_on(self, piece: bytes) -> None:
-        connection = self._connection
-        if connection is None:
-            return
+    def _send_on(self, connection: Connection, piece: bytes) -> None:
         if isinstance(self.body, Chunks):
             piece = (chunk(piece) if piece else b"") + (LAST_CHUNK if self.body.complete else b"")
         connection.send(piece)
@@ -432,8 +428,8 @@ class Exchange:
         self._answer = answer
         self.state = State.ANSWERING
         if answer.events:
-            self._streams = True
-            self._upstream.stream(1)
+            self._is_stream = True
+            self._upstream.count_streams(1)
         connection = self._connection
         assert connection is not None
         if answer.status == 401 and authenticates_connection(
@@ -625,7 +621,7 @@ class Exchange:
     def _fail(self, problem: Problem) -> None:
         """The upstream did not answer."""
         cause = " ".join(str(problem.__cause__ or problem.detail).split())
-        log.warning("%s: %s request_id=%s", problem.name, cause, self._name)
+        log.warning("%s: %s request_id=%s", problem.name, cause, self._id)
         self._upstream.outcome(up=False)
         self._refuse(problem)
 
@@ -662,11 +658,11 @@ class Exchange:
         self._let_go()
         self._timer.action = None
         self._head = None
-        if self._streams:
-            self._streams = False
-            self._upstream.stream(-1)
-        if self._entered:
-            self._entered = False
+        if self._is_stream:
+            self._is_stream = False
+            self._upstream.count_streams(-1)
+        if self._counted:
+            self._counted = False
             self._upstream.leave()
 
     def abandon(self) -> None:
@@ -696,8 +692,6 @@ class Exchange:
             self._break("the upstream stalled in the middle of a body")
         elif self.state is State.DELIVERING:
             self._give_up_delivering()
-        else:
-            self.client.hang_up()
 
     def _nudge(self) -> None:
         """The upstream has been silent: ask the client for its body, or send it a comment."""

@@ -53,7 +53,7 @@ class Lane:
 
     def __init__(self, loop: Loop, name: str, limit: int, eager: int | None = None) -> None:
         self._loop = loop
-        self._name = name
+        self.name = name
         self._limit = limit
         self._eager = limit if eager is None else min(eager, limit)
         self._relief = Timer(loop, self.relieve)
@@ -81,7 +81,7 @@ class Lane:
 
     def _start(self) -> None:
         try:
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            threading.Thread(target=self._work, name=self.name, daemon=True).start()
         except RuntimeError:
             log.exception("no thread can be started; the job waits for another")
             with self._lock:
@@ -209,8 +209,8 @@ class Inbox(io.RawIOBase):
         return size
 
 
-def taken(waiting: list[Callable[[], None]]) -> Callable[[], None] | None:
-    """What waits in the list, for whoever asks first; None for all others."""
+def take(waiting: list[Callable[[], None]]) -> Callable[[], None] | None:
+    """Take the work out of the list. The first caller gets it, all others None."""
     try:
         return waiting.pop()
     except IndexError:
@@ -219,7 +219,7 @@ def taken(waiting: list[Callable[[], None]]) -> Callable[[], None] | None:
 
 def begin(waiting: list[Callable[[], None]]) -> None:
     """Do what waits in the list, unless it was given up."""
-    work = taken(waiting)
+    work = take(waiting)
     if work is not None:
         work()
 
@@ -251,8 +251,8 @@ class Job:
         self.client = client
         self.head = head
         self.lane = lane
-        # What a thread will do. Who takes it out of the list decides that it is begun, or that it
-        # never is. The lane has the list alone: what was given up is not kept there.
+        # The work, until a thread begins it or it is given up: whoever takes it out of the list
+        # first. The lane has only the list, so that it keeps nothing alive that was given up.
         self._waiting: list[Callable[[], None]] = []
         self._patience = patience
         self.application = application
@@ -343,7 +343,7 @@ class Job:
 
     def _give_up(self) -> None:
         """Its time is over. If it has not begun, it never will."""
-        if taken(self._waiting):
+        if take(self._waiting):
             self._refuse(DatabaseUnavailable(ALL_HELD))
 
     # On the lane's thread.
@@ -433,7 +433,6 @@ class _Channel:
     ident = "gatehouse"
     effective_port = 0
     server_name = "gatehouse"
-    log_socket_errors = True
 
     def check_client_disconnected(self) -> bool:
         return self._job.over
@@ -458,8 +457,6 @@ class _Request:
             for name, values in head.values.items()
             if "_" not in name
         }
-        if job.body is not None and head.chunked:
-            self.headers.pop("CONTENT_LENGTH", None)
         self.get_body_stream = lambda: job._input
 
 
@@ -486,9 +483,9 @@ class Task(WSGITask):  # type: ignore[misc]
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         environ["REQUEST_METHOD"] = self._job.head.method  # Waitress makes it upper case.
-        environ["SCRIPT_NAME"] = ""
         environ["gatehouse.request_id"] = self._job.head.id
         environ["gatehouse.arrived"] = self._job.arrived
+        environ["gatehouse.lane"] = self._job.lane.name
         return environ
 
     def write(self, data: bytes) -> None:

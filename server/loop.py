@@ -7,7 +7,6 @@ nothing else.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import heapq
 import logging
@@ -103,7 +102,7 @@ class Loop:
     def __init__(self) -> None:
         self.now = time.monotonic()
         self.longest_turn = 0.0  # in seconds, since the reader last set it to 0
-        self._poller: Any = Epoll() if hasattr(select, "epoll") else Portable()
+        self._poller: Any = select.epoll() if hasattr(select, "epoll") else Portable()
         self._watched: dict[int, Watched] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = 0
@@ -186,7 +185,7 @@ class Loop:
     def turn(self) -> None:
         """Wait for what happens next, and see to all of it."""
         self._asleep = True
-        timeout = self._patience()
+        timeout = self._longest_sleep()
         events = self._poller.poll(timeout, BATCH)
         self._asleep = False
         self.now = began = time.monotonic()
@@ -217,7 +216,7 @@ class Loop:
             for sock in closing:
                 self.attempt(sock.close)
 
-    def _patience(self) -> float:
+    def _longest_sleep(self) -> float:
         # `_asleep` is set already: a call is either seen here, or comes later and wakes the loop.
         if self._calls.qsize() or self._soon:
             return 0.0
@@ -280,20 +279,8 @@ def abandon(method: Any) -> None:
         end()
 
 
-class Epoll:
-    """Linux's poller. READ, WRITE and BROKEN are its own numbers."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self.register = self._epoll.register
-        self.modify = self._epoll.modify
-        self.unregister = self._epoll.unregister
-        self.poll = self._epoll.poll
-        self.close = self._epoll.close
-
-
 class Portable:
-    """A poller with the same methods, for systems without epoll."""
+    """A poller with the methods of select.epoll, for systems without it."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -320,18 +307,3 @@ class Portable:
             )
             for key, mask in self._selector.select(timeout)
         ]
-
-
-def give_large_pieces_back() -> None:
-    """Have glibc give each piece of memory of a megabyte or more back when it is freed. By itself
-    it would keep pieces of up to 32 MB, once such a piece has been freed (M_MMAP_THRESHOLD of
-    mallopt(3)): forty pages of the largest users left 250 MB behind."""
-    with contextlib.suppress(OSError, AttributeError):  # Another C library has no such function.
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)
-
-
-def give_memory_back() -> None:
-    """Give freed memory back to the system. glibc keeps it for the next crowd of clients, which may
-    never come."""
-    with contextlib.suppress(OSError, AttributeError):  # Another C library has no such function.
-        ctypes.CDLL(None).malloc_trim(0)

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
 from problems import BodyTooLarge, Problem
 from server.client import Client
-from server.exchange import Exchange, Patience
+from server.exchange import Exchange, Patience, Rules
 from server.jobs import Job, Lane
 from server.listener import connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
-from server.loop import NEVER, READ, Loop, Timer, give_large_pieces_back, give_memory_back
+from server.loop import NEVER, READ, Loop, Timer
+from server.memory import give_large_pieces_back, give_memory_back
 from server.tunnel import Tunnel
 from server.upstream import Connector, Upstream
-from wire.answer import Answer
 from wire.request import ABSURD_BYTES, Head
 
 log = logging.getLogger("gatehouse")
@@ -32,12 +32,12 @@ log = logging.getLogger("gatehouse")
 BACKLOG = 1024
 # Threads that make connections to the upstream: how many at most, and how many without a delay.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
-# If there were more clients than this, and half of them have gone, memory is given back, and so it
-# is after an answer of the application's of more than so many bytes.
-CROWD, LARGE_BYTES = 100, 1 << 20
+# Freed memory is given back when there were more than CROWD clients and half of them have gone, and
+# after the application has given an answer of more than LARGE_ANSWER_BYTES.
+CROWD, LARGE_ANSWER_BYTES = 100, 1 << 20
 # While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
-IDLE_SECONDS = 2.0
+GOODBYE_SECONDS = 2.0
 # Before a worker accepts, it waits this many seconds for each client that it has more than the
 # worker with the fewest. The wait has a limit: that one may be starting, or waiting for the
 # processor.
@@ -51,7 +51,7 @@ WAKING_SECONDS = 1.0
 # How long a thread may keep the interpreter while others want it.
 SWITCH_SECONDS = 0.001
 # At its end a worker waits at most this many seconds for the reader of a log.
-LOG_SECONDS = 1.0
+LAST_LINES_SECONDS = 1.0
 # If no descriptor is free, the worker tries again to accept after this many seconds.
 CROWDED_SECONDS = 0.025
 # A worker that has closed an idle connection, to have a descriptor, tries again after this many
@@ -61,7 +61,7 @@ DROPPED_SECONDS = 0.001
 # To make room, no client is closed that has connected, or begun its head, less than this many
 # seconds ago.
 GRACE_SECONDS = 0.1
-# As many of them are looked for at once, and again after this many seconds at the latest.
+# A search finds so many clients to close at most, and is used for so many seconds at most.
 SPARE_AT_ONCE, LONGEST_SECONDS = 4096, 2.0
 
 
@@ -69,6 +69,10 @@ class Application(Protocol):
     """What is served: a WSGI application, and the rules by which the server treats each request."""
 
     board: Board
+
+    @property
+    def rules(self) -> Rules:
+        """What the proxy does to heads."""
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """The application itself, for the requests that are not proxied."""
@@ -82,15 +86,6 @@ class Application(Protocol):
 
     def caller(self, head: Head, peer: str) -> str:
         """The client's address as the access log names it."""
-
-    def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
-        """The head that is sent to the upstream; see server.exchange.Rules."""
-
-    def answer_lines(self, answer: Answer, head: Head) -> bytes:
-        """The header lines that go back to the client."""
-
-    def interim_lines(self, answer: Answer) -> bytes:
-        """Those of an interim answer."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +125,11 @@ class Server:
         self.alone = True
         self.stopping = False
         self.closing = False  # whether connections end with the answers that are under way
-        self._draining = False
         self._listener = listener
         self._accepting = False
         self._clients: set[Client] = set()
         self._room = connection_room()
+        most = most_streams()
         self._spare: list[tuple[tuple[int, float], Client]] = []  # to close for room, last first
         self._more_spare = False  # whether there were more than that
         self._spare_until = 0.0
@@ -142,7 +137,7 @@ class Server:
             self.loop,
             Lane(self.loop, "connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
             Connector(options.upstream_url, options.ca_bundle),
-            limit=min(options.limit or most_streams(), most_streams()),
+            limit=min(options.limit or most, most),
             connect_timeout=options.connect_timeout,
             keepalive=options.upstream_keepalive,
             board=application.board,
@@ -188,11 +183,11 @@ class Server:
             self._listener.listen(BACKLOG)  # One that is handed over keeps its own Backlog=.
         self._watch_listener(True)
         self._tick.set(self.loop.now)
-        while not (self._draining and (not self._clients or self.loop.now >= self._deadline)):
+        while not (self.closing and (not self._clients or self.loop.now >= self._deadline)):
             self.loop.turn()
             if self._lines:
                 self._write_log()
-            if self.stopping and not self._draining:
+            if self.stopping and not self.closing:
                 self._drain()
         if under_way := sum(client.head is not None for client in self._clients):
             log.warning("%d requests cut: SHUTDOWN_TIMEOUT is over", under_way)
@@ -202,7 +197,7 @@ class Server:
         self.loop.turn_over()
         if self._lines:
             self._write_log()
-        self._see_to_logs(min(LOG_SECONDS, max(0.0, self._deadline - time.monotonic())))
+        self._see_to_logs(min(LAST_LINES_SECONDS, max(0.0, self._deadline - time.monotonic())))
         self.loop.shut()
 
     def stop(self) -> None:
@@ -244,7 +239,7 @@ class Server:
         self._again.set(self.loop.now + seconds)
 
     def _accept(self) -> None:
-        if self._draining:
+        if self.closing:
             return
         self._watch_listener(True)
         # With other workers, accept one client at a time: they may want the next. Alone, accept
@@ -284,9 +279,8 @@ class Server:
         client's, in the order of `Client.spare`. False if there is none.
 
         To look through ten thousand clients takes tens of milliseconds, and a flood of connections
-        would do that each time. So what was found is used for CROWDED_SECONDS, or until ten times
-        as much time has passed as that took, so that the others have nine tenths of it; but for
-        LONGEST_SECONDS at most.
+        would do that each time. So what was found is used again: for CROWDED_SECONDS, or for ten
+        times as long as the search took, so that searching takes a tenth of the time at most.
         """
         if self.upstream.drop_one():
             return True
@@ -300,8 +294,8 @@ class Server:
         while self._spare:
             spare, client = self._spare.pop()
             # A client that was just accepted may have sent its request, which is not read yet.
-            settled = not spare[0] or spare[1] <= now - GRACE_SECONDS
-            if settled and client.spare == spare:
+            old_enough = not spare[0] or spare[1] <= now - GRACE_SECONDS
+            if old_enough and client.spare == spare:
                 client.hang_up()
                 return True
         return False
@@ -322,7 +316,7 @@ class Server:
                 head,
                 client.peer[0],
                 self.upstream,
-                self.application,
+                self.application.rules,
                 self.options.patience,
                 largest,
             )
@@ -349,7 +343,7 @@ class Server:
 
     def answered(self, client: Client, head: Head) -> None:
         """A request is over: make its line of the access log."""
-        if client.sent > LARGE_BYTES and client.lane != "proxy":
+        if client.sent > LARGE_ANSWER_BYTES and client.lane != "proxy":
             self._was_large = True
         if self._log is not None:
             caller = self.application.caller(head, client.peer[0])
@@ -404,12 +398,12 @@ class Server:
 
     def _drain(self) -> None:
         """Begin to stop: answer what is under way, and accept no more clients."""
-        self._draining = self.closing = True
+        self.closing = True
         now = self.loop.now
         self._deadline = now + self.options.shutdown_timeout
         Timer(self.loop).set(self._deadline)  # Otherwise the loop might sleep a second longer.
         # This also ends connections whose answer began before, and did not say that they end.
-        self.keepalive = min(self.keepalive, IDLE_SECONDS)
+        self.keepalive = min(self.keepalive, GOODBYE_SECONDS)
         if self.alone:
             let_nobody_in(self._listener)
         # The kernel has accepted the clients in the queue: closing the socket now would reset them.
@@ -424,7 +418,7 @@ class Server:
             if isinstance(responder, Tunnel):
                 self.loop.attempt(responder.part)
         goodbye = Timer(self.loop, self._close_idle)
-        goodbye.set(now + min(IDLE_SECONDS, self.options.shutdown_timeout))
+        goodbye.set(now + min(GOODBYE_SECONDS, self.options.shutdown_timeout))
 
     def _close_idle(self) -> None:
         """Close the connections whose clients have sent nothing since."""

@@ -19,11 +19,10 @@ from typing import Any
 
 from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, Loop
 
-# How many bytes one read takes: the second number if the read before got at least the first.
+# A read takes up to READ_BYTES; the read after a full one takes four times as many, up to
+# LARGE_READ_BYTES. If what was read took longer than SLOW_SECONDS to handle, the next read takes
+# SMALL_READ_BYTES, so that others have their turn.
 READ_BYTES, LARGE_READ_BYTES = 65536, 262144
-# If it took more seconds than this to handle what was read, the next read is a small one, so that
-# others have their turn between the two. After each read that was full, the next is four times as
-# large.
 SLOW_SECONDS, SMALL_READ_BYTES = 0.005, 8192
 # If more bytes than this wait to be sent to one side, the other is not read until all are taken.
 HIGH_WATER = 262144
@@ -42,7 +41,8 @@ WAIT = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWrit
 
 class Stream:
     """Subclasses say what is to happen in `received`, `ended`, `drained` and `failed`. The loop
-    calls these, but none after `close`, and none after `failed`.
+    calls these, but none after `failed`, and none after `close`, except for the `failed` of a
+    connection that had broken before.
 
     `queued` is how many bytes wait for the other side to take them.
     """
@@ -55,13 +55,13 @@ class Stream:
         "_fd",
         "_idle_events",
         "_move_bytes",
-        "_paused",
         "_pending",
         "_read_bytes",
         "_write_waits_for_read",
         "closed",
         "ended_reading",
         "loop",
+        "paused",
         "queued",
         "sock",
         "tls",
@@ -78,7 +78,7 @@ class Stream:
         self._pending: deque[memoryview] | None = None
         self.queued = 0
         self._events = 0
-        self._paused = False
+        self.paused = False
         self._read_bytes = READ_BYTES
         # How much `move_to` moves at once. It grows as long as the other side takes all of it,
         # because the bytes that the other side does not take are kept here.
@@ -127,7 +127,7 @@ class Stream:
             events |= READ  # Even while it is paused: TLS has to read before it can send on.
         elif self._pending:
             events |= WRITE
-        if not self._paused and not self.ended_reading:
+        if not self.paused and not self.ended_reading:
             events |= READ
         if events != self._events:
             self.loop.watch(self._fd, self, self._events, events)
@@ -135,25 +135,21 @@ class Stream:
 
     def pause(self) -> None:
         """Read no more for now."""
-        if not self._paused:
-            self._paused = True
+        if not self.paused:
+            self.paused = True
             self._read_bytes = min(self._read_bytes, READ_BYTES)
             self.watch()
 
     def resume(self) -> None:
         """Read again. TLS may have read bytes from the socket already, which no selector sees."""
-        if self._paused:
-            self._paused = False
+        if self.paused:
+            self.paused = False
             self.watch()
             if self.tls:
                 self.loop.soon(self._read_on)
 
-    @property
-    def paused(self) -> bool:
-        return self._paused
-
     def _read_on(self) -> None:
-        if not self.closed and not self._paused and not self.ended_reading:
+        if not self.closed and not self.paused and not self.ended_reading:
             self._read()
 
     def on_event(self, events: int) -> None:
@@ -162,11 +158,11 @@ class Stream:
             self._write()
             if self.closed:
                 return
-        if events & (READ | BROKEN) and not self._paused and not self.ended_reading:
+        if events & (READ | BROKEN) and not self.paused and not self.ended_reading:
             self._read()
         elif events & BROKEN:
             self._hung_up()
-        elif events & LEAVING and self._paused:
+        elif events & LEAVING and self.paused:
             self._idle_events = BROKEN_ONLY  # Or the selector would report it at every turn.
             self.watch()
             self.leaving()
@@ -209,7 +205,7 @@ class Stream:
             else:
                 self._read_bytes = min(self._read_bytes, READ_BYTES)
             # No selector shows bytes that the TLS layer has read ahead.
-            if not self.tls or self.closed or self._paused or not self.sock.pending():
+            if not self.tls or self.closed or self.paused or not self.sock.pending():
                 return
 
     def _end_reading(self) -> None:
@@ -298,6 +294,38 @@ class Stream:
         except OSError as error:
             self._broke(error)
 
+    def move_to(self, other: Stream, most: int) -> tuple[int, bytes] | None:
+        """Have the kernel move bytes that have arrived, `most` of them at most, to another side's
+        socket, without a copy into this process and out of it. Returns how many bytes were read,
+        and those of them that the other side did not take; None if the end was read. Raises OSError
+        if there is nothing to read, or if the connection is broken."""
+        source, target = self._fd, other._fd
+        intake, outlet = self.loop.pipe()
+        taken = os.splice(source, intake, min(most, self._move_bytes), flags=SPLICE)
+        if not taken:
+            return None
+        given = 0
+        # If the other side has failed, the next write to it, which is of the rest, finds that out.
+        with contextlib.suppress(OSError):
+            while given < taken:
+                given += os.splice(outlet, target, taken - given, flags=SPLICE)
+        rest = b""
+        while len(rest) < taken - given:
+            rest += os.read(outlet, taken - given)
+        self._move_bytes = READ_BYTES if rest else min(self._move_bytes + READ_BYTES, PIPE_BYTES)
+        return taken, rest
+
+    def untaken(self) -> int:
+        """How many bytes the kernel holds that the other side has not acknowledged yet."""
+        request = getattr(termios, "TIOCOUTQ", None)
+        if request is None or not sys.platform.startswith("linux"):
+            return 0
+        try:
+            answer = fcntl.ioctl(self._fd, request, bytes(4))
+        except OSError:
+            return 0
+        return int.from_bytes(answer, sys.byteorder)
+
     # The end.
 
     def _broke(self, error: OSError) -> None:
@@ -339,35 +367,3 @@ class Stream:
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.loop.close(self.sock)
-
-    def move_to(self, other: Stream, most: int) -> tuple[int, bytes] | None:
-        """Have the kernel move bytes that have arrived, `most` of them at most, to another side's
-        socket, without a copy into this process and out of it. Returns how many bytes were read,
-        and those of them that the other side did not take; None if the end was read. Raises OSError
-        if there is nothing to read, or if the connection is broken."""
-        source, target = self._fd, other._fd
-        intake, outlet = self.loop.pipe()
-        taken = os.splice(source, intake, min(most, self._move_bytes), flags=SPLICE)
-        if not taken:
-            return None
-        given = 0
-        # If the other side has failed, the next write to it, which is of the rest, finds that out.
-        with contextlib.suppress(OSError):
-            while given < taken:
-                given += os.splice(outlet, target, taken - given, flags=SPLICE)
-        rest = b""
-        while len(rest) < taken - given:
-            rest += os.read(outlet, taken - given)
-        self._move_bytes = READ_BYTES if rest else min(self._move_bytes + READ_BYTES, PIPE_BYTES)
-        return taken, rest
-
-    def untaken(self) -> int:
-        """How many bytes the kernel holds that the other side has not acknowledged yet."""
-        request = getattr(termios, "TIOCOUTQ", None)
-        if request is None or not sys.platform.startswith("linux"):
-            return 0
-        try:
-            answer = fcntl.ioctl(self._fd, request, bytes(4))
-        except OSError:
-            return 0
-        return int.from_bytes(answer, sys.byteorder)

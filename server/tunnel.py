@@ -74,7 +74,7 @@ class Tunnel:
         self._to_upstream: Frames | None = Frames()
         connection.exchange = self
         client.deadline.action = client.hang_up
-        upstream.stream(1)
+        upstream.count_streams(1)
 
     def begin(self, first: bytes) -> None:
         """Pass on the bytes that the upstream has sent after its handshake, and those that the
@@ -90,8 +90,8 @@ class Tunnel:
             self.part()
 
     def _heard(self) -> None:
-        # While the client has yet to take what has come, its upstream is not read. It is the client
-        # that has a time for that then (server/client.py), and may be as slow as it likes.
+        # While the client does not keep up, the upstream is not read, so that its silence means
+        # nothing. server/client.py cuts a client that takes nothing at all.
         paused = self._connection is not None and self._connection.paused
         when = NEVER if paused else self.client.loop.now + self._silence
         self.client.deadline.set(when)
@@ -244,7 +244,7 @@ class Tunnel:
         if self.state is not State.ENDED:
             self.state = State.ENDED
             self.client.deadline.action = None
-            self._upstream.stream(-1)
+            self._upstream.count_streams(-1)
             self._upstream.leave()
 
     def abandon(self) -> None:

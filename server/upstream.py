@@ -56,7 +56,7 @@ class Waiting(Protocol):
         """The connection that was asked for."""
 
     def unconnected(self, problem: Problem, refused: bool) -> None:
-        """There is none, and why; `refused` says that nobody listens there."""
+        """No connection could be made, and why; `refused` says that nobody listens."""
 
 
 class Carried(Protocol):
@@ -230,7 +230,7 @@ class Upstream:
         """Note how a request went, for /health."""
         self._board.forwarded(up)
 
-    def stream(self, change: int) -> None:
+    def count_streams(self, change: int) -> None:
         """Count one event stream or tunnel more, or less."""
         self.streams += change
         self._board.set(STREAMS, self.streams)

@@ -159,13 +159,15 @@ def status_of(raw: bytes) -> tuple[str, int, str]:
     return version.decode(), int(status), reason.decode("latin-1")
 
 
-@remembering
-def lines_of(raw: bytes) -> Line:
-    """A header line; the decorator makes it read many. Raises UpstreamBroken."""
+def line_of(raw: bytes) -> Line:
+    """A header line. Raises UpstreamBroken."""
     found = HEADER_LINE.fullmatch(raw)
     if found is None:
         raise UpstreamBroken("A header line of the upstream's answer is malformed.")
     return line(found[1], found[2])
+
+
+lines_of = remembering(line_of)
 
 
 def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import re
 MAX_LINE_BYTES = 65536
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\0\r]*)?")
 # Some servers pad the size with spaces.
-FILLED_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
+PADDED_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
 TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")
 # Chunk extensions and trailers are dropped. So that no client can send them without end, it may
 # send this many bytes of framing for each byte of body, and this many in addition.
@@ -63,11 +63,11 @@ class UntilClose:
 
 
 class Chunks:
-    """Takes a chunked body apart (RFC 9112 section 7.1), strictly; trailers are dropped.
+    """Takes a chunked body apart (RFC 9112 section 7.1); trailers are dropped.
 
-    Unless `exact`, a line may end with a line feed alone, and a size with spaces. Requests are read
-    exactly: one that two readers may understand in two ways is refused. `announced` is how many
-    bytes the body has at least, by the chunks that have begun so far.
+    If it is `exact`, as for requests, what two readers may understand in two ways is malformed: a
+    line that ends with a line feed alone, and a size with spaces. `announced` is how many bytes the
+    body has at least, by the chunks that have begun so far.
     """
 
     __slots__ = (
@@ -135,7 +135,7 @@ class Chunks:
 
     def _line(self, line: bytes) -> None:
         if self._state == self.SIZE:
-            size = (CHUNK_LINE if self._exact else FILLED_LINE).fullmatch(line)
+            size = (CHUNK_LINE if self._exact else PADDED_LINE).fullmatch(line)
             self.malformed = size is None
             self._left = int(size[1], 16) if size else 0
             self.announced += self._left

@@ -203,13 +203,15 @@ class Head:
         return Sized(self.length) if self.length else None
 
 
-@remembering
-def lines_of(raw: bytes) -> Line:
-    """A header line; the decorator makes it read many. Raises BadRequest."""
+def line_of(raw: bytes) -> Line:
+    """A header line. Raises BadRequest."""
     found = HEADER_LINE.fullmatch(raw)
     if found is None:
         raise BadRequest("A header line is malformed.")
     return line(found[1], found[2])
+
+
+lines_of = remembering(line_of)
 
 
 @remembering_short

@@ -469,7 +469,9 @@ ELSEWHERE = {
         "proxy/test_before_nginx.py: test_nginx_compresses_for_a_proxy_only_if_it_is_told_to"
     ),
     "a slow upload, of small pieces over minutes, arrives late; or it is cut off, and the log has"
-    ' `"status": 0`': ("server/test_client.py: test_a_body_that_trickles_has_its_clock"),
+    ' `"status": 0`': (
+        "server/test_client.py: test_a_body_that_stops_is_cut_however_much_of_it_has_come"
+    ),
     "a WebSocket is refused": "proxy/test_behind_proxies.py: test_a_websocket_goes_through_both",
     "paths below `/users` or `/health` do not reach the application": (
         "proxy/test_paths.py: test_a_path_in_an_owned_tree_never_reaches_the_upstream"

@@ -418,6 +418,7 @@ def test_a_length_beyond_all_bodies_is_refused_without_a_limit_too(
     service: Service, upstream: ScriptedUpstream, digits: bytes
 ) -> None:
     """Another number was sent on in its place."""
+    upstream.script(ok)
     with service.client() as client:
         client.send(request(b"POST / HTTP/1.1", b"Content-Length: " + digits, body=b"abc"))
         problem(client.reply(), 413, "body-too-large")

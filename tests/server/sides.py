@@ -192,7 +192,7 @@ class Upstream:
     def leave(self) -> None:
         self.in_flight -= 1
 
-    def stream(self, change: int) -> None:
+    def count_streams(self, change: int) -> None:
         self.streams += change
 
     def outcome(self, *, up: bool) -> None:

@@ -330,7 +330,7 @@ def test_no_head_takes_long_to_read_and_to_send_on(what: str) -> None:
         head = Head(f"GET {target} HTTP/1.1\r\nHost: a{more}".encode())
         with contextlib.suppress(Unauthorized):
             gatehouse.admit(head)
-        gatehouse.request_head(head, "127.0.0.1", None)
+        gatehouse.rules.request_head(head, "127.0.0.1", None)
         authenticates_connection(head.values.get("authorization", ()))
         return time.thread_time() - began
 
