@@ -357,15 +357,15 @@ def compared(made: Made) -> str:
 {made.cores.capitalize()} run everything at once: the server that is measured, PostgreSQL
 {" and ".join(made.postgres)}, the upstream and the load generator ({made.generator}). So the
 requests a second are lower than the same server would reach with the machine to itself, and they do
-not tell what your machine would reach. Everything takes turns in {plan.rounds} rounds of {plan.seconds} s
+not tell what your machine would reach. The servers take turns in {plan.rounds} rounds of {plan.seconds} s
 each, beginning with another server each time. Figures are medians of the rounds. A ratio is that of
-one round, and its median stands before the lowest and the highest. A ratio whose range spans 1 is a
+one round; its median is given, then the lowest and the highest in brackets. A ratio whose range spans 1 is a
 draw. One failed request voids a row, and so does a generator that was busy for nine tenths of the
 time. Linux's automatic task groups are {"on" if made.grouped else "off"}:
 [production](production.md#2-the-database-3-minutes) says what they do.
 
-Search, export and tables of several sizes are with the system's PostgreSQL where there is one,
-since the embedded one, which serves all else, has no pg_trgm.
+The embedded PostgreSQL has no pg_trgm. So search, export and tables of several sizes use the
+system's, where there is one; all else uses the embedded one.
 
 Unless said otherwise, each server has {made.cpus} processes, and {POOL_SIZE} database connections in
 each. Gatehouse and nginx write their access logs, as they do by default, to a file; the others
@@ -449,7 +449,7 @@ def idle(results: Results) -> str:
         ]
         parts.append(
             f"Idle {kind}:\n\n{figures(rows, columns, {}, OURS)}\n\n"
-            f"Answers a second with them to those without: {'; '.join(kept)}.\n\n"
+            f"Answers a second with them, divided by those without: {'; '.join(kept)}.\n\n"
         )
     return "".join(parts)
 
@@ -519,7 +519,7 @@ def search(results: Results) -> str:
         f" {SEARCHERS} connections. One search is for a last name that one user has, or few. The other"
         " is for a text that is in each address.\n\n"
         f"{figures(rows, columns, {}, OURS)}\n\n"
-        f"Median time to that of a page without a search: {slower}.\n\n"
+        f"Median time, divided by that of a page without a search: {slower}.\n\n"
     )
 
 

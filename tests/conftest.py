@@ -12,13 +12,21 @@ from tests.harness import Databases, ScriptedUpstream, Service, embedded_postgre
 hypothesis.settings.register_profile("gatehouse", deadline=None)
 hypothesis.settings.load_profile("gatehouse")
 
-# Folders whose tests are slow, all of them: a browser is started for each.
-SLOW = ("pages",)
+# Folders and files whose tests are slow, all of them: for each a browser, a server or a pooler is
+# started, an import is killed, or thousands of messages are tried.
+SLOW = {
+    "pages",
+    "test_fuzz.py",
+    "test_import_cut.py",
+    "test_isolation.py",
+    "test_pgbouncer.py",
+    "test_smuggling.py",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name in SLOW:
+        if {item.path.name, item.path.parent.name} & SLOW:
             item.add_marker(pytest.mark.slow)
 
 
