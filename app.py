@@ -368,8 +368,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
                 headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
                 lane = users_lane(path, environ["REQUEST_METHOD"], *headers)
                 if lane != "live":
-                    host = environ.get("HTTP_HOST", "")
-                    self.access.check(lambda name: environ.get(KEYS[name]), host)
+                    given = {name: [environ[key]] for name, key in KEYS.items() if key in environ}
+                    self.access.check(given, environ.get("HTTP_HOST", ""))
             if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
@@ -453,15 +453,10 @@ class Gatehouse:
             self.rules.admit(head)
             return "proxy", self.max_body
         if owner[1] == "users":
-
-            def value_of(name: str) -> str | None:
-                values = head.values.get(name)
-                return None if values is None else ", ".join(values)
-
-            kind, accept = value_of("content-type"), value_of("accept")
+            kind, accept = head.value("content-type"), head.value("accept")
             lane = users_lane(head.path, head.method, kind, accept)
             if lane != "live":
-                self.owned.access.check(value_of, head.host)
+                self.owned.access.check(head.values, head.host)
             return lane, self.max_body if lane == "bulk" else MAX_BYTES
         # What waits for nothing must not wait behind requests that do.
         return "live" if LIVE.fullmatch(head.path) else "health", MAX_BYTES

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from problems import Unauthorized
 from services.proxy import address_of
 
 # Headers that a browser sends by itself, and that no page in it can take away.
-BROWSER_HEADERS = ("accept-language", "origin", "sec-fetch-mode", "sec-fetch-site")
+BROWSER_HEADERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
 # Headers by which a proxy says for whom it forwards a request.
-FORWARDING = ("x-forwarded-for", "x-real-ip", "forwarded")
+FORWARDING = frozenset({"x-forwarded-for", "x-real-ip", "forwarded"})
 FOR = re.compile(r'(?:\A|[;,\s])for="?([^;,"]*)', re.IGNORECASE)  # RFC 7239 section 4
 PORT = re.compile(r":[0-9]*\Z")
 
 # All headers that matter here, in lower case.
-HEADERS = ("authorization", *BROWSER_HEADERS, *FORWARDING)
+HEADERS = BROWSER_HEADERS | FORWARDING | {"authorization"}
 
 REALM = 'Bearer realm="users"'
 OTHER_NAME = (
@@ -37,9 +37,9 @@ class Access:
         self._tokens = [] if everyone else [token.encode() for token in tokens]
         self._local_only = not everyone and not tokens
 
-    def check(self, value_of: Callable[[str], str | None], host: str) -> None:
-        """Raises Unauthorized unless the request may go on. `value_of` gives the value of a header
-        by its name in lower case, None if it is absent; `host` is the authority that is asked for.
+    def check(self, headers: Mapping[str, Sequence[str]], host: str) -> None:
+        """Raises Unauthorized unless the request may go on. `headers` are its header values by name
+        in lower case, of which HEADERS matter; `host` is the authority that is asked for.
 
         Without a token a request of a browser has to name this machine. Otherwise any page in it
         could have its own name lead to 127.0.0.1, and then read and change all users (DNS
@@ -47,14 +47,13 @@ class Access:
         that proxy would open all users to the world.
         """
         if self._local_only:
-            browser = any(value_of(name) is not None for name in BROWSER_HEADERS)
-            if browser and not is_local(host):
+            if not BROWSER_HEADERS.isdisjoint(headers) and not is_local(host):
                 raise Unauthorized(OTHER_NAME, headers=[("WWW-Authenticate", REALM)])
-            if not all(is_of_this_machine(name, value_of(name)) for name in FORWARDING):
+            if not FORWARDING.isdisjoint(headers) and not is_of_this_machine(headers):
                 raise Unauthorized(OTHER_MACHINE, headers=[("WWW-Authenticate", REALM)])
         if not self._tokens:
             return
-        scheme, _, token = (value_of("authorization") or "").partition(" ")
+        scheme, _, token = ", ".join(headers.get("authorization", ())).partition(" ")
         bearer, token = scheme.lower() == "bearer", token.strip(" ")
         # Every token is compared, so that the time does not tell which one is right.
         matches = [hmac.compare_digest(token.encode(), known) for known in self._tokens]
@@ -71,15 +70,22 @@ def is_local(host: str) -> bool:
     name = PORT.sub("", host).strip("[]").lower()
     if not name or name == "localhost" or name.endswith(".localhost"):
         return True
-    return is_of_this_machine("host", name)
+    return is_loopback(name)
 
 
-def is_of_this_machine(name: str, value: str | None) -> bool:
-    """Whether the addresses in this header, if it is there, are all this machine's own."""
-    if not value:
-        return True
-    addresses = FOR.findall(value) or [""] if name == "forwarded" else value.split(",")
+def is_of_this_machine(headers: Mapping[str, Sequence[str]]) -> bool:
+    """Whether all addresses in the headers of FORWARDING are this machine's own."""
+    addresses: list[str] = []
+    for name in FORWARDING.intersection(headers):
+        for value in filter(None, headers[name]):
+            named = FOR.findall(value) or [""] if name == "forwarded" else value.split(",")
+            addresses += named
+    return all(map(is_loopback, addresses))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether this text is an address of this machine alone."""
     try:
-        return all(address_of(address).is_loopback for address in addresses)
+        return bool(address_of(address).is_loopback)
     except ValueError:
         return False

@@ -196,6 +196,11 @@ class Head:
             and "websocket" in [name.lower() for name in listed(values["upgrade"])]
         )
 
+    def value(self, name: str) -> str | None:
+        """The value of a header that may stand on several lines; None if it is absent."""
+        values = self.values.get(name)
+        return None if values is None else ", ".join(values)
+
     def body(self) -> Chunks | Sized | None:
         """A reader that takes the body apart; None if there is no body."""
         if self.chunked:
