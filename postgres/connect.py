@@ -35,7 +35,7 @@ KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 10, "keepalives_coun
 # Values that are known to be no secret, so that a message may quote them.
 KNOWN_WORDS = {"allow", "prefer", "require", "verify-ca", "verify-full", "direct", "disable"}
 # A password with a / in it: libpq takes what is before that for a host and a port, and names them.
-CUT_PASSWORD = re.compile(r"[a-z]+://[^/?@]*:[^/?@]*/[^?]*@")
+CUT_PASSWORD = re.compile(r"[a-z]+://[^/?@]*:[^/?@]*/[^?]*@[^?]*/")
 HOST = re.compile(r"[A-Za-z0-9._:%-]+|/\S*")
 UNREADABLE = (
     "is not a URI that libpq can read: in a password write %40 for @, %2F for / and %25 for %"

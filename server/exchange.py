@@ -222,7 +222,7 @@ class Exchange:
     @property
     def hurries_client(self) -> bool:
         """While the upstream answers, the two may be in a conversation, which is as slow as they
-        like it. The silence of the upstream has a limit then."""
+        like it. Only if both are silent is the upstream late."""
         return self.wants_body and self.state is not State.ANSWERING
 
     def from_client(self, data: bytes) -> bytes:

@@ -276,7 +276,8 @@ class Server:
 
     def _drop_one(self) -> bool:
         """Close a connection that nobody waits for: first one that is kept to the upstream, then a
-        client's, in the order of `Client.spare`. False if there is none.
+        client's, in the order of `Client.spare`, and last one on which a client has logged in to
+        the upstream. False if there is none.
 
         To look through ten thousand clients takes tens of milliseconds, and a flood of connections
         would do that each time. So what was found is used again: for CROWDED_SECONDS, or for ten
@@ -298,7 +299,7 @@ class Server:
             if old_enough and client.spare == spare:
                 client.hang_up()
                 return True
-        return False
+        return self.upstream.drop_one(own=True)
 
     # What clients ask for.
 

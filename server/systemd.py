@@ -82,9 +82,8 @@ class Notifier:
     def watch(self, turning: Callable[[], bool]) -> None:
         """Say that all is well, if it is time to and all loops turn."""
         now = time.monotonic()
-        if self.interval and now >= self._next and turning():
+        if self.interval and now >= self._next and turning() and self.tell("WATCHDOG=1"):
             self._next = now + self.interval
-            self.tell("WATCHDOG=1")
 
 
 def ready(board: Board, workers: int) -> bool:

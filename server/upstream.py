@@ -321,10 +321,10 @@ class Upstream:
         if self._own and (own := self._own.get(client)) is not None:
             self.discard(own)
 
-    def drop_one(self) -> bool:
-        """Close the one that has been idle longest; those that are each for one client come last.
-        False if there is none."""
-        kept = next(iter(self._idle or self._own.values()), None)
+    def drop_one(self, *, own: bool = False) -> bool:
+        """Close the one that has been idle longest, of those that are for any client, or of those
+        that are each one client's `own`. False if there is none."""
+        kept = next(iter(self._own.values() if own else self._idle), None)
         if kept is not None:
             self.discard(kept)
         return kept is not None
@@ -346,7 +346,7 @@ class Upstream:
 
     def close(self) -> None:
         """Close the connections that are kept."""
-        while self.drop_one():
+        while self.drop_one() or self.drop_one(own=True):
             pass
 
 

@@ -246,7 +246,7 @@ def _replace(rows: list[Entry]) -> None:
                 row.problem = unknown()
             # Otherwise somebody was faster, or a trigger left it alone. It has no outcome yet, so
             # that it is written by itself next, which finds out.
-        elif not row.has_id or (row.doubtful and created):
+        elif not row.has_id or (row.doubtful and created and same):
             # A run whose answer was lost has created it. Nobody else knows an id that was made
             # here.
             row.outcome = "created"

@@ -611,10 +611,12 @@ def test_a_row_that_was_created_is_told_as_created(
         "UPDATE users SET created_at = '2020-01-01', updated_at = '2020-01-01'", database=store
     )
     there = {name: old[name] for name in ("id", "email", "name")}
+    new = create(service)
+    renamed = {"id": new["id"], "email": new["email"], "name": "another"}
     relay.lose(b"INSERT", answer=True)
-    lines = imported(service, new_user(), {"id": str(uuid.uuid4())} | new_user(), there)
+    lines = imported(service, new_user(), {"id": str(uuid.uuid4())} | new_user(), there, renamed)
     assert relay.lost
-    assert [line["status"] for line in lines] == [201, 201, 200]
+    assert [line["status"] for line in lines] == [201, 201, 200, 200]
 
 
 def test_a_row_that_was_created_is_not_in_its_own_way(

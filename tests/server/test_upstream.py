@@ -209,15 +209,16 @@ def test_those_that_are_each_for_one_client_count_as_requests(place: Place) -> N
         far.close()
 
 
-def test_those_that_are_each_for_one_client_make_room_last(place: Place) -> None:
+def test_those_that_are_each_for_one_client_make_room_by_themselves(place: Place) -> None:
     _, own, own_far = place.connect()
     own.client = object()
     own.release(keep=True)
     _, other, far = place.connect()
     other.release(keep=True)
     assert place.upstream.drop_one() and (own.closed, other.closed) == (False, True)
-    assert place.upstream.drop_one() and own.closed
     assert not place.upstream.drop_one()
+    assert place.upstream.drop_one(own=True) and own.closed
+    assert not place.upstream.drop_one(own=True)
     own_far.close()
     far.close()
 

@@ -541,7 +541,7 @@ def test_requests_without_an_id_get_one_each(guarded: Service, upstream: Scripte
 
 
 OWN_NAMES = ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.9.9.9", "[::1]:80", "a.localhost"]
-OTHER_NAMES = ["evil.example", "localhost.evil.example:8080", "127.0.0.1.evil.example", "notlocalhost", "10.0.0.1"]  # fmt: skip
+OTHER_NAMES = ["evil.example", "localhost.evil.example:8080", "127.0.0.1.evil.example", "notlocalhost", "10.0.0.1", "127.0.0.1%25evil.example", "127.0.0.1,127.0.0.1"]  # fmt: skip
 BROWSERS = [{"Accept-Language": "en"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Mode": "cors"}, {"Sec-Fetch-Site": "same-origin"}]  # fmt: skip
 
 
@@ -573,6 +573,8 @@ AFAR = [
     ("Forwarded", "for=203.0.113.7;proto=https"),
     ("Forwarded", 'for="[::1]:80", for=10.0.0.1'),
     ("Forwarded", "proto=https"),
+    ("Forwarded", "for=127.0.0.1, for = 8.8.8.8"),
+    ("X-Forwarded-For", ",".join(["127.0.0.1"] * 1000)),
 ]
 
 
@@ -594,7 +596,8 @@ def test_without_a_token_a_proxy_lets_no_other_machine_in(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("X-Forwarded-For", "127.0.0.1"),
+        ("X-Forwarded-For", "127.0.0.1, ,"),
+        ("X-Forwarded-For", ""),
         ("X-Forwarded-For", "::1, ::ffff:127.0.0.1, 127.0.0.1:5000"),
         ("X-Real-IP", "::1"),
         ("Forwarded", 'for="[::1]:5000";proto=http, for=127.0.0.1'),
