@@ -98,6 +98,7 @@ def in_a_service_of_the_environment(folder: Path, uri: str) -> dict[str, str]:
     return given | {"POSTGRES_URI": uri, "PGSERVICE": "gatehouse"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [in_the_environment, in_the_uri, in_a_service_file, in_a_service_of_the_environment],

@@ -528,6 +528,7 @@ def test_an_export_has_who_was_there_throughout_once_while_users_change(
     assert max(after, worker.memory_info().rss) - before < 16 << 20
 
 
+@pytest.mark.slow
 def test_who_waits_for_eight_slow_transfers_is_told_so_and_leaves_nothing_behind(
     alone: Service,
 ) -> None:
