@@ -18,6 +18,8 @@ from wire.objects import Object, parsed
 
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 
+# As much as the server keeps of a body for its reader (INBOX_BYTES of server/jobs.py): then several
+# hundred rows come at once, and are one statement.
 READ_BYTES = 262144
 # A file whose Content-Length is not more than this is read whole before its first row is given.
 WHOLE_BYTES = 1 << 20

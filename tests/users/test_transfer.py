@@ -25,7 +25,7 @@ from tests.harness import (
     problem,
     request,
 )
-from wire.rows import Columns, Lines, rows_of
+from wire.rows import MAX_LINE, READ_BYTES, Columns, Lines, rows_of
 
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 SUMMARY = ("rows", "created", "replaced", "unchanged", "refused")
@@ -213,8 +213,9 @@ def test_a_mark_within_a_cell_opens_none(service: Service, row: bytes) -> None:
 @pytest.mark.parametrize("tail", [",", ',"', ',""', ',"""', 'a"', 'a""', ',"a"', ',"a""'])
 @pytest.mark.parametrize("rest", ["", '"', "z", '"z', ',"', '""'])
 def test_marks_are_followed_where_a_long_line_is_cut(tail: str, rest: str) -> None:
-    """A line that is too long is read in pieces of 64 KB, and dropped when there are three."""
-    line = "b".ljust(3 * 65536 - len("a,b\n") - len(tail), "x") + tail + rest + "y\n"
+    """A line that is too long is dropped piece by piece: the first ends behind `tail`."""
+    assert READ_BYTES > MAX_LINE
+    line = "b".ljust(READ_BYTES - len("a,b\n") - len(tail), "x") + tail + rest + "y\n"
     follows = "c,d\n"
     data = f"a,b\n{line}{follows * 3}".encode()
     environ = {"wsgi.input": io.BytesIO(data), "wsgi.input_terminated": True}
