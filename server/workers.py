@@ -260,7 +260,8 @@ class Supervisor:
             self.service.board.add(REPLACED)
             now = time.monotonic()
             early = now - since < START_SECONDS
-            # One that was killed may be able to start when there is memory again.
+            # One that was killed may be able to start when there is memory again. So it counts
+            # towards no giving up, and is started once in START_SECONDS at most.
             killed = code == -signal.SIGKILL
             self.failures = self.failures + 1 if early and not killed else 0
             pause = 0.1 * 2**self.failures if self.failures else 0.0

@@ -196,15 +196,14 @@ def _singly(rows: list[Entry]) -> None:
         try:
             if row.doubtful and _created_before(row):
                 row.outcome = "created"
-                continue
-            if not row.has_id:
+            elif not row.has_id:
                 users.insert(row.id, row.values)
                 row.outcome = "created"
-                continue
-            before = database.read(TABLE.get, {"id": row.id})
-            found = users.replace(row.id, row.values, users.Condition())
-            same = bool(before) and before[0][1] == found.version
-            row.outcome = "created" if found.created else "unchanged" if same else "replaced"
+            else:
+                before = database.read(TABLE.get, {"id": row.id})
+                found = users.replace(row.id, row.values, users.Condition())
+                same = bool(before) and before[0][1] == found.version
+                row.outcome = "created" if found.created else "unchanged" if same else "replaced"
         except DatabaseUnavailable as problem:
             row.problem = unknown() if row.doubtful else problem
         except Problem as problem:
