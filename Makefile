@@ -4,6 +4,7 @@ BIN := .venv/bin
 PYTHON ?= $(or $(realpath $(BIN)/python),python3)
 INSTALLED := .venv/.installed
 DEVELOPED := .venv/.developed
+COMPILED := .venv/.compiled
 APPLICATIONS := .venv-applications
 OPENAPI := .venv-openapi
 SMUGGLING := .venv-smuggling
@@ -26,47 +27,50 @@ $(BIN)/python -m pytest -n 4 --dist worksteal $(1) \
 	|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1)
 endef
 
-.PHONY: stale run test bench bench-full faults faults-cluster soak fuzz smuggling install check audit applications applications-light openapi
+.PHONY: stale run test bench bench-full faults faults-cluster soak fuzz smuggling install compiled check audit applications
+.PHONY: applications-light openapi
 
-run: $(DEVELOPED)
+# Compiling takes half a minute. `make run` does it once; what was changed after that is run as it is written. The tests
+# and the bench run what production runs.
+run: $(DEVELOPED) $(COMPILED)
 	@exec $(BIN)/python app.py --dev
 
 # All tests but those that are marked slow; `make check` runs those too.
-test: $(DEVELOPED)
+test: $(DEVELOPED) compiled
 	$(call tests,-m "not slow")
 
 # Eight minutes, and twenty-five; bench/run.py --help says more. Node, nginx, Caddy and Debian's
 # PostgreSQL, which has pg_trgm, take part where they are installed. AGAINST is a commit.
-bench: $(DEVELOPED)
+bench: $(DEVELOPED) compiled
 	$(BIN)/python bench/run.py --quick
 
-bench-full: $(DEVELOPED)
+bench-full: $(DEVELOPED) compiled
 	$(BIN)/python bench/run.py --full $(if $(AGAINST),--against $(AGAINST))
 
-faults: $(DEVELOPED)
+faults: $(DEVELOPED) compiled
 	GENERATIONS=50 $(BIN)/python -m pytest tests/operating/test_restarts.py
 	$(BIN)/python bench/faults.py
 	$(BIN)/python bench/storm.py
 
 # Four hours of everything at once; `make soak MINUTES=10` for less.
 MINUTES ?= 240
-soak: $(DEVELOPED)
+soak: $(DEVELOPED) compiled
 	$(BIN)/python bench/soak.py --minutes $(MINUTES)
 
 # Needs Debian's packages patroni, etcd-server, postgresql, haproxy and pgbouncer.
-faults-cluster: $(DEVELOPED)
+faults-cluster: $(DEVELOPED) compiled
 	$(BIN)/python bench/cluster.py --failovers 20
 	$(BIN)/python bench/cluster.py --failovers 6 --through haproxy
 	$(BIN)/python bench/cluster.py --failovers 6 --through pgbouncer
 	$(BIN)/python bench/cluster.py --failovers 6 --asynchronous
 
 # A quarter of an hour, on a machine that does nothing else.
-fuzz: $(DEVELOPED)
+fuzz: $(DEVELOPED) compiled
 	FUZZ_CASES=200000 $(BIN)/python -m pytest tests/proxy/test_fuzz.py
 
 # Other servers behind Gatehouse and in front of it. Needs Debian's packages nginx, caddy, haproxy, nodejs
 # and golang-go; some minutes.
-smuggling: $(DEVELOPED) $(SMUGGLING)/.installed
+smuggling: $(DEVELOPED) compiled $(SMUGGLING)/.installed
 	SMUGGLING_CASES=5000 $(BIN)/python -m pytest tests/smuggling tests/proxy/test_smuggling.py
 
 $(SMUGGLING)/.installed: tests/smuggling/requirements.txt
@@ -77,7 +81,7 @@ $(SMUGGLING)/.installed: tests/smuggling/requirements.txt
 stale:
 
 # What production needs, and nothing else; the other targets add what they need themselves.
-install: $(INSTALLED)
+install: $(INSTALLED) compiled
 
 $(INSTALLED): requirements.txt $(STALE:--clear=stale)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -85,6 +89,13 @@ $(INSTALLED): requirements.txt $(STALE:--clear=stale)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@# The user that it runs as may not write here, and would compile all of it at each start.
 	$(BIN)/python -m compileall -q $(SOURCES)
+	@touch $@
+
+compiled: $(INSTALLED)
+	@$(BIN)/python compile/build.py
+
+$(COMPILED): $(INSTALLED)
+	@$(BIN)/python compile/build.py
 	@touch $@
 
 $(DEVELOPED): $(INSTALLED) requirements-dev.txt
@@ -103,10 +114,10 @@ audit: $(DEVELOPED)
 	$(BIN)/pip-audit --strict --requirement requirements.txt
 
 # Real applications behind Gatehouse. Those of test_light.py are part of what a merge has to pass.
-applications: $(DEVELOPED) $(APPLICATIONS)/.all
+applications: $(DEVELOPED) compiled $(APPLICATIONS)/.all
 	$(BIN)/python -m pytest tests/applications
 
-applications-light: $(DEVELOPED) $(APPLICATIONS)/.light
+applications-light: $(DEVELOPED) compiled $(APPLICATIONS)/.light
 	$(BIN)/python -m pytest tests/applications/test_light.py
 
 $(APPLICATIONS)/.light: tests/applications/requirements-light.txt
@@ -117,7 +128,7 @@ $(APPLICATIONS)/.light $(APPLICATIONS)/.all:
 	@touch $@
 
 # Linters of docs/openapi.yaml, and clients that are made of it; npm is needed.
-openapi: $(DEVELOPED) $(OPENAPI)/.installed
+openapi: $(DEVELOPED) compiled $(OPENAPI)/.installed
 	$(BIN)/python -m pytest tests/openapi
 
 $(OPENAPI)/.installed: tests/openapi/requirements.txt tests/openapi/package.json

@@ -22,10 +22,10 @@ from dotenv.parser import parse_stream
 
 from postgres import connect, schema
 from problems import Problem
+from server.connector import Connector
 from server.listener import bind, most_streams
 from server.logs import Output
 from server.systemd import handed_over
-from server.upstream import Connector
 from settings import (
     VARIABLES,
     Settings,
@@ -284,13 +284,28 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
         return 1
     host, port = listener.getsockname()[:2]
     log.info(
-        "gatehouse %s listens on http://%s%s with %s",
+        "gatehouse %s (%s) listens on http://%s%s with %s",
         version,
+        how_it_runs(),
         _address(settings.host if given is None else host, port),
         "" if given is None else ", handed over,",
         counted(settings.workers, "worker"),
     )
     return serve(settings, listener, given is not None)
+
+
+def how_it_runs() -> str:
+    """Whether what compile/build.py compiles is run compiled, or from its source."""
+    if not str(sys.modules[Output.__module__].__file__).endswith(".py"):
+        return "compiled"
+    compiled = sys.modules.get("gatehouse_compiled")
+    if compiled is not None and compiled.finder is not None and compiled.finder.changed:
+        log.warning(
+            "%s is not as it was when it was compiled: nothing compiled is used until the next"
+            " `make install`",
+            compiled.finder.changed,
+        )
+    return "from source"
 
 
 def open_to_all(settings: Settings, host: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
 from problems import BodyTooLarge, Problem
 from server.client import Client
+from server.connector import Connector
 from server.exchange import Exchange, Patience, Rules
 from server.jobs import Job, Lane
 from server.listener import connection_room, let_nobody_in, most_streams
@@ -24,7 +25,7 @@ from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
 from server.tunnel import Tunnel
-from server.upstream import Connector, Upstream
+from server.upstream import Upstream
 from wire.request import ABSURD_BYTES, Head
 
 log = logging.getLogger("gatehouse")

@@ -56,7 +56,8 @@ class UntilClose:
 
     __slots__ = ()
 
-    malformed = complete = False
+    malformed = False
+    complete = False
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         return data, b""
@@ -82,7 +83,10 @@ class Chunks:
         "malformed",
     )
 
-    SIZE, DATA, END, TRAILER = range(4)
+    SIZE = 0
+    DATA = 1
+    END = 2
+    TRAILER = 3
 
     def __init__(self, exact: bool = False) -> None:
         self._exact = exact

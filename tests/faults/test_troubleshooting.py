@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -281,6 +282,15 @@ def conflict(house: House) -> Service:
     return service
 
 
+def changed_source(house: House) -> Service:
+    if "gatehouse_compiled" not in sys.modules:
+        pytest.skip("nothing is compiled")
+    folder = copied(Path(house.stack.enter_context(tempfile.TemporaryDirectory())))
+    with (folder / "wire" / "ids.py").open("a") as source:
+        source.write("# Changed.\n")
+    return house.start(folder=folder)
+
+
 PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "the database is back": refused_and_back,
     "the server has stopped answering": frozen,
@@ -292,6 +302,7 @@ PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "… cut: …": body_that_ends_too_soon,
     "worker … ended (…)": killed_worker,
     "… lines of the … were dropped, for nobody took them": slow_log_reader,
+    "… is not as it was when it was compiled: …": changed_source,
     "Connection refused": nobody_listens,
     "timeout expired": silent_network,
     "password authentication failed": wrong_password,

@@ -60,7 +60,8 @@ def nursery() -> Nursery:
 
 def inherited() -> dict[str, str]:
     """What a service gets of the environment of the tests."""
-    return {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
+    keys = ("PATH", "HOME", "LANG", "TMPDIR", "GATEHOUSE_INTERPRETED")
+    return {key: os.environ[key] for key in keys if key in os.environ}
 
 
 def unshared(what: str) -> list[str]:

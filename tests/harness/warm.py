@@ -22,8 +22,9 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
-# What an interpreter, or the C library, reads when it starts and never again.
-EARLY = ("PYTHON", "LD_", "LC_", "MALLOC_", "TZ")
+# What an interpreter, the C library, or the finder of what is compiled reads at the start and never
+# again.
+EARLY = ("PYTHON", "LD_", "LC_", "MALLOC_", "TZ", "GATEHOUSE_")
 MOST_BYTES = 1 << 17
 
 

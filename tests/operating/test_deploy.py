@@ -157,13 +157,20 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
 
 
 def dockerfile(instruction: str) -> list[str]:
+    """Its lines with an instruction, without that."""
     text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "")
     return re.findall(rf"(?m)^{instruction} (.*)$", text)
 
 
-def copied_files() -> list[tuple[list[str], str]]:
-    words = [line.split() for line in dockerfile("COPY") if not line.startswith("--from")]
+def copied_files(stage: int) -> list[tuple[list[str], str]]:
+    """What a stage copies out of the project: what, and to where."""
+    text = re.split(r"(?m)^FROM ", (DEPLOY / "Dockerfile").read_text())[stage]
+    words = [line.split() for line in re.findall(r"(?m)^COPY (?!--from)(.*)$", text)]
     return [(line[:-1], line[-1]) for line in words]
+
+
+def sources(stage: int) -> set[str]:
+    return {source for sources, _ in copied_files(stage) for source in sources}
 
 
 def container_environment() -> dict[str, str]:
@@ -177,8 +184,8 @@ def image() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="gatehouse-image-") as name:
         folder = Path(name)
         folder.chmod(0o755)
-        for sources, target in copied_files():
-            for source in sources:
+        for copied, target in copied_files(2):
+            for source in copied:
                 if (ROOT / source).is_dir():
                     ignored = shutil.ignore_patterns("__pycache__")
                     shutil.copytree(ROOT / source, folder / target, ignore=ignored)
@@ -294,18 +301,16 @@ def test_the_container_migrates(image: Path) -> None:
 def test_what_the_image_is_made_of_passes_the_ignore_file_and_no_secret_does() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in lines
-    passed = {line[1:] for line in lines if line.startswith("!")}
-    wanted = {source for sources, _ in copied_files() for source in sources}
-    assert passed == wanted | {"requirements.txt"}
+    assert {line[1:] for line in lines if line.startswith("!")} == sources(1) | sources(2)
 
 
 def test_the_image_has_all_of_production() -> None:
     """Every module but those for development."""
-    wanted = {source for sources, _ in copied_files() for source in sources}
+    wanted = sources(2)
     modules = {path.name for path in ROOT.glob("*.py")} - {"dev.py", "demo.py"}
     assert {name for name in wanted if name.endswith(".py")} == modules
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"}
-    assert folders - {"tests", "bench", "docs", "deploy"} == wanted - modules - {"requirements.txt"}
+    assert folders - {"tests", "bench", "docs", "deploy", "compile"} == wanted - modules
 
 
 # Compose and Kubernetes

@@ -13,8 +13,9 @@ import pytest
 
 from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
+from server.connector import Connector, was_refused
 from server.loop import Loop
-from server.upstream import FRESH_SECONDS, Connection, Connector, Upstream, was_refused
+from server.upstream import FRESH_SECONDS, Connection, Upstream
 from tests.harness.servers import unanswered_port
 
 KEEPALIVE = 50.0

@@ -1,0 +1,114 @@
+"""Making connections to the upstream, by requests' adapter, on a helper thread.
+
+requests finds the host's addresses, connects, does TLS and has the bundle of certificates to trust.
+Writing requests and reading answers is not left to requests, because the layers below it change
+what passes. urllib3 encodes the target anew and adds User-Agent and Accept-Encoding. http.client
+takes a 103 for the answer and gives the real one to the next caller, loses every header after a
+malformed line, and takes a body that was cut inside its chunks for a complete one.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import time
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+from urllib3.util.connection import allowed_gai_family
+
+from problems import Problem, UpstreamTimeout, UpstreamUnreachable
+
+# An address is tried for this many seconds at least.
+LEAST_SECONDS = 0.05
+# An address as numbers, with its scope if it has one.
+NUMBERS = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+
+
+class Connector(HTTPAdapter):
+    """requests' adapter for one upstream, which makes connections to it.
+
+    `base_url` is an http or https URL, `ca_bundle` a file or folder of certificates to trust
+    instead of requests' own.
+    """
+
+    def __init__(self, base_url: str, ca_bundle: str | None = None) -> None:
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+        request = requests.Request("GET", base_url).prepare()
+        verify = ca_bundle or True
+        self._pool: Any = self.get_connection_with_tls_context(request, verify)
+        self.cert_verify(self._pool, base_url, verify, None)  # type: ignore[no-untyped-call]
+
+    def connect(self, seconds: float) -> Any:
+        """A connected socket that does not block. Raises UpstreamUnreachable, or UpstreamTimeout
+        after `seconds`.
+
+        Each address of the upstream's name has its share of the time that is left. urllib3 would
+        give all of it to the first one, and nobody would wait any more for the second.
+        """
+        until = time.monotonic() + seconds
+        host, port = self._pool.host, self._pool.port
+        try:
+            found = socket.getaddrinfo(host, port, allowed_gai_family(), socket.SOCK_STREAM)
+            addresses = [socket.getnameinfo(one[4], NUMBERS)[0] for one in found]
+        except (OSError, ValueError) as error:
+            raise UpstreamUnreachable from error
+        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            try:
+                connection = self._connected(address, (until - time.monotonic()) / left)
+                break
+            except Problem:
+                if left == 1:
+                    raise
+        sock, connection.sock = connection.sock, None
+        if is_to_itself(sock):
+            sock.close()
+            raise UpstreamUnreachable from ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+        if isinstance(sock, ssl.SSLSocket):
+            # Otherwise a connection that is cut without TLS's own end would look like the end of a
+            # body.
+            sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
+        sock.setblocking(False)
+        return sock
+
+    def _connected(self, address: str, seconds: float) -> Any:
+        """A connection to one address, within `seconds`."""
+        connection = self._pool._new_conn()
+        if isinstance(connection, HTTPSConnection):
+            # TLS asks for the name all the same: for SNI, and to check the certificate.
+            connection.server_hostname = connection.server_hostname or connection.host
+        connection._dns_host = address
+        connection.timeout = max(seconds, LEAST_SECONDS)
+        try:
+            connection.connect()
+        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
+            raise UpstreamUnreachable from error
+        except (ConnectTimeoutError, TimeoutError):
+            raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
+        except (HTTPError, OSError, ValueError) as error:
+            raise UpstreamUnreachable from error
+        return connection
+
+
+def is_to_itself(sock: Any) -> bool:
+    """Whether a socket is connected to itself. If nobody listens at a port of this machine, the
+    kernel may choose that very port for our end of the connection. As long as that lasts, the
+    application cannot listen there again."""
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:
+        return False  # The other end has gone already. The first write finds that out.
+
+
+def was_refused(problem: Problem) -> bool:
+    """Whether nobody listened at the upstream's address, which may soon change."""
+    error: BaseException | None = problem.__cause__
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
