@@ -11,7 +11,7 @@ import re
 import time
 from email.utils import formatdate
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from problems import BadRequest, Problem
 from server.logs import asked
@@ -26,23 +26,25 @@ from wire.request import Head, end_of_head
 log = logging.getLogger("gatehouse")
 
 # A head has this many seconds, plus one for each MIN_BYTES_PER_SECOND that have arrived.
-HEAD_SECONDS = 30.0
-MIN_BYTES_PER_SECOND = 500
+HEAD_SECONDS: Final = 30.0
+MIN_BYTES_PER_SECOND: Final = 500
 # A client that sends nothing of its body for this many seconds is cut. One that sends slowly but
 # steadily is served, as one that reads slowly is.
-SENDER_SECONDS = 60.0
+SENDER_SECONDS: Final = 60.0
 # A client that takes nothing for READER_SECONDS is cut. How often that is looked at, in seconds.
-READER_SECONDS, READER_LOOK_SECONDS = 60.0, 15.0
+READER_SECONDS: Final = 60.0
+READER_LOOK_SECONDS: Final = 15.0
 # The rest of a request that nobody wants is read and thrown away: for LINGER_SECONDS at most, or
 # until nothing has come for LINGER_IDLE_SECONDS. To close a socket with unread bytes resets the
 # connection, which may destroy the answer before the client has read it (RFC 9112 section 9.6).
-LINGER_SECONDS, LINGER_IDLE_SECONDS = 30.0, 2.0
-EMPTY_LINES = re.compile(rb"\A(?:\r?\n)++")
+LINGER_SECONDS: Final = 30.0
+LINGER_IDLE_SECONDS: Final = 2.0
+EMPTY_LINES: Final = re.compile(rb"\A(?:\r?\n)++")
 # How many requests of one client are begun in one turn, if each is answered at once, as a refused
 # one is. 10,000 that came in one piece took half a second, in which nobody else was served.
-REQUESTS_AT_ONCE = 16
+REQUESTS_AT_ONCE: Final = 16
 # If a client sends more bytes than this while it waits for an answer, it is not read until then.
-AHEAD_BYTES = 65536
+AHEAD_BYTES: Final = 65536
 
 
 class Responder(Protocol):

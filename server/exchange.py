@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from problems import (
     BadRequest,
@@ -33,21 +33,21 @@ log = logging.getLogger("gatehouse")
 # How much of a body is gathered before the upstream is asked. Then a slow sender of an ordinary
 # request costs the upstream nothing, and the request can be sent again if that is safe. The rest of
 # a larger body streams on.
-GATHERED_BYTES = 65536
+GATHERED_BYTES: Final = 65536
 # An answer's body of more bytes than this goes from socket to socket, if the kernel can do that.
-STRAIGHT_BYTES = 262144
+STRAIGHT_BYTES: Final = 262144
 # How many bytes of interim answers may come before an answer. That is enough for a thousand 102s.
-INTERIM_BYTES = 65536
+INTERIM_BYTES: Final = 65536
 # RFC 9110 section 9.2.2, and the safe methods of WebDAV (RFC 3253, 4918 and 5323).
-IDEMPOTENT = frozenset(
+IDEMPOTENT: Final = frozenset(
     {"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "PROPFIND", "REPORT", "SEARCH"}
 )
 # A refused connection is tried again after this many seconds, if UPSTREAM_RETRY allows it.
-RETRY_SECONDS = 0.25
+RETRY_SECONDS: Final = 0.25
 # A client that waits for a 100 before it sends a large body gets one after this many seconds, if
 # the upstream has sent none: many upstreams do not know of it.
-CONTINUE_SECONDS = 1.0
-KEEP_ALIVE = b": keep-alive\n\n"
+CONTINUE_SECONDS: Final = 1.0
+KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 
 class Asker(Talker, Protocol):

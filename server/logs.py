@@ -11,16 +11,19 @@ import time
 from collections import deque
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as json_string
+from typing import Final
 
 from wire.request import Head
 
 # At most this many bytes wait for a slow reader. Lines beyond that are dropped.
-PENDING_BYTES = 1 << 20
+PENDING_BYTES: Final = 1 << 20
 # A line of the access log must not be longer than PIPE_BUF: the kernel writes that much in one
 # piece, so that the lines of two workers do not mix. So long methods and targets are cut to this
 # many characters. One character may become six bytes of JSON.
-LONGEST_METHOD, LONGEST_TARGET, LONGEST_ESCAPED = 100, 3000, 3500
-USERINFO = re.compile(r"//[^/?#]*@")
+LONGEST_METHOD: Final = 100
+LONGEST_TARGET: Final = 3000
+LONGEST_ESCAPED: Final = 3500
+USERINFO: Final = re.compile(r"//[^/?#]*@")
 
 
 class Output:

@@ -18,26 +18,28 @@ import sys
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 log = logging.getLogger("gatehouse")
 
-NEVER = math.inf
+NEVER: Final = math.inf
 # How many events one turn takes at most. The others come in the next turn.
-BATCH = 256
+BATCH: Final = 256
 # What is written to wake the loop: the number one in eight bytes, which an eventfd asks for.
-ONE = (1).to_bytes(8, sys.byteorder)
+ONE: Final = (1).to_bytes(8, sys.byteorder)
 # One splice moves at most this many bytes: the size of the largest pipe that an ordinary user may
 # have (fs.pipe-max-size).
-PIPE_BYTES = 1 << 20
+PIPE_BYTES: Final = 1 << 20
 # What may happen at a socket. LEAVING is that the peer has closed its sending half. Epoll tells it
 # while earlier bytes are still unread; other systems show it only when those have been read.
-READ, WRITE, BROKEN = 1, 4, 8 | 16  # EPOLLIN, EPOLLOUT, EPOLLERR | EPOLLHUP
-LEAVING = getattr(select, "EPOLLRDHUP", 0)
+READ: Final = 1  # EPOLLIN
+WRITE: Final = 4  # EPOLLOUT
+BROKEN: Final = 8 | 16  # EPOLLERR | EPOLLHUP
+LEAVING: Final = getattr(select, "EPOLLRDHUP", 0)
 # Watch for this to hear of BROKEN alone. Epoll always tells of that, but has to be asked for some
 # event, and EPOLLMSG never happens. EPOLLPRI would: a client that sends urgent data could wake the
 # loop at every turn.
-BROKEN_ONLY = getattr(select, "EPOLLMSG", 0)
+BROKEN_ONLY: Final = getattr(select, "EPOLLMSG", 0)
 
 
 class Watched(Protocol):

@@ -15,28 +15,30 @@ import sys
 import termios
 import time
 from collections import deque
-from typing import Any
+from typing import Any, Final
 
 from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, Loop
 
 # A read takes up to READ_BYTES; the read after a full one takes four times as many, up to
 # LARGE_READ_BYTES. If what was read took longer than SLOW_SECONDS to handle, the next read takes
 # SMALL_READ_BYTES, so that others have their turn.
-READ_BYTES, LARGE_READ_BYTES = 65536, 262144
-SLOW_SECONDS, SMALL_READ_BYTES = 0.005, 8192
+READ_BYTES: Final = 65536
+LARGE_READ_BYTES: Final = 262144
+SLOW_SECONDS: Final = 0.005
+SMALL_READ_BYTES: Final = 8192
 # If more bytes than this wait to be sent to one side, the other is not read until all are taken.
-HIGH_WATER = 262144
+HIGH_WATER: Final = 262144
 
 # Small pieces that wait are joined into pieces of up to this many bytes. An event or a message of
 # two bytes costs a hundred times as much by itself: a side that did not read held 4 MB, not
 # HIGH_WATER.
-JOINED_BYTES = 4096
+JOINED_BYTES: Final = 4096
 
 # How splice(2) moves bytes: as pages if it can, without a copy, and without waiting.
-SPLICES = hasattr(os, "splice")
-SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if SPLICES else 0
+SPLICES: Final = hasattr(os, "splice")
+SPLICE: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if SPLICES else 0
 
-WAIT = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+WAIT: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Stream:

@@ -7,7 +7,7 @@ directions as they come, until either side ends. Of the frames it only follows w
 from __future__ import annotations
 
 import enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
@@ -15,7 +15,7 @@ from server.upstream import Connection, Upstream
 from wire.websocket import Frames, close_frame
 
 # Both sides have this many seconds to end a tunnel after each has been sent a Close frame.
-GOODBYE_SECONDS = 1.0
+GOODBYE_SECONDS: Final = 1.0
 
 
 class Talker(Protocol):

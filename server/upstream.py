@@ -6,7 +6,7 @@ import logging
 import select
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from metrics import IN_FLIGHT, STREAMS, Board
 from problems import Problem, UpstreamBusy
@@ -19,9 +19,9 @@ log = logging.getLogger("gatehouse")
 
 # A request that must not be sent twice goes on a kept connection only if that was in use at most
 # this many seconds ago. The shorter it was idle, the less likely is the upstream just closing it.
-FRESH_SECONDS = 1.0
+FRESH_SECONDS: Final = 1.0
 # The log says at most once in this many seconds that the limit is reached.
-SAY_SECONDS = 10.0
+SAY_SECONDS: Final = 10.0
 
 
 class Waiting(Protocol):

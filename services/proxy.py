@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from functools import lru_cache
+from typing import Final
 
 from problems import LoopDetected, MethodNotAllowed
 from wire.answer import Answer
@@ -18,7 +19,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # The headers of RFC 9110 section 7.6.1, and those that are for one hop by their own definition
 # (section 11.7).
-HOP_BY_HOP = frozenset(
+HOP_BY_HOP: Final = frozenset(
     {
         "connection",
         "keep-alive",
@@ -32,31 +33,31 @@ HOP_BY_HOP = frozenset(
     }
 )
 # The headers that the proxy sets, whatever was there before.
-SET = frozenset(
+SET: Final = frozenset(
     {"host", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-request-id"}
 )
 # These say who the client is too, and are believed only from a trusted proxy. The same goes for
 # every X-Forwarded-…, because applications know -Prefix, -Port, -Ssl, -User and more.
-BELIEVED = frozenset({"forwarded", "x-real-ip"})
-FORWARDED = "x-forwarded-"
+BELIEVED: Final = frozenset({"forwarded", "x-real-ip"})
+FORWARDED: Final = "x-forwarded-"
 # These say where a message ends: Connection cannot name them away.
-FRAMING = frozenset({"content-length", "transfer-encoding"})
+FRAMING: Final = frozenset({"content-length", "transfer-encoding"})
 # Many applications cannot tell X_Forwarded_For from X-Forwarded-For, nor Content_Length from
 # Content-Length, and for PHP X.Real.IP is X-Real-IP. So a header of one of these sets does not pass
 # with any other mark in the place of a hyphen either.
-OURS = HOP_BY_HOP | SET | BELIEVED | FRAMING
-MARK = re.compile("[^a-z0-9-]")
+OURS: Final = HOP_BY_HOP | SET | BELIEVED | FRAMING
+MARK: Final = re.compile("[^a-z0-9-]")
 # How much of a name is looked at for that. Hardly any is longer, and 64 KB of marks take five
 # milliseconds.
-LONGEST_NAME = 100
+LONGEST_NAME: Final = 100
 # How many addresses of X-Forwarded-For are looked at for the caller, from the last one on.
-MOST_HOPS = 50
+MOST_HOPS: Final = 50
 # Alt-Svc names ports of the upstream itself: a client that went there would go past Gatehouse.
-NOT_RETURNED = HOP_BY_HOP | {"alt-svc", "x-request-id"}
-UPGRADE = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
+NOT_RETURNED: Final = HOP_BY_HOP | {"alt-svc", "x-request-id"}
+UPGRADE: Final = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
 
 # The Allow header for a target that the upstream has. Gatehouse does not know its methods.
-METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
+METHODS: Final = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
 
 
 def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from problems import UpstreamBroken
 from wire.chunks import Chunks, Sized, UntilClose
 from wire.headers import Line, line, listed, remembering, remembering_short
 
-MAX_HEAD_BYTES = 262144
-STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
+MAX_HEAD_BYTES: Final = 262144
+STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
+HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
 # The end of a head. A line feed alone counts as a line end (RFC 9112 section 2.2).
-HEAD_END = re.compile(rb"\n\r?\n")
-SPACED = re.compile(rb"(?<=\n)([^ \t\n:]+)[ \t]++:")
-FOLD = re.compile(rb"\n[ \t]++")
-LENGTH = re.compile(r"[0-9]{1,18}")
+HEAD_END: Final = re.compile(rb"\n\r?\n")
+SPACED: Final = re.compile(rb"(?<=\n)([^ \t\n:]+)[ \t]++:")
+FOLD: Final = re.compile(rb"\n[ \t]++")
+LENGTH: Final = re.compile(r"[0-9]{1,18}")
 # The header lines that a proxy has to understand.
-TOLD = frozenset(
+TOLD: Final = frozenset(
     {
         "connection",
         "content-encoding",
@@ -28,10 +29,10 @@ TOLD = frozenset(
         "upgrade",
     }
 )
-WITHOUT_BODY = frozenset({204, 304})
+WITHOUT_BODY: Final = frozenset({204, 304})
 # The end of an event in an event stream: an empty line, with any of the three line ends.
-EVENT_ENDS = (b"\n\n", b"\r\r", b"\n\r\n", b"\n\r", b"\r\r\n")
-EVENT_STREAM = "text/event-stream"
+EVENT_ENDS: Final = (b"\n\n", b"\r\r", b"\n\r\n", b"\n\r", b"\r\r\n")
+EVENT_STREAM: Final = "text/event-stream"
 
 
 class Answer:

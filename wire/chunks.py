@@ -8,16 +8,17 @@ can no longer be found.
 from __future__ import annotations
 
 import re
+from typing import Final
 
-MAX_LINE_BYTES = 65536
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\0\r]*)?")
+MAX_LINE_BYTES: Final = 65536
+CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\0\r]*)?")
 # Some servers pad the size with spaces.
-PADDED_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
-TRAILER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")
+PADDED_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\0\r]*)?")
+TRAILER_LINE: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*")
 # Chunk extensions and trailers are dropped. So that no client can send them without end, it may
 # send this many bytes of framing for each byte of body, and this many in addition.
-FRAMING_FOR_EACH_BYTE = 16
-FRAMING_BYTES = 2 * MAX_LINE_BYTES
+FRAMING_FOR_EACH_BYTE: Final = 16
+FRAMING_BYTES: Final = 2 * MAX_LINE_BYTES
 
 
 def chunk(piece: bytes) -> bytes:
@@ -25,7 +26,7 @@ def chunk(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
-LAST_CHUNK = b"0\r\n\r\n"
+LAST_CHUNK: Final = b"0\r\n\r\n"
 
 
 class Sized:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 # A header line of an answer that is made here: name and value, decoded as latin-1, byte for byte.
 Header = tuple[str, str]
 
 # How many header lines are remembered, and how long each may be, in bytes.
-REMEMBERED, SHORT_BYTES = 1024, 256
+REMEMBERED: Final = 1024
+SHORT_BYTES: Final = 256
 
 # A member of a list of challenges or credentials (RFC 9110 sections 11.3 and 11.4) whose scheme
 # authenticates the connection instead of the request (RFC 4559 section 6).
-OF_CONNECTIONS = re.compile(
+OF_CONNECTIONS: Final = re.compile(
     r"(?:\A|,)[ \t]*+(?:negotiate|ntlm)(?: |[ \t]*+(?:,|\Z))", re.IGNORECASE
 )
 

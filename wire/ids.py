@@ -7,11 +7,12 @@ import random
 import re
 import threading
 import time
+from typing import Final
 
 # Where RFC 9562 section 5.7 has the version and the variant, and what they are.
-FIXED_BITS = 0xF << 76 | 0b11 << 62
-VERSION_7 = 7 << 76 | 0b10 << 62
-REQUEST_ID = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
+FIXED_BITS: Final = 0xF << 76 | 0b11 << 62
+VERSION_7: Final = 7 << 76 | 0b10 << 62
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 
 _lock = threading.Lock()
 _last = 0

@@ -9,33 +9,34 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
 from wire.chunks import Chunks, Sized
 from wire.headers import Line, line, listed, remembering, remembering_short
 
-MAX_HEAD_BYTES = 65536
-MAX_HEADER_LINES = 200
+MAX_HEAD_BYTES: Final = 65536
+MAX_HEADER_LINES: Final = 200
 # How many things Connection and Upgrade may name.
-MOST_NAMES = 200
+MOST_NAMES: Final = 200
 
-REQUEST_LINE = re.compile(
+REQUEST_LINE: Final = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])"
 )
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\x00-\x08\x0a-\x1f\x7f]*)")
+HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # RFC 3986 section 3.2.2 host, with an optional port.
-HOST = re.compile(
+HOST: Final = re.compile(
     r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})++)(?::[0-9]*)?"
 )
-ABSOLUTE_FORM = re.compile(r"https?://([^/?#]+)", re.IGNORECASE)
-LONE_LINE_FEED = re.compile(rb"(?<!\r)\n")
-DIGITS = re.compile(r"[0-9]+")
+ABSOLUTE_FORM: Final = re.compile(r"https?://([^/?#]+)", re.IGNORECASE)
+LONE_LINE_FEED: Final = re.compile(rb"(?<!\r)\n")
+DIGITS: Final = re.compile(r"[0-9]+")
 # How much of a path is decoded. Who answers is decided by its beginning, and no path of Gatehouse's
 # own is so long. To decode 64 KB of percent signs takes twenty milliseconds.
-DECODED_BYTES = 1024
+DECODED_BYTES: Final = 1024
 # A Content-Length of 19 digits or more counts as this. No body is so large.
-ABSURD_BYTES = 1 << 60
+ABSURD_BYTES: Final = 1 << 60
 
 
 class Head:

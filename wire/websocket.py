@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
+from typing import Final
 
 # Section 7.4.1: an endpoint is going away, such as a server going down.
-GOING_AWAY = 1001
+GOING_AWAY: Final = 1001
 
 
 class Frames:
