@@ -295,16 +295,12 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
 
 
 def how_it_runs() -> str:
-    """Whether what compile/build.py compiles is run compiled, or from its source."""
+    """Whether what compile/build.py compiles runs compiled, or from its source."""
     if not str(sys.modules[Output.__module__].__file__).endswith(".py"):
         return "compiled"
-    compiled = sys.modules.get("gatehouse_compiled")
-    if compiled is not None and compiled.finder is not None and compiled.finder.changed:
-        log.warning(
-            "%s is not as it was when it was compiled: nothing compiled is used until the next"
-            " `make install`",
-            compiled.finder.changed,
-        )
+    finder = getattr(sys.modules.get("gatehouse_compiled"), "finder", None)
+    if finder is not None and finder.unusable:
+        log.warning("%s: it runs from source until the next `make install`", finder.unusable)
     return "from source"
 
 

@@ -13,7 +13,8 @@ import mmap
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import problems
 
@@ -22,34 +23,38 @@ UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
 # The cells of a worker's row. First its gauges: what is now, and nothing once it has died.
 IN_FLIGHT, STREAMS, LIMIT, CLIENTS, IN_USE, IDLE, AWAKE, STOPPING = range(8)
 HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE = range(8, 12)
-GAUGES = 12
+GAUGES: Final = 12
 # How the last forwarded request went, and when: that stays true when the worker has died.
 OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
 # Then its counters, which only grow, through its death as well.
 LINES_DROPPED, REPLACED = range(OUTCOME_AT + 1, OUTCOME_AT + 3)
 
-OWNERS = ("users", "health", "proxy")
+OWNERS: Final = ("users", "health", "proxy")
 # Those of RFC 9110 section 9 and RFC 5789. Any other method counts as `other`: callers could make
 # labels without end.
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "other")
-CLASSES = ("1xx", "2xx", "3xx", "4xx", "5xx")
+METHODS: Final = (
+    "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "other",
+)  # fmt: skip
+CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
 # The upper bounds of the histogram's buckets, in seconds. The time-outs of the upstream's answers
 # are among them.
-BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-TYPES = tuple(
+BOUNDS: Final[Sequence[float]] = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300,
+)  # fmt: skip
+TYPES: Final = tuple(
     sorted(
         kind.name
         for kind in vars(problems).values()
         if isinstance(kind, type) and issubclass(kind, problems.Problem)
     )
 )
-PROBLEMS = REPLACED + 1
-REQUESTS = PROBLEMS + len(TYPES)
-HEADS = REQUESTS + len(OWNERS) * len(METHODS) * len(CLASSES)
+PROBLEMS: Final = REPLACED + 1
+REQUESTS: Final = PROBLEMS + len(TYPES)
+HEADS: Final = REQUESTS + len(OWNERS) * len(METHODS) * len(CLASSES)
 # Of each owner: its buckets, that beyond the last bound, and the sum in microseconds.
-HEAD_CELLS = len(BOUNDS) + 2
+HEAD_CELLS: Final = len(BOUNDS) + 2
 # Rows begin at a multiple of 64 bytes, so that two workers do not write to one line of a cache.
-CELLS = -(-(HEADS + len(OWNERS) * HEAD_CELLS) // 8) * 8
+CELLS: Final = -(-(HEADS + len(OWNERS) * HEAD_CELLS) // 8) * 8
 
 # Metrics that are one cell's total: name, cell, what it says.
 TOTALS = (
@@ -63,9 +68,13 @@ TOTALS = (
     ("workers_replaced_total", REPLACED, "Workers that died and were replaced."),
 )
 
-_owner = {name: number for number, name in enumerate(OWNERS)}
-_method = {name: number for number, name in enumerate(METHODS)}
-_type = {name: number for number, name in enumerate(TYPES)}
+# What is told of one series: its labels, and a number. As a float alone, a compiled int would be
+# shown as 3.0.
+Sample = tuple[str, int | float]
+
+_owner: Final = {name: number for number, name in enumerate(OWNERS)}
+_method: Final = {name: number for number, name in enumerate(METHODS)}
+_type: Final = {name: number for number, name in enumerate(TYPES)}
 
 
 class Board:
@@ -198,7 +207,7 @@ class Board:
             yield from _family(f"gatehouse_{name}", kind, text, [("", self.total(cell))])
         longest = max(*self.each(TURN_LONGEST), *self.each(TURN_BEFORE)) / 1e6
         serving = sum(1 for beat in self.each(HEARTBEAT) if beat)
-        for name, number, text in (
+        gauges: list[tuple[str, int | float, str]] = [
             ("database_pool_size", pool_size, "Database connections that all workers may have."),
             (
                 "database_up",
@@ -208,7 +217,8 @@ class Board:
             ("loop_longest_turn_seconds", longest, "The longest turn of a loop in two minutes."),
             ("workers", serving, "Workers that serve."),
             ("start_time_seconds", self.started, "When the service started, since 1970."),
-        ):
+        ]
+        for name, number, text in gauges:
             yield from _family(f"gatehouse_{name}", "gauge", text, [("", number)])
         if (upstream := self.upstream()) != "unknown":
             text = "Whether the last forwarded request was answered."
@@ -218,7 +228,7 @@ class Board:
         labels = f'{{version="{version}"}}'
         yield from _family("gatehouse_build_info", "gauge", text, [(labels, 1)])
 
-    def _requests(self) -> Iterator[tuple[str, float]]:
+    def _requests(self) -> Iterator[Sample]:
         cell = REQUESTS
         for owner in OWNERS:
             for method in METHODS:
@@ -231,7 +241,7 @@ class Board:
                         labels = f'owner="{owner}",method="{method}",status="{status}"'
                         yield f"{{{labels}}}", count
 
-    def _heads(self) -> Iterator[tuple[str, float]]:
+    def _heads(self) -> Iterator[Sample]:
         for number, owner in enumerate(OWNERS):
             cell = HEADS + number * HEAD_CELLS
             count = 0
@@ -244,7 +254,7 @@ class Board:
             yield f'_count{{owner="{owner}"}}', count
 
 
-def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]) -> Iterator[str]:
+def _family(name: str, kind: str, text: str, samples: Iterable[Sample]) -> Iterator[str]:
     yield f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
     for suffix, value in samples:
         yield f"{name}{suffix} {value}\n"

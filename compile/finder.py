@@ -1,9 +1,9 @@
-"""Has Python import the compiled modules of Gatehouse in place of their source.
+"""Has Python import the compiled modules of Gatehouse instead of their sources.
 
-compile/build.py copies this file into .venv as the package `gatehouse_compiled`, with what it has
-compiled, and with a line in a .pth file that has Python import it at each start. A compiled module
-is used only if all sources are, byte for byte, those that were compiled: whoever changes one of
-them runs what is written there, and never what was there before.
+compile/build.py copies this file into .venv as the package `gatehouse_compiled`, beside what it has
+compiled. A line in a .pth file has Python run `install` at each start. The compiled modules are
+used only if all sources that they were made of are the same, byte for byte, and if they can be
+loaded. Otherwise Python imports the sources, as if this file were not there.
 """
 
 from __future__ import annotations
@@ -14,56 +14,65 @@ from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleS
 from pathlib import Path
 from typing import Any
 
-# What all compiled modules share: mypyc puts their code into one library.
+# The library that has the code of all compiled modules.
 LIBRARY = "gatehouse__mypyc"
-# The sources that were compiled, as `sha256sum --check` reads it.
+# What the modules were made of, as `sha256sum --check` reads it.
 SOURCES = "sources.sha256"
 
 
 class Finder:
-    """A finder for sys.meta_path. `changed` is the first source that was found to differ from what
-    was compiled, as a path from the project's folder; None if there was none."""
+    """A finder for sys.meta_path. `unusable` says why nothing compiled is used, if it was asked for
+    and cannot be."""
 
     def __init__(self, folder: Path) -> None:
-        self.changed: str | None = None
+        self.unusable: str | None = None
         self._folder = folder
-        lines = (folder / SOURCES).read_text().splitlines()
-        self._digests = {path: digest for digest, path in (line.split() for line in lines)}
-        self._modules = {path[:-3].replace("/", "."): path for path in self._digests}
-        self._same: dict[str, bool] = {}  # whether the sources below a folder are those
+        self._usable: bool | None = None
+        self._root = ""  # the folder of the project that it is used for, with the last slash
+        # Where each compiled module is, and where its source is in the project's folder.
+        self._files: dict[str, str] = {}
+        self._sources: dict[str, str] = {}
+        for file in folder.rglob("*" + EXTENSION_SUFFIXES[0]):
+            path = file.relative_to(folder).as_posix().removesuffix(EXTENSION_SUFFIXES[0])
+            self._files[path.replace("/", ".")] = str(file)
+            self._sources[path.replace("/", ".")] = path + ".py"
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Where to load a module from; None leaves it to the finders of Python."""
-        if name == LIBRARY:
-            return self._spec(name)
-        if name not in self._modules:
+        file = self._files.get(name)
+        if file is None:
             return None
-        source = PathFinder.find_spec(name, path)
-        origin = source.origin if source is not None else None
-        if origin is None or not origin.endswith(self._modules[name]):
-            return None
-        root = origin.removesuffix(self._modules[name])
-        if root not in self._same:
-            self._same[root] = self._compare(Path(root))
-        return self._spec(name) if self._same[root] else None
-
-    def _spec(self, name: str) -> ModuleSpec:
-        file = str(self._folder / (name.replace(".", "/") + EXTENSION_SUFFIXES[0]))
+        if name != LIBRARY:
+            source = PathFinder.find_spec(name, path)
+            origin = source.origin if source is not None else None
+            if origin is None or not origin.endswith(self._sources[name]):
+                return None
+            root = origin.removesuffix(self._sources[name])
+            if self._usable is None:
+                self._root, self._usable = root, self._can_be_used(root)
+            if root != self._root or not self._usable:
+                return None
         spec = ModuleSpec(name, ExtensionFileLoader(name, file), origin=file)
         spec.has_location = True
         return spec
 
-    def _compare(self, root: Path) -> bool:
-        from hashlib import sha256  # Most that runs in .venv never gets here.
+    def _can_be_used(self, root: str) -> bool:
+        from hashlib import sha256  # Most programs in .venv never get here.
 
-        for path, digest in self._digests.items():
+        for line in (self._folder / SOURCES).read_text().splitlines():
+            digest, path = line.split()
             try:
-                same = sha256((root / path).read_bytes()).hexdigest() == digest
+                same = sha256(Path(root, path).read_bytes()).hexdigest() == digest
             except OSError:
                 same = False
             if not same:
-                self.changed = path
+                self.unusable = f"{path} is not as it was when it was compiled"
                 return False
+        try:
+            __import__(LIBRARY)
+        except ImportError as error:
+            self.unusable = f"what was compiled cannot be loaded: {error}"
+            return False
         return True
 
 
@@ -71,8 +80,8 @@ finder: Finder | None = None
 
 
 def install() -> None:
-    """Use what was compiled in this process, unless GATEHOUSE_INTERPRETED is set."""
+    """Use what was compiled in this process, unless GATEHOUSE_INTERPRETED is 1."""
     global finder
-    if not os.environ.get("GATEHOUSE_INTERPRETED"):
+    if os.environ.get("GATEHOUSE_INTERPRETED") != "1":
         finder = Finder(Path(__file__).parent)
         sys.meta_path.insert(0, finder)

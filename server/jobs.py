@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from waitress.task import WSGITask
 
 from problems import BadRequest, BodyTooLarge, DatabaseUnavailable, Problem
+from server.inbox import Inbox, Left
 from server.logs import asked
 from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
@@ -37,8 +38,6 @@ RELIEF_SECONDS = 1.0
 UNTAKEN_BYTES = 33554432
 # What the client of a job is told that has waited for a thread for too long.
 ALL_HELD = "As many imports and exports as there may be are under way. Try again later."
-# How much of a body may wait for its reader, if it is read while it arrives.
-INBOX_BYTES = 262144
 
 
 class Lane:
@@ -154,59 +153,6 @@ class Asker(Protocol):
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def hang_up(self, *, reset: bool = False) -> None: ...
-
-
-class Left(ConnectionResetError):
-    """The client has gone: nobody wants the rest of the answer."""
-
-
-class Inbox(io.RawIOBase):
-    """A body that is read, on a job's thread, while it arrives.
-
-    `wanted` is called on that thread when more may come, after the inbox had been full.
-    """
-
-    def __init__(self, wanted: Callable[[], None]) -> None:
-        self._wanted = wanted
-        self._moved = threading.Condition()
-        # Not a list of the pieces: each would take forty bytes more than it has.
-        self._waiting = bytearray()
-        self._full = False
-        self._over = False
-        self._cut = False
-
-    def put(self, piece: bytes) -> bool:
-        """Add what has arrived; False if no more should be given for now."""
-        with self._moved:
-            self._waiting += piece
-            self._full = len(self._waiting) >= INBOX_BYTES
-            self._moved.notify()
-            return not self._full
-
-    def put_end(self, *, cut: bool = False) -> None:
-        """The body has ended; or it was `cut`, and its end will never come."""
-        with self._moved:
-            self._over = True
-            self._cut = self._cut or cut
-            self._moved.notify()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Wait for what arrives. Raises Left if the client has gone before the body's end."""
-        with self._moved:
-            self._moved.wait_for(lambda: self._waiting or self._over)
-            if self._cut and not self._waiting:
-                raise Left("the client has gone in the middle of its body")
-            size = min(len(buffer), len(self._waiting))
-            buffer[:size] = self._waiting[:size]
-            del self._waiting[:size]
-            again = self._full and len(self._waiting) < INBOX_BYTES // 2
-            self._full = self._full and not again
-        if again:
-            self._wanted()
-        return size
 
 
 def take(waiting: list[Callable[[], None]]) -> Callable[[], None] | None:

@@ -1,9 +1,14 @@
-"""The tests of Gatehouse, in rooms: see docs/extending.md.
+"""The tests of Gatehouse, in rooms: see docs/architecture.md.
 
-What they start runs compiled, as `make install` leaves it. What they import does not: unit tests put
-fakes in the place of objects, for which compiled code has no room.
+What they start runs compiled, as in production. What they import does not: unit tests put fakes in
+the place of objects, and compiled code takes none. tests/wire needs no fakes. It is run compiled too,
+by tests/house/test_compiled.py.
 """
 
+import os
 import sys
 
-sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != "gatehouse_compiled"]
+if os.environ.get("TEST_COMPILED") != "1":
+    sys.meta_path[:] = [
+        one for one in sys.meta_path if type(one).__module__ != "gatehouse_compiled"
+    ]

@@ -178,7 +178,7 @@ def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
     found = HEAD_END.search(data, scanned - 3 if scanned > 3 else 0)
     if found:
         end, begin = found.span()
-        end -= data[end - 1 : end] == b"\r"
+        end -= data.endswith(b"\r", 0, end)
     else:
         end, begin = -1, 0
     # Three bytes of an end that has not arrived may be there.

@@ -34,7 +34,7 @@ def new_id() -> str:
 
 def _uuid7(ms: int, bits: int) -> str:
     """A UUID of the milliseconds and 80 bits, six of which give way to the version and variant."""
-    text = f"{ms << 80 | bits & ~FIXED_BITS | VERSION_7:032x}"
+    text = (ms << 80 | bits & ~FIXED_BITS | VERSION_7).to_bytes(16, "big").hex()
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 

@@ -284,7 +284,7 @@ def conflict(house: House) -> Service:
 
 def changed_source(house: House) -> Service:
     if "gatehouse_compiled" not in sys.modules:
-        pytest.skip("nothing is compiled")
+        pytest.skip("nothing is compiled: tests/house/test_compiled.py says whether that is right")
     folder = copied(Path(house.stack.enter_context(tempfile.TemporaryDirectory())))
     with (folder / "wire" / "ids.py").open("a") as source:
         source.write("# Changed.\n")

@@ -1,4 +1,4 @@
-"""What is compiled runs in place of its source, and never when that is another one by now."""
+"""What is compiled runs instead of its sources, and never after one of them was changed."""
 
 from __future__ import annotations
 
@@ -14,88 +14,155 @@ import pytest
 from tests.harness import ROOT, ScriptedUpstream, Service, ok
 from tests.harness.service import copied
 
-BUILD = ROOT / "compile" / "build.py"
-PACKAGE = Path(sysconfig.get_path("platlib")) / "gatehouse_compiled"
+PACKAGES = Path(sysconfig.get_path("platlib"))
+PACKAGE = PACKAGES / "gatehouse_compiled"
+LIBRARY = "gatehouse__mypyc" + sysconfig.get_config_var("EXT_SUFFIX")
+WHERE = "import server.loop as one; print(one.__file__)"
 
-compiled = pytest.mark.skipif(
-    not (PACKAGE / "sources.sha256").is_file(),
-    reason="there is no C compiler, and nothing compiled",
-)
-
-
-def first_line(service: Service) -> str:
-    return service.log.splitlines()[0]
+compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+pytestmark = pytest.mark.skipif(shutil.which(compiler) is None, reason="there is no C compiler")
 
 
-@compiled
+def project(folder: Path) -> Path:
+    """A copy of what runs and of what compiles it."""
+    shutil.copytree(ROOT / "compile", folder / "compile")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return copied(folder)
+
+
+def run(*arguments: str, folder: Path, **environ: str) -> str:
+    """What Python prints; it has to succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def test_what_the_tests_start_runs_compiled(upstream: ScriptedUpstream) -> None:
     upstream.script(ok)
     with Service(UPSTREAM_URL=upstream.url) as service:
-        assert "(compiled)" in first_line(service)
+        assert "(compiled)" in service.log.splitlines()[0]
         assert service.call("GET", "/").body == b"ok"
 
 
-@compiled
 def test_it_runs_from_source_if_that_is_asked_for(upstream: ScriptedUpstream) -> None:
     upstream.script(ok)
     with Service(UPSTREAM_URL=upstream.url, GATEHOUSE_INTERPRETED=1) as service:
-        assert "(from source)" in first_line(service)
+        assert "(from source)" in service.log.splitlines()[0]
         assert service.call("GET", "/").body == b"ok"
 
 
-@compiled
-def test_a_source_that_was_changed_is_what_runs(tmp_path: Path, upstream: ScriptedUpstream) -> None:
-    """And so are all others: what is compiled knows the others as they were."""
+@pytest.mark.parametrize(
+    "path", ["services/proxy.py", "problems.py", "server/jobs.py", "wire/media_types.py"]
+)
+def test_after_a_change_all_runs_from_source(
+    tmp_path: Path, upstream: ScriptedUpstream, path: str
+) -> None:
+    """Also where what was changed is not compiled itself: what is compiled relies on it."""
     upstream.script(ok)
     folder = copied(tmp_path)
-    path = folder / "services" / "proxy.py"
-    path.write_text(path.read_text().replace('f"Via: {via}', 'f"X-Changed: {via}'))
+    for changed in (path, "services/proxy.py"):
+        text = (folder / changed).read_text().replace('f"Via: {via}', 'f"X-Changed: {via}')
+        (folder / changed).write_text(text + "# Changed.\n")
     with Service(folder=folder, UPSTREAM_URL=upstream.url) as service:
         assert service.call("GET", "/").body == b"ok"
         said, first = service.log.splitlines()[:2]
-    assert "services/proxy.py is not as it was when it was compiled" in said
+    assert ".py is not as it was when it was compiled: it runs from source until" in said
     assert "(from source)" in first
     assert upstream.seen[-1].get("X-Changed") is not None
 
 
-@compiled
-def test_the_finder_takes_a_missing_source_for_a_changed_one(tmp_path: Path) -> None:
+def test_a_missing_source_is_a_change(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     (folder / "server" / "tunnel.py").unlink()
-    asked = "import server.loop as one; print(one.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", asked], cwd=folder, capture_output=True, text=True, check=True
+    assert run("-c", WHERE, folder=folder).strip() == str(folder / "server" / "loop.py")
+
+
+def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path: Path) -> None:
+    """As it is after .venv was copied to a machine with another C library."""
+    shutil.copytree(PACKAGE, tmp_path / "packages" / PACKAGE.name)
+    (tmp_path / "packages" / PACKAGE.name / LIBRARY).write_bytes(b"no library")
+    folder = tmp_path / "project"
+    folder.mkdir()
+    copied(folder)
+    use = "import gatehouse_compiled as used; used.install(); "
+    told = run(
+        "-S",
+        "-c",
+        use + WHERE + "; print(used.finder.unusable)",
+        folder=folder,
+        PYTHONPATH=f"{tmp_path / 'packages'}:{sysconfig.get_path('purelib')}",
     )
-    assert done.stdout.strip() == str(folder / "server" / "loop.py")
+    assert told.startswith(str(folder / "server" / "loop.py"))
+    assert "what was compiled cannot be loaded: " in told
 
 
-@compiled
 def test_sha256sum_agrees_with_what_was_compiled() -> None:
     if shutil.which("sha256sum") is None:
         pytest.skip("sha256sum is not installed")
-    subprocess.run(
-        ["sha256sum", "--check", "--quiet", PACKAGE / "sources.sha256"], cwd=ROOT, check=True
+    sums = ["sha256sum", "--check", "--quiet", str(PACKAGE / "sources.sha256")]
+    subprocess.run(sums, cwd=ROOT, check=True)
+
+
+def test_the_tools_are_those_of_the_tests() -> None:
+    tools = set((ROOT / "compile" / "requirements.txt").read_text().splitlines())
+    for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
+        if line.startswith(("mypy==", "types-requests==")):
+            assert line in tools
+
+
+def test_bytes_mean_the_same_compiled() -> None:
+    """tests/wire once more: splits of every message at every byte."""
+    run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/wire", folder=ROOT, TEST_COMPILED="1"
     )
 
 
 @pytest.mark.slow
-def test_without_a_compiler_it_says_so_and_installs_all_the_same(tmp_path: Path) -> None:
-    folder = tmp_path / "gatehouse"
+def test_what_cannot_be_compiled_is_said_once_and_runs_from_source(tmp_path: Path) -> None:
+    """In a virtual environment of its own."""
+    environment = tmp_path / "venv"
+    run("-m", "venv", str(environment), folder=tmp_path)
+    folder = tmp_path / "project"
     folder.mkdir()
-    shutil.copytree(ROOT / "compile", folder / "compile")
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    copied(folder)
+    project(folder)
+    python = str(environment / "bin" / "python")
+    packages = Path(
+        sysconfig.get_path("platlib", vars={"base": environment, "platbase": environment})
+    )
+
+    def make(*arguments: str, **environ: str) -> str:
+        done = subprocess.run(
+            [python, "compile/build.py", *arguments],
+            cwd=folder,
+            env=os.environ | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    # What the compiled modules import is taken from the environment of the tests.
+    (packages / "theirs.pth").write_text(sysconfig.get_path("purelib"))
+    told = make(CC="no-such-compiler")
+    assert "no-such-compiler" in told and "Gatehouse was not compiled." in told
+    assert make(CC="no-such-compiler") == ""
+    assert make() == ""
+    assert "Compiling ..." in make("again")
+    compiled = packages / "gatehouse_compiled"
+    assert (compiled / LIBRARY).is_file() and (packages / "gatehouse_compiled.pth").is_file()
+    assert make("again") == ""
     with (folder / "wire" / "ids.py").open("a") as source:
         source.write("# Changed.\n")
-    before = sorted(path.stat().st_mtime_ns for path in PACKAGE.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "compile/build.py"],
-        cwd=folder,
-        env=os.environ | {"CC": "no-such-compiler"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0
-    assert "no-such-compiler" in done.stderr and "Gatehouse was not compiled." in done.stderr
-    assert before == sorted(path.stat().st_mtime_ns for path in PACKAGE.rglob("*"))
+    assert "Gatehouse was not compiled." in make(CC="no-such-compiler")
+    assert not compiled.exists() and not (packages / "gatehouse_compiled.pth").exists()
+    assert not list(packages.glob(".gatehouse_compiled-*"))

@@ -148,6 +148,7 @@ BROKEN = {
     "a NUL in the reason": b"HTTP/1.1 200 O\x00K\r\nContent-Length: 0\r\n\r\n",
     "a bare CR in the reason": b"HTTP/1.1 200 O\rK\r\nContent-Length: 0\r\n\r\n",
     "half a status line": b"HTTP/1.1 200",
+    "an end of a head alone": b"\n\nHTTP/1.1 200 OK\r\n\r\n",
     "half a head": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A",
     "a head without its end": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n",
     "an interim answer alone": b"HTTP/1.1 100 Continue\r\n\r\n",

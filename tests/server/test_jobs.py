@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from server import jobs
-from server.jobs import INBOX_BYTES, Inbox, Job, Lane
+from server.inbox import INBOX_BYTES, Inbox
+from server.jobs import Job, Lane
 from server.loop import Loop
 from tests.harness import request, wait_for
 from wire.request import Head

@@ -42,7 +42,7 @@ def said(*pieces: bytes) -> object:
     if found is None:
         return None
     answer, rest = found
-    names = set(Answer.__slots__) - {"body"}
+    names = {*getattr(Answer, "__mypyc_attrs__", ()), *getattr(Answer, "__slots__", ())} - {"body"}
     return {name: getattr(answer, name) for name in names}, type(answer.body), rest
 
 
@@ -70,6 +70,8 @@ MALFORMED = {
     "another version": b"HTTP/2.0 200 OK\r\n\r\n",
     "no HTTP": b"hello\r\n\r\n",
     "nothing before the end": b"\r\n\r\n",
+    "nothing before line feeds": b"\n\n",
+    "nothing before a lone line feed": b"\n\r\n",
     "a line without a colon": message(OK, b"A"),
     "a name with a space in it": message(OK, b"A b: c"),
     "no name": message(OK, b": c"),

@@ -36,7 +36,8 @@ def said(*pieces: bytes) -> object:
     head, rest = found
     if head.problem is not None:
         return type(head.problem)
-    return {name: getattr(head, name) for name in Head.__slots__}, head.upgrade, rest
+    names = (*getattr(Head, "__mypyc_attrs__", ()), *getattr(Head, "__slots__", ()))
+    return {name: getattr(head, name) for name in names}, head.upgrade, rest
 
 
 def bytewise(data: bytes) -> list[bytes]:
