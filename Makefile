@@ -10,13 +10,15 @@ OPENAPI := .venv-openapi
 SMUGGLING := .venv-smuggling
 SOURCES := *.py services postgres server wire migrations
 # The commands in .venv name the folder that they were made in, and a .venv that is made again keeps its
-# old Python. So it is made anew if the folder was moved, if its Python is gone, or if PYTHON= names another
-# one. A .venv that is a link may be another project's, and is left alone: --clear would empty what the link
-# leads to.
+# old Python. So it is made anew if the folder was moved, if its Python is gone or has become another version,
+# or if PYTHON= names another one. A .venv that is a link may be another project's, and is left alone: --clear
+# would empty what the link leads to.
 WHICH := -c 'import sys; print(sys.base_prefix, *sys.version_info[:2])'
 OTHER := $(if $(filter file,$(origin PYTHON)),false,[ "$$($(PYTHON) $(WHICH))" != "$$($(BIN)/python $(WHICH))" ])
+PACKAGES := -c 'import os, sysconfig; os.stat(sysconfig.get_path("purelib"))'
 STALE := $(shell [ -L .venv ] || [ ! -d .venv ] || { \
-	[ -x $(BIN)/python ] && { [ ! -e $(BIN)/pw_migrate ] || head -n 2 $(BIN)/pw_migrate | grep -qF '$(CURDIR)/$(BIN)/'; } \
+	[ -x $(BIN)/python ] && $(BIN)/python $(PACKAGES) >/dev/null 2>&1 \
+	&& { [ ! -e $(BIN)/pw_migrate ] || head -n 2 $(BIN)/pw_migrate | grep -qF '$(CURDIR)/$(BIN)/'; } \
 	&& ! $(OTHER); } || echo --clear)
 
 # Four tests side by side: most wait for something that is not the processor. Some measure time, which
@@ -27,10 +29,12 @@ $(BIN)/python -m pytest -n 4 --dist worksteal $(1) \
 	|| $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(1)
 endef
 
+# One target fills .venv while another one reads it.
+.NOTPARALLEL:
 .PHONY: stale run test bench bench-full faults faults-cluster soak fuzz smuggling install compiled check audit applications
 .PHONY: applications-light openapi
 
-# Compiling takes half a minute. `make run` does it once; what was changed after that runs from source.
+# Compiling takes half a minute. `make run` does it once; after a change all runs from source.
 run: $(DEVELOPED) $(COMPILED)
 	@exec $(BIN)/python app.py --dev
 
@@ -87,7 +91,7 @@ $(INSTALLED): requirements.txt $(STALE:--clear=stale)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(STALE) .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@# The user that it runs as may not write here, and would compile all of it at each start.
+	@# The user that it runs as may not write here, and would make bytecode of all of it at each start.
 	$(BIN)/python -m compileall -q $(SOURCES)
 	@touch $@
 

@@ -300,7 +300,10 @@ def how_it_runs() -> str:
         return "compiled"
     finder = getattr(sys.modules.get("gatehouse_compiled"), "finder", None)
     if finder is not None and finder.unusable:
-        log.warning("%s: it runs from source until the next `make install`", finder.unusable)
+        log.warning(
+            "%s: Gatehouse runs from source. To compile it again: make install, and restart",
+            finder.unusable,
+        )
     return "from source"
 
 

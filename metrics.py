@@ -68,8 +68,8 @@ TOTALS = (
     ("workers_replaced_total", REPLACED, "Workers that died and were replaced."),
 )
 
-# What is told of one series: its labels, and a number. As a float alone, a compiled int would be
-# shown as 3.0.
+# What is told of one series: its labels, and a number. With `float` alone, mypyc would make a float
+# of an int, and show it as 3.0.
 Sample = tuple[str, int | float]
 
 _owner: Final = {name: number for number, name in enumerate(OWNERS)}

@@ -4,21 +4,25 @@
 
 mypyc makes C of typed Python, and a C compiler makes modules of that. Python imports them instead
 of the sources; compile/finder.py says when. They go into the virtual environment that this runs in.
-The tools are fetched, and thrown away afterwards. If it cannot be done, because there is no C
-compiler or no network, Gatehouse runs from its sources: it answers the same, and uses more of the
-processor. A failure is remembered, and tried `again` only on demand. See
-docs/decisions/0011-compiled.md.
+The tools are fetched, and removed afterwards. If it cannot be done, because there is no C compiler
+or no network, Gatehouse runs from its sources: it answers the same, and uses more of the processor.
+After a failure nothing is tried before something changes, unless it is asked for with `again`, as
+`make install` does. See docs/decisions/0011-compiled.md.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import py_compile
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,11 +30,11 @@ from finder import LIBRARY, SOURCES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# What each forwarded request passes, with these exceptions. app.py is where a team changes
-# something. server/server.py: Python handles a signal only between two of its own instructions, and
-# a compiled loop has none. problems.py: mypyc cannot compile several names that a class sets in one
-# assignment. server/connector.py, which makes new connections: mypyc loses what an exception is
-# raised `from`. server/jobs.py: mypyc crashes on subclasses of waitress's task.
+# What each forwarded request passes, with these exceptions. Not app.py: teams edit it. Not
+# server/server.py: Python handles a signal only between two of its own instructions, and a compiled
+# loop has none. Not problems.py: mypyc cannot compile several names that a class sets in one
+# assignment. Not server/connector.py, which makes new connections: mypyc drops the cause of
+# `raise ... from`. Not server/jobs.py: mypyc crashes on subclasses of waitress's task.
 MODULES = (
     "metrics.py",
     "server/client.py",
@@ -48,52 +52,85 @@ MODULES = (
     "wire/request.py",
     "wire/websocket.py",
 )
-# Compiled modules are made for these as they are too: for the types of what they call.
+# Compiled code relies on the types in these files too.
 NEIGHBOURS = ("problems.py", *(f"{room}/*.py" for room in ("server", "wire")))
 PACKAGE = "gatehouse_compiled"
 # What was compiled, and by what. As long as that is the same, nothing is done.
 MADE = "made.sha256"
 FAILED = """\
 Gatehouse was not compiled. It runs from its sources: it answers the same, and uses more of the
-processor. Most often a C compiler or Python's headers are missing (in Debian and Ubuntu the
-packages gcc and python3-dev), or there is no network. To try again: make install"""
+processor. Most often there is no C compiler, or Python's headers or the network are missing. For
+the Python of Debian and Ubuntu the packages are gcc and python3-dev, for that of RHEL gcc and
+python3.11-devel. To try again: make install"""
 
 
 def main(again: bool) -> int:
     """Compile, if that has not been done. Returns the exit code."""
-    if sys.platform != "linux":  # What only Linux has would be an error in the types.
+    if sys.platform != "linux":  # mypy would report calls that only Linux has as errors.
         return 0
-    packages = Path(sysconfig.get_path("platlib"))
     found = {path for pattern in NEIGHBOURS for path in ROOT.glob(pattern)}
     paths = sorted({*found, *(ROOT / path for path in MODULES)})
     sources = "".join(f"{digest(path)}  {path.relative_to(ROOT)}\n" for path in paths)
     tools = [HERE / name for name in ("build.py", "finder.py", "requirements.txt")]
-    made = sources + "".join(f"{digest(path)}\n" for path in [*tools, ROOT / "pyproject.toml"])
-    failed = packages / f"{PACKAGE}.failed"
-    if read(packages / PACKAGE / MADE) == made or (read(failed) == made and not again):
-        return 0
-    print("Compiling ...", flush=True)
-    # It is made beside the other packages: a file system for temporary files may forbid to run what
-    # is there.
+    tools += [ROOT / "pyproject.toml", ROOT / "requirements.txt"]
+    made = sources + "".join(f"{digest(path)}\n" for path in tools)
+    packages = Path(sysconfig.get_path("platlib"))
+    package, failed = packages / PACKAGE, packages / f"{PACKAGE}.failed"
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{PACKAGE}-", dir=packages) as folder:
-            new = Path(folder, PACKAGE)
-            compiled(new)
-            (new / SOURCES).write_text(sources)
-            (new / MADE).write_text(made)
-            shutil.copy(HERE / "finder.py", new / "__init__.py")
-            py_compile.compile(str(new / "__init__.py"))
-            remove(packages)
-            new.rename(packages / PACKAGE)
-            line = f"import {PACKAGE}; {PACKAGE}.install()\n"
-            (packages / f"{PACKAGE}.pth").write_text(line)
-        failed.unlink(missing_ok=True)
+        with alone(packages):
+            if read(package / MADE) == made and (not again or loads(package)):
+                return 0
+            if read(failed) == made and not again:
+                print("Not compiled, as before. To try again: make install")
+                return 0
+            print("Compiling ...", flush=True)
+            # It is made in site-packages: a file system for temporary files may forbid to run
+            # what is there.
+            with tempfile.TemporaryDirectory(prefix=f".{PACKAGE}-", dir=packages) as folder:
+                new = Path(folder, PACKAGE)
+                compiled(new)
+                (new / SOURCES).write_text(sources)
+                (new / MADE).write_text(made)
+                shutil.copy(HERE / "finder.py", new / "__init__.py")
+                py_compile.compile(str(new / "__init__.py"))
+                # A process that runs keeps what it has loaded.
+                if package.exists():
+                    package.rename(Path(folder, "old"))
+                new.rename(package)
+                package.with_suffix(".pth").write_text(f"import {PACKAGE}; {PACKAGE}.install()\n")
+            failed.unlink(missing_ok=True)
+            print("Compiled.")
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "output", None) or str(error)
         print(*output.splitlines()[-5:], FAILED, sep="\n", file=sys.stderr)
-        remove(packages)
-        failed.write_text(made)
+        # What was compiled of other sources is of no use, and each start would say so.
+        with contextlib.suppress(OSError), alone(packages):
+            if read(package / SOURCES) != sources or not loads(package):
+                package.with_suffix(".pth").unlink(missing_ok=True)
+                shutil.rmtree(package, ignore_errors=True)
+            failed.write_text(made)
     return 0
+
+
+@contextlib.contextmanager
+def alone(packages: Path) -> Iterator[None]:
+    """While no other build runs; without what one has left that was killed."""
+    descriptor = os.open(packages, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for left in packages.glob(f".{PACKAGE}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def loads(package: Path) -> bool:
+    """Whether what was compiled is there, and can be loaded."""
+    library = package / (LIBRARY + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    load = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r})"]
+    found = package.with_suffix(".pth").is_file()
+    return found and subprocess.run(load, capture_output=True).returncode == 0
 
 
 def digest(path: Path) -> str:
@@ -104,22 +141,21 @@ def read(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 
 
-def remove(packages: Path) -> None:
-    """Remove what was compiled before. A process that runs keeps what it has loaded."""
-    # First the line that has Python look for the rest.
-    (packages / f"{PACKAGE}.pth").unlink(missing_ok=True)
-    if (packages / PACKAGE).exists():
-        with tempfile.TemporaryDirectory(prefix=f".{PACKAGE}-", dir=packages) as folder:
-            (packages / PACKAGE).rename(Path(folder, PACKAGE))
-
-
 def compiled(package: Path) -> None:
-    """Fetch the tools into the folder of the new package, and compile it in a process that has
-    them."""
+    """Fetch the tools, and make the new package in a process that has them. Raises OSError or
+    CalledProcessError."""
+    # setuptools looks for it in the same places.
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if shutil.which(compiler) is None:
+        raise OSError(f"There is no C compiler: {compiler}.")
+    if not headers.is_file():
+        raise OSError(f"Python's headers are missing: {headers}.")
     tools = package.parent / "tools"
-    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
+    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1")
+    fetched = ("--no-deps", "--target", str(tools), "-r", str(HERE / "requirements.txt"))
     for arguments in (
-        (*pip, "--target", str(tools), "-r", str(HERE / "requirements.txt")),
+        (*pip, *fetched),
         (__file__, "into", str(package)),
     ):
         subprocess.run(

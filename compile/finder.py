@@ -1,4 +1,4 @@
-"""Has Python import the compiled modules of Gatehouse instead of their sources.
+"""Makes Python import the compiled modules of Gatehouse instead of their sources.
 
 compile/build.py copies this file into .venv as the package `gatehouse_compiled`, beside what it has
 compiled. A line in a .pth file has Python run `install` at each start. The compiled modules are
@@ -21,8 +21,8 @@ SOURCES = "sources.sha256"
 
 
 class Finder:
-    """A finder for sys.meta_path. `unusable` says why nothing compiled is used, if it was asked for
-    and cannot be."""
+    """A finder for sys.meta_path. `unusable` says why nothing compiled is used, although it is
+    there; otherwise it is None."""
 
     def __init__(self, folder: Path) -> None:
         self.unusable: str | None = None
@@ -59,14 +59,19 @@ class Finder:
     def _can_be_used(self, root: str) -> bool:
         from hashlib import sha256  # Most programs in .venv never get here.
 
-        for line in (self._folder / SOURCES).read_text().splitlines():
+        try:
+            lines = (self._folder / SOURCES).read_text().splitlines()
+        except OSError as error:
+            self.unusable = f"what was compiled cannot be read: {error}"
+            return False
+        for line in lines:
             digest, path = line.split()
             try:
                 same = sha256(Path(root, path).read_bytes()).hexdigest() == digest
             except OSError:
                 same = False
             if not same:
-                self.unusable = f"{path} is not as it was when it was compiled"
+                self.unusable = f"{path} was changed after the last make install"
                 return False
         try:
             __import__(LIBRARY)

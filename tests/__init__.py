@@ -12,3 +12,7 @@ if os.environ.get("TEST_COMPILED") != "1":
     sys.meta_path[:] = [
         one for one in sys.meta_path if type(one).__module__ != "gatehouse_compiled"
     ]
+else:
+    import wire.request
+
+    assert not str(wire.request.__file__).endswith(".py"), "nothing is compiled"

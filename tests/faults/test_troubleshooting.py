@@ -302,7 +302,7 @@ PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "… cut: …": body_that_ends_too_soon,
     "worker … ended (…)": killed_worker,
     "… lines of the … were dropped, for nobody took them": slow_log_reader,
-    "… is not as it was when it was compiled: …": changed_source,
+    "… was changed after the last make install: …": changed_source,
     "Connection refused": nobody_listens,
     "timeout expired": silent_network,
     "password authentication failed": wrong_password,
