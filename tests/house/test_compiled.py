@@ -35,10 +35,10 @@ def project(folder: Path) -> Path:
     return copied(folder)
 
 
-def run(*arguments: str, folder: Path, **environ: str) -> str:
+def run(*arguments: str, folder: Path, python: str = sys.executable, **environ: str) -> str:
     """What Python prints; it has to succeed."""
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=folder,
         env=os.environ | environ,
         stdout=subprocess.PIPE,
@@ -145,17 +145,7 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_from_source(tmp_path: Pat
     )
 
     def make(*arguments: str, **environ: str) -> str:
-        done = subprocess.run(
-            [python, "compile/build.py", *arguments],
-            cwd=folder,
-            env=os.environ | environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        return run("compile/build.py", *arguments, folder=folder, python=python, **environ)
 
     # What the compiled modules import is taken from the environment of the tests.
     (packages / "theirs.pth").write_text(sysconfig.get_path("purelib"))
