@@ -13,14 +13,19 @@ hypothesis.settings.register_profile("gatehouse", deadline=None)
 hypothesis.settings.load_profile("gatehouse")
 
 # Folders and files whose tests are slow, all of them: for each a browser, a server or a pooler is
-# started, an import is killed, or thousands of messages are tried.
+# started, a service or an import is stopped, a database falls silent, a log is not read, or thousands
+# of messages are tried.
 SLOW = {
     "pages",
+    "test_database_faults.py",
     "test_fuzz.py",
+    "test_handover.py",
     "test_import_cut.py",
     "test_isolation.py",
+    "test_logs.py",
     "test_pgbouncer.py",
     "test_smuggling.py",
+    "test_stopping.py",
 }
 
 
