@@ -170,7 +170,7 @@ def copied_files(stage: int) -> list[tuple[list[str], str]]:
 
 
 def sources(stage: int) -> set[str]:
-    return {source for sources, _ in copied_files(stage) for source in sources}
+    return {source for copied, _ in copied_files(stage) for source in copied}
 
 
 def container_environment() -> dict[str, str]:

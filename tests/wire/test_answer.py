@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from problems import Problem, UpstreamBroken
 from tests.harness import message
+from tests.wire import attributes
 from wire.answer import EVENT_ENDS, MAX_HEAD_BYTES, Answer, end_of_head
 from wire.chunks import Chunks, Sized, UntilClose
 
@@ -42,8 +43,7 @@ def said(*pieces: bytes) -> object:
     if found is None:
         return None
     answer, rest = found
-    names = {*getattr(Answer, "__mypyc_attrs__", ()), *getattr(Answer, "__slots__", ())} - {"body"}
-    return {name: getattr(answer, name) for name in names}, type(answer.body), rest
+    return attributes(answer) | {"body": type(answer.body)}, rest
 
 
 WELL_FORMED = {

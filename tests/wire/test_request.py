@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
 from tests.harness import request
+from tests.wire import attributes
 from wire.chunks import Chunks, Sized
 from wire.request import MAX_HEAD_BYTES, MAX_HEADER_LINES, Head, end_of_head, is_host
 
@@ -36,8 +37,7 @@ def said(*pieces: bytes) -> object:
     head, rest = found
     if head.problem is not None:
         return type(head.problem)
-    names = (*getattr(Head, "__mypyc_attrs__", ()), *getattr(Head, "__slots__", ()))
-    return {name: getattr(head, name) for name in names}, head.upgrade, rest
+    return attributes(head), head.upgrade, rest
 
 
 def bytewise(data: bytes) -> list[bytes]:
