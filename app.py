@@ -446,7 +446,7 @@ class Gatehouse:
     def admit(self, head: Head) -> tuple[str, int]:
         """Decide by the decoded path who answers a request; called when its head is complete.
         Returns its lane and the largest body that it may have, in bytes (0: any number). A lane is
-        a set of threads for one kind of request (server/jobs.py); "proxy" means that the upstream
+        a set of threads for one kind of request (server/lanes.py); "proxy" means that the upstream
         answers. Raises the Problem to refuse the request with."""
         owner = OWNED.fullmatch(head.path)
         if owner is None:

@@ -34,11 +34,13 @@ ROOT = HERE.parent
 # server/server.py: Python handles a signal only between two of its own instructions, and a compiled
 # loop has none. Not problems.py: mypyc cannot compile several names that a class sets in one
 # assignment. Not server/connector.py, which makes new connections: mypyc drops the cause of
-# `raise ... from`. Not server/jobs.py: mypyc crashes on subclasses of waitress's task.
+# `raise ... from`. Not server/wsgi.py: mypyc crashes on subclasses of waitress's task.
 MODULES = (
     "metrics.py",
     "server/client.py",
     "server/exchange.py",
+    "server/jobs.py",
+    "server/lanes.py",
     "server/logs.py",
     "server/loop.py",
     "server/stream.py",

@@ -1,8 +1,7 @@
-"""Jobs: work that may have to wait, on threads that get values and give values back.
+"""Jobs: requests that are answered on threads, which get values and give values back.
 
-A lane is a set of threads for one kind of job, so that no kind waits for another. A `Job` is a
-request that the WSGI application answers on such a thread: it is given the request's body, and what
-the application answers comes back to the loop, which alone writes to the client.
+A `Job` is given the request's body, and what the application answers comes back to the loop, which
+alone writes to the client. server/wsgi.py asks the application.
 """
 
 from __future__ import annotations
@@ -10,16 +9,13 @@ from __future__ import annotations
 import io
 import logging
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
-from queue import Empty, SimpleQueue
-from typing import Any, Protocol
-
-from waitress.task import WSGITask
+from typing import Any, Final, Protocol
 
 from problems import BadRequest, BodyTooLarge, DatabaseUnavailable, Problem
 from server.inbox import Inbox, Left
+from server.lanes import Lane
 from server.logs import asked
 from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
@@ -28,108 +24,10 @@ from wire.request import Head
 
 log = logging.getLogger("gatehouse")
 
-# A thread that has had nothing to do for this many seconds ends.
-IDLE_SECONDS = 5.0
-# A lane none of whose jobs has been taken for this many seconds gets more threads.
-STALLED_SECONDS = 0.05
-# These further threads stay for at least this many seconds.
-RELIEF_SECONDS = 1.0
 # How much of an answer may wait for a client that is still sending its body.
-UNTAKEN_BYTES = 33554432
+UNTAKEN_BYTES: Final = 33554432
 # What the client of a job is told that has waited for a thread for too long.
-ALL_HELD = "As many imports and exports as there may be are under way. Try again later."
-
-
-class Lane:
-    """Threads for one kind of job, up to `limit`, started when none is idle and ended when there
-    has been nothing to do for a while.
-
-    The first `eager` of them are started as jobs come. More are only started if no job has been
-    taken for a while, because all threads are held up, and they end when that is over. Many short
-    jobs do not need many threads: these would take the interpreter and the processor from each
-    other, and from PostgreSQL on the same machine.
-    """
-
-    def __init__(self, loop: Loop, name: str, limit: int, eager: int | None = None) -> None:
-        self._loop = loop
-        self.name = name
-        self._limit = limit
-        self._eager = limit if eager is None else min(eager, limit)
-        self._relief = Timer(loop, self.relieve)
-        self._relieved = 0.0  # when threads were last started because jobs waited
-        self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._spare = 0  # idle threads minus queued jobs
-        self._threads = 0
-        self._moved = 0.0  # when a job was last taken, or came while none was waiting
-
-    def add(self, job: Callable[[], None]) -> None:
-        """Have a thread do a job; for the loop's own thread."""
-        with self._lock:
-            if self._spare >= 0:
-                self._moved = time.monotonic()
-            self._spare -= 1
-            start = self._spare < 0 and self._threads < self._eager
-            self._count(int(start))
-        self._queue.put(job)
-        if start:
-            self._start()
-        # After the start, which may have failed: then nobody else would look again.
-        if self._spare < 0 and self._relief.when == NEVER:
-            self._relief.set(self._loop.now + STALLED_SECONDS)
-
-    def _start(self) -> None:
-        try:
-            threading.Thread(target=self._work, name=self.name, daemon=True).start()
-        except RuntimeError:
-            log.exception("no thread can be started; the job waits for another")
-            with self._lock:
-                self._count(-1)
-
-    def relieve(self) -> None:
-        """Start threads for all jobs that wait, if none has been taken for a while, and look again
-        as long as jobs wait. The loop calls this, because the threads may all be held up."""
-        with self._lock:
-            waiting = -self._spare
-            more = 0
-            now = time.monotonic()
-            if waiting > 0 and now - self._moved > STALLED_SECONDS:
-                more = min(waiting, self._limit - self._threads)
-                self._count(more)
-                self._relieved = now
-        for _ in range(more):
-            self._start()
-        if waiting > 0:
-            self._relief.set(self._loop.now + STALLED_SECONDS)
-
-    def _count(self, threads: int) -> None:
-        self._threads += threads
-        self._spare += threads
-
-    def _work(self) -> None:
-        while True:
-            try:
-                job = self._queue.get(timeout=IDLE_SECONDS)
-            except Empty:
-                with self._lock:
-                    if self._spare > 0:  # Otherwise a job has just come, and counts on this thread.
-                        self._count(-1)
-                        return
-                continue
-            self._moved = time.monotonic()
-            try:
-                job()
-            except Exception:
-                log.exception("a job failed")
-            del job  # The name would keep the job's client alive until the next job comes.
-            with self._lock:
-                self._spare += 1
-                if self._threads > self._eager and self._relief_is_over():
-                    self._count(-1)
-                    return
-
-    def _relief_is_over(self) -> bool:
-        return time.monotonic() - self._relieved > RELIEF_SECONDS
+ALL_HELD: Final = "As many imports and exports as there may be are under way. Try again later."
 
 
 class Asker(Protocol):
@@ -174,10 +72,11 @@ class Job:
     """One request that the application answers: it reads the body, and its answer comes by
     `give_whole`, or by `give_head`, `give_and_wait` and `give_end`.
 
-    `largest` is how many bytes the body may have (0: any number). If it is `streamed`, the
-    application begins when the head is complete, and reads the body while it arrives. `patience` is
-    how many seconds it may wait for a thread. It is not begun when that time is over, or when its
-    client has gone.
+    `answer` is called on a thread of the lane, with this job: it gives the answer, or raises Left
+    or a Problem. `largest` is how many bytes the body may have (0: any number). If it is
+    `streamed`, the application begins when the head is complete, and reads the body while it
+    arrives. `patience` is how many seconds it may wait for a thread. It is not begun when that time
+    is over, or when its client has gone.
     """
 
     over = False
@@ -187,7 +86,7 @@ class Job:
         client: Asker,
         head: Head,
         lane: Lane,
-        application: Any,
+        answer: Callable[[Job], None],
         *,
         largest: int,
         streamed: bool,
@@ -201,17 +100,17 @@ class Job:
         # first. The lane has only the list, so that it keeps nothing alive that was given up.
         self._waiting: list[Callable[[], None]] = []
         self._patience = patience
-        self.application = application
+        self._answer = answer
         self.arrived = arrived
         self.body = head.body()
         self._largest = largest
         self._gathered = bytearray()  # Not a list of the pieces, for the same reason as in Inbox.
-        self._input: Any = None
+        self.input: Any = None
         self._inbox: Inbox | None = None
         self._taken: threading.Event | None = None  # set when the client has taken what was written
         if streamed and self.body is not None:
             self._inbox = Inbox(lambda: client.loop.call(client.resume))
-            self._input = io.BufferedReader(self._inbox, 65536)
+            self.input = io.BufferedReader(self._inbox, 65536)
 
     def start(self) -> None:
         """Begin, on the loop's thread."""
@@ -278,8 +177,8 @@ class Job:
         self.client.refuse(problem)
 
     def _run(self) -> None:
-        if self._input is None:
-            self._input = io.BytesIO(self._gathered)
+        if self.input is None:
+            self.input = io.BytesIO(self._gathered)
             self._gathered = bytearray()
         self._waiting.append(self._work)
         self.lane.add(partial(begin, self._waiting))
@@ -295,9 +194,8 @@ class Job:
     # On the lane's thread.
 
     def _work(self) -> None:
-        task = Task(self)
         try:
-            task.service()
+            self._answer(self)
         except Left:
             pass
         except Problem as problem:  # In the middle of an answer, which can only be cut.
@@ -362,98 +260,3 @@ class Job:
         taken.wait()
         if self.over:
             raise Left
-
-
-class _Channel:
-    """What waitress's task asks of its channel."""
-
-    def __init__(self, job: Job) -> None:
-        self.addr = job.client.peer
-        self.server = self
-        self.application = job.application
-        self.adj = self
-        self._job = job
-
-    # What the task asks of the server and of its adjustments, both of which this is.
-    url_prefix = ""
-    ident = "gatehouse"
-    effective_port = 0
-    server_name = "gatehouse"
-
-    def check_client_disconnected(self) -> bool:
-        return self._job.over
-
-
-class _Request:
-    """What waitress's task asks of its request."""
-
-    url_scheme = "http"
-
-    def __init__(self, job: Job) -> None:
-        head = job.head
-        self.version = head.version
-        self.command = head.method
-        self.path = head.path
-        self.query = head.query
-        self.request_uri = head.target
-        # A name with an underscore is dropped, as waitress does: the environ has the same name for
-        # it as for the one with a hyphen.
-        self.headers = {
-            name.upper().replace("-", "_"): ("; " if name == "cookie" else ", ").join(values)
-            for name, values in head.values.items()
-            if "_" not in name
-        }
-        self.get_body_stream = lambda: job._input
-
-
-class Task(WSGITask):  # type: ignore[misc]
-    """Waitress's WSGI task: it makes the environ, calls the application and checks what that
-    answers. Only the writing of the answer is replaced.
-
-    Waitress itself would sort and re-case header names, add `Via`, give HEAD a chunked body and
-    close the connection after every 204 and 304; here the client's side writes all answers.
-    """
-
-    wrote_header = False
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(_Channel(job), _Request(job))
-        self._job = job
-
-    def service(self) -> None:
-        """Replaces waitress's own, which takes an OSError that the application raises for one of
-        the client's socket."""
-        self.execute()
-        self.finish()
-
-    def get_environment(self) -> dict[str, Any]:
-        environ: dict[str, Any] = super().get_environment()
-        environ["REQUEST_METHOD"] = self._job.head.method  # Waitress makes it upper case.
-        environ["gatehouse.request_id"] = self._job.head.id
-        environ["gatehouse.arrived"] = self._job.arrived
-        environ["gatehouse.lane"] = self._job.lane.name
-        return environ
-
-    def write(self, data: bytes) -> None:
-        """Give a piece of the body to the loop, and the head before the first."""
-        if not self.complete:
-            raise RuntimeError("start_response was not called before the body was written")
-        job = self._job
-        whole = self.content_length is not None and len(data) == self.content_length
-        if not self.wrote_header and whole:
-            self.wrote_header = True
-            self.content_bytes_written = len(data)
-            job.tell(job.give_whole, self.status, self.response_headers, data)
-            return
-        if not self.wrote_header:
-            self.wrote_header = True
-            job.tell(job.give_head, self.status, self.response_headers)
-        if data:
-            self.content_bytes_written += len(data)
-            job.give_and_wait(data)
-
-    def finish(self) -> None:
-        if not self.wrote_header:
-            self.write(b"")
-        if not self._job.over:
-            self._job.tell(self._job.give_end)

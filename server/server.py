@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
@@ -19,13 +20,15 @@ from problems import BodyTooLarge, Problem
 from server.client import Client
 from server.connector import Connector
 from server.exchange import Exchange, Patience, Rules
-from server.jobs import Job, Lane
+from server.jobs import Job
+from server.lanes import Lane
 from server.listener import connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
 from server.tunnel import Tunnel
 from server.upstream import Upstream
+from server.wsgi import answer
 from wire.request import ABSURD_BYTES, Head
 
 log = logging.getLogger("gatehouse")
@@ -144,6 +147,7 @@ class Server:
             board=application.board,
         )
         self.upstream.make_room = self._make_room
+        self._answer = partial(answer, application)
         self._lanes = {
             name: Lane(self.loop, name, limit, options.eager.get(name))
             for name, limit in options.threads.items()
@@ -329,7 +333,7 @@ class Server:
             client,
             head,
             self._lanes[lane],
-            self.application,
+            self._answer,
             largest=largest,
             streamed=lane in self.options.streamed,
             arrived=client.arrived,

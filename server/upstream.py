@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from metrics import IN_FLIGHT, STREAMS, Board
 from problems import Problem, UpstreamBusy
 from server.connector import Connector, was_refused
-from server.jobs import Lane
+from server.lanes import Lane
 from server.loop import NEVER, Loop, Timer
 from server.stream import Stream
 
