@@ -22,11 +22,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from finder import LIBRARY, SOURCES
+from finder import BUILT, LIBRARY, SOURCES, WHOLE, differing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -60,10 +60,11 @@ PACKAGE = "gatehouse_compiled"
 # What was compiled, and by what. As long as that is the same, nothing is done.
 MADE = "made.sha256"
 FAILED = """\
-Gatehouse was not compiled. It runs from its sources: it answers the same, and uses more of the
-processor. Most often there is no C compiler, or Python's headers or the network are missing. For
-the Python of Debian and Ubuntu the packages are gcc and python3-dev, for that of RHEL gcc and
-python3.11-devel. To try again: make install"""
+Gatehouse was not compiled, for the reason above. It runs from its sources: it answers the same, and
+uses more of the processor. To try again: make install"""
+PACKAGES = """\
+For the Python of Debian and Ubuntu the packages are gcc and python3-dev, for that of RHEL gcc and
+python3.11-devel."""
 
 
 def main(again: bool) -> int:
@@ -72,7 +73,7 @@ def main(again: bool) -> int:
         return 0
     found = {path for pattern in NEIGHBOURS for path in ROOT.glob(pattern)}
     paths = sorted({*found, *(ROOT / path for path in MODULES)})
-    sources = "".join(f"{digest(path)}  {path.relative_to(ROOT)}\n" for path in paths)
+    sources = sums(paths, ROOT)
     tools = [HERE / name for name in ("build.py", "finder.py", "requirements.txt")]
     tools += [ROOT / "pyproject.toml", ROOT / "requirements.txt"]
     made = sources + "".join(f"{digest(path)}\n" for path in tools)
@@ -81,17 +82,19 @@ def main(again: bool) -> int:
     try:
         with alone(packages):
             if read(package / MADE) == made and (not again or loads(package)):
+                as_readable_as(packages, package)
                 return 0
             if read(failed) == made and not again:
                 print("Not compiled, as before. To try again: make install")
                 return 0
-            print("Compiling ...", flush=True)
+            print("Compiling. This takes half a minute, or two on a small machine ...", flush=True)
             # It is made in site-packages: a file system for temporary files may forbid to run
             # what is there.
             with tempfile.TemporaryDirectory(prefix=f".{PACKAGE}-", dir=packages) as folder:
                 new = Path(folder, PACKAGE)
                 compiled(new)
                 (new / SOURCES).write_text(sources)
+                (new / BUILT).write_text(sums(new.rglob("*.so"), new))
                 (new / MADE).write_text(made)
                 shutil.copy(HERE / "finder.py", new / "__init__.py")
                 py_compile.compile(str(new / "__init__.py"))
@@ -100,11 +103,13 @@ def main(again: bool) -> int:
                     package.rename(Path(folder, "old"))
                 new.rename(package)
                 package.with_suffix(".pth").write_text(f"import {PACKAGE}; {PACKAGE}.install()\n")
+                as_readable_as(packages, package)
             failed.unlink(missing_ok=True)
             print("Compiled.")
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "output", None) or str(error)
-        print(*output.splitlines()[-5:], FAILED, sep="\n", file=sys.stderr)
+        lines = [line[:200] for line in output.splitlines()[-15:]]
+        print(*lines, FAILED, sep="\n", file=sys.stderr)
         # What was compiled of other sources is of no use, and each start would say so.
         with contextlib.suppress(OSError), alone(packages):
             if read(package / SOURCES) != sources or not loads(package):
@@ -128,11 +133,29 @@ def alone(packages: Path) -> Iterator[None]:
 
 
 def loads(package: Path) -> bool:
-    """Whether what was compiled is there, and can be loaded."""
+    """Whether what was compiled is there, as it was built, and can be loaded."""
     library = package / (LIBRARY + str(sysconfig.get_config_var("EXT_SUFFIX")))
     load = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r})"]
+    try:
+        whole = differing(package / BUILT, str(package)) is None
+    except (OSError, ValueError):
+        return False
     found = package.with_suffix(".pth").is_file()
-    return found and subprocess.run(load, capture_output=True).returncode == 0
+    return whole and found and subprocess.run(load, capture_output=True).returncode == 0
+
+
+def sums(paths: Iterable[Path], root: Path) -> str:
+    """The digests of files, as `finder.differing` reads them."""
+    lines = (f"{digest(path)}  {path.relative_to(root)}\n" for path in sorted(paths))
+    return "".join(lines) + WHOLE
+
+
+def as_readable_as(packages: Path, package: Path) -> None:
+    """Let whoever may read the folder read what is put into it, whatever the umask is: the service
+    seldom runs as the user who installed it."""
+    mode = packages.stat().st_mode & 0o777
+    for path in (package.with_suffix(".pth"), package, *package.rglob("*")):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def digest(path: Path) -> str:
@@ -150,9 +173,9 @@ def compiled(package: Path) -> None:
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if shutil.which(compiler) is None:
-        raise OSError(f"There is no C compiler: {compiler}.")
+        raise OSError(f"There is no C compiler: {compiler}. {PACKAGES}")
     if not headers.is_file():
-        raise OSError(f"Python's headers are missing: {headers}.")
+        raise OSError(f"Python's headers are missing: {headers}. {PACKAGES}")
     tools = package.parent / "tools"
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1")
     fetched = ("--no-deps", "--target", str(tools), "-r", str(HERE / "requirements.txt"))
@@ -198,4 +221,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["into"]:
         compile_into(Path(sys.argv[2]))
     else:
-        sys.exit(main(again=sys.argv[1:] == ["again"]))
+        try:
+            sys.exit(main(again=sys.argv[1:] == ["again"]))
+        except KeyboardInterrupt:  # Python would show where it was.
+            sys.exit(130)

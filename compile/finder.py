@@ -2,8 +2,8 @@
 
 compile/build.py copies this file into .venv as the package `gatehouse_compiled`, beside what it has
 compiled. A line in a .pth file has Python run `install` at each start. The compiled modules are
-used only if all sources that they were made of are the same, byte for byte, and if they can be
-loaded. Otherwise Python imports the sources, as if this file were not there.
+used only if all sources that they were made of are the same, byte for byte, and if they are whole
+and can be loaded. Otherwise Python imports the sources, as if this file were not there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any
 
 # The library that has the code of all compiled modules.
 LIBRARY = "gatehouse__mypyc"
-# What the modules were made of, as `sha256sum --check` reads it.
-SOURCES = "sources.sha256"
+# What the modules were made of, and what was made, as `sha256sum --check` reads it. Python cannot
+# survive a library that a disk or a copy has damaged.
+SOURCES, BUILT = "sources.sha256", "built.sha256"
+# Their last line: a machine that loses its power may lose the end of what was written last.
+WHOLE = "# These are all.\n"
 
 
 class Finder:
@@ -57,28 +60,38 @@ class Finder:
         return spec
 
     def _can_be_used(self, root: str) -> bool:
-        from hashlib import sha256  # Most programs in .venv never get here.
-
         try:
-            lines = (self._folder / SOURCES).read_text().splitlines()
-        except OSError as error:
-            self.unusable = f"what was compiled cannot be read: {error}"
-            return False
-        for line in lines:
-            digest, path = line.split()
-            try:
-                same = sha256(Path(root, path).read_bytes()).hexdigest() == digest
-            except OSError:
-                same = False
-            if not same:
-                self.unusable = f"{path} was changed after the last make install"
+            changed = differing(self._folder / BUILT, str(self._folder))
+            if changed is not None:
+                raise OSError(f"{changed} is not as it was built")
+            changed = differing(self._folder / SOURCES, root)
+            if changed is not None:
+                self.unusable = f"{changed} was changed after the last make install"
                 return False
-        try:
             __import__(LIBRARY)
-        except ImportError as error:
+        except (OSError, ValueError, ImportError) as error:
             self.unusable = f"what was compiled cannot be loaded: {error}"
             return False
         return True
+
+
+def differing(sums: Path, root: str) -> str | None:
+    """The first of the files in a folder that has another digest than these `sums` say, or is
+    missing; None if there is none. Raises OSError or ValueError if the sums cannot be read."""
+    from hashlib import sha256  # Most programs in .venv never get here.
+
+    text = sums.read_text()
+    if not text.endswith(WHOLE):
+        raise ValueError(f"{sums.name} is not whole")
+    for line in text.removesuffix(WHOLE).splitlines():
+        digest, path = line.split("  ")
+        try:
+            same = sha256(Path(root, path).read_bytes()).hexdigest() == digest
+        except OSError:
+            same = False
+        if not same:
+            return path
+    return None
 
 
 finder: Finder | None = None

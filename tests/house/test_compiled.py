@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,17 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which(compiler) is None or not headers.is_file(),
     reason="nothing can be compiled here",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_as_they_are() -> None:
+    try:
+        used: Any = import_module("gatehouse_compiled")
+        changed = used.differing(PACKAGE / "sources.sha256", str(ROOT))
+    except (ImportError, OSError, ValueError) as error:
+        changed = str(error)
+    if changed:
+        pytest.fail(f"To run these tests, `make compiled` first: {changed} is not as it was then.")
 
 
 def project(folder: Path) -> Path:
@@ -94,6 +107,11 @@ def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path: Path) -> None:
     """As it is after .venv was copied to a machine with another C library."""
     shutil.copytree(PACKAGE, tmp_path / "packages" / PACKAGE.name)
     (tmp_path / "packages" / PACKAGE.name / LIBRARY).write_bytes(b"no library")
+    assert "what was compiled cannot be loaded: " in unusable(tmp_path)
+
+
+def unusable(tmp_path: Path) -> str:
+    """Why a project runs from source with the package that lies in this folder."""
     folder = tmp_path / "project"
     folder.mkdir()
     copied(folder)
@@ -106,14 +124,37 @@ def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path: Path) -> None:
         PYTHONPATH=f"{tmp_path / 'packages'}:{sysconfig.get_path('purelib')}",
     )
     assert told.startswith(str(folder / "server" / "loop.py"))
-    assert "what was compiled cannot be loaded: " in told
+    return told
+
+
+@pytest.mark.parametrize("name", ["sources.sha256", "built.sha256"])
+@pytest.mark.parametrize("left", [b"", b"no digest\n# These are all.\n", b"\xff", None])
+def test_without_all_digests_it_runs_from_source(
+    tmp_path: Path, name: str, left: bytes | None
+) -> None:
+    """A machine that loses its power may lose what was written last."""
+    shutil.copytree(PACKAGE, tmp_path / "packages" / PACKAGE.name)
+    sums = tmp_path / "packages" / PACKAGE.name / name
+    sums.write_bytes(sums.read_bytes()[:-100] if left is None else left)
+    assert "what was compiled cannot be loaded: " in unusable(tmp_path)
+
+
+def test_a_library_that_was_damaged_is_not_loaded(tmp_path: Path) -> None:
+    """Python ended with a bus error or a segmentation fault."""
+    shutil.copytree(PACKAGE, tmp_path / "packages" / PACKAGE.name)
+    library = tmp_path / "packages" / PACKAGE.name / LIBRARY
+    whole = library.read_bytes()
+    middle = len(whole) // 2
+    library.write_bytes(whole[:middle] + bytes(4000) + whole[middle + 4000 :])
+    assert f"{LIBRARY} is not as it was built" in unusable(tmp_path)
 
 
 def test_sha256sum_agrees_with_what_was_compiled() -> None:
     if shutil.which("sha256sum") is None:
         pytest.skip("sha256sum is not installed")
-    sums = ["sha256sum", "--check", "--quiet", str(PACKAGE / "sources.sha256")]
-    subprocess.run(sums, cwd=ROOT, check=True)
+    for folder, name in ((ROOT, "sources.sha256"), (PACKAGE, "built.sha256")):
+        sums = ["sha256sum", "--check", "--strict", "--quiet", str(PACKAGE / name)]
+        subprocess.run(sums, cwd=folder, check=True)
 
 
 def test_the_tools_are_those_of_the_tests() -> None:
@@ -150,22 +191,38 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_from_source(tmp_path: Pat
     # What the compiled modules import is taken from the environment of the tests.
     (packages / "theirs.pth").write_text(sysconfig.get_path("purelib"))
     told = make(CC="no-such-compiler")
-    assert "no-such-compiler" in told and "Gatehouse was not compiled." in told
+    assert "no-such-compiler" in told and "Gatehouse was not compiled, " in told
     assert make() == "Not compiled, as before. To try again: make install\n"
     compiled = packages / "gatehouse_compiled"
     left = packages / ".gatehouse_compiled-of-one-that-was-killed"
     left.mkdir()
-    assert make("again") == "Compiling ...\nCompiled.\n"
-    assert (compiled / LIBRARY).is_file() and (packages / "gatehouse_compiled.pth").is_file()
+    mask = os.umask(0o077)  # as hardened servers have it for root
+    try:
+        assert make("again").splitlines()[1:] == ["Compiled."]
+    finally:
+        os.umask(mask)
     assert not left.exists()
+    made = [packages / "gatehouse_compiled.pth", compiled, *compiled.rglob("*")]
+    assert compiled / LIBRARY in made
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {0o755}
+    assert {path.stat().st_mode & 0o777 for path in made if not path.is_dir()} == {0o644}
+    made[0].chmod(0o600)
     assert make() == make("again") == ""
+    assert made[0].stat().st_mode & 0o777 == 0o644
     with (folder / "pyproject.toml").open("a") as settings:
         settings.write("# Changed.\n")
-    assert "Gatehouse was not compiled." in make(CC="no-such-compiler")
+    assert "Gatehouse was not compiled, " in make(CC="no-such-compiler")
     assert compiled.exists()  # It is still of the same sources.
+    library = (compiled / LIBRARY).read_bytes()
+    middle = len(library) // 2  # It can be loaded, and crashes.
+    (compiled / LIBRARY).write_bytes(
+        library[:middle] + bytes(100_000) + library[middle + 100_000 :]
+    )
+    (folder / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    assert "Gatehouse was not compiled, " in make("again", CC="no-such-compiler")
     (compiled / LIBRARY).write_bytes(b"no library")
     with (folder / "wire" / "ids.py").open("a") as source:
         source.write("# Changed.\n")
-    assert "Gatehouse was not compiled." in make(CC="no-such-compiler")
+    assert "Gatehouse was not compiled, " in make("again", CC="no-such-compiler")
     assert not compiled.exists() and not (packages / "gatehouse_compiled.pth").exists()
     assert not list(packages.glob(".gatehouse_compiled-*"))
