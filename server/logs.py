@@ -42,6 +42,8 @@ class Output:
         self._size = 0
         self._dropped = 0
         self._writing = threading.Lock()
+        self._within = False  # whether the last byte that was written is in the middle of a line
+        self._torn = False  # whether the rest of that line could not be written
         # The parent writes the lines that wait at a fork; the child must not write them again.
         os.register_at_fork(after_in_child=self._forget)
 
@@ -115,10 +117,18 @@ class Output:
         if self._waits and not self._poller.poll(0):
             return data
         try:
-            return data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
+            if self._torn:  # A disk that was full has room again. Spare the next line.
+                os.write(self._descriptor, b"\n")
+                self._within = self._torn = False
+            size = os.write(self._descriptor, data[: select.PIPE_BUF])
+            self._within = not data[:size].endswith(b"\n")
+            return data[size:]
         except BlockingIOError:
             return data
-        except OSError:  # Nobody reads it any more, which is no reason to stop serving.
+        except OSError:  # Nobody reads it any more, or a disk is full: no reason to stop serving.
+            with self._lock:
+                self._dropped += data.count(b"\n")
+            self._torn = self._within
             return b""
 
 

@@ -398,7 +398,10 @@ class Server:
             output.finish(seconds)
             if dropped := output.dropped():
                 self.application.board.add(LINES_DROPPED, dropped)
-                log.warning("%d lines of the %s were dropped, for nobody took them", dropped, name)
+                # A log that cannot be written would have dropped this very line the last time.
+                if name != "log" or dropped > 1:
+                    said = "%d lines of the %s were dropped, for nobody took them"
+                    log.warning(said, dropped, name)
 
     # Stopping.
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import select
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import IO
 
 import pytest
 
+from server.logs import Output
 from tests.harness import (
     DEAD_DATABASE,
     RawClient,
@@ -124,6 +126,37 @@ def test_dropped_lines_are_in_the_metrics(run: Run, upstream: ScriptedUpstream) 
     _, port = run(UPSTREAM_URL=upstream.url)
     ask(port, [f"/{number}/{'x' * 2900}" for number in range(600)], 200)
     wait_for(lambda: dropped_lines(port) > 100, what="the metric to count them")
+
+
+def test_lines_of_which_the_reader_has_gone_are_counted(
+    run: Run, upstream: ScriptedUpstream
+) -> None:
+    """The metric said that nothing was lost."""
+    upstream.script(ok)
+    process, port = run(UPSTREAM_URL=upstream.url)
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
+    before = dropped_lines(port)
+    ask(port, [f"/{number}" for number in range(100)], 200)
+    wait_for(lambda: dropped_lines(port) >= before + 100, what="the metric to count them")
+
+
+def test_a_line_that_a_full_disk_cuts_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        output = Output(file.fileno())
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # Python ignores SIGXFSZ.
+        try:
+            for number in range(3):
+                output.write(f"{number} {'x' * 60}\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert output.dropped() == 2
+        output.write("after\n")
+    lines = path.read_text().splitlines()
+    assert [line[:2] for line in lines] == ["0 ", "1 ", "af"] and lines[-1] == "after"
 
 
 @pytest.mark.parametrize("character", ["x", '"', "\\", "\xe9"])
