@@ -369,7 +369,8 @@ class Application(bottle.Bottle):  # type: ignore[misc]
                 lane = users_lane(path, environ["REQUEST_METHOD"], *headers)
                 if lane != "live":
                     given = {name: [environ[key]] for name, key in KEYS.items() if key in environ}
-                    self.access.check(given, environ.get("HTTP_HOST", ""))
+                    peer = environ.get("REMOTE_ADDR", "")
+                    self.access.check(given, environ.get("HTTP_HOST", ""), peer)
             if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())

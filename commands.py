@@ -139,12 +139,17 @@ def load_settings() -> Settings:
     except SettingsError as error:
         problems = error.problems
     problems += near_misses(env_file(ROOT / ".env", parse_stream))
-    if not any(problem.startswith("POSTGRES_URI ") for problem in problems):
-        wrong = connect.check_uri(postgres_uri(value_of("POSTGRES_URI", environ)))
+
+    def of(name: str) -> str:
+        wrong = any(problem.startswith(f"{name} ") for problem in problems)
+        return "" if wrong else value_of(name, environ)
+
+    if uri := of("POSTGRES_URI"):
+        wrong = connect.check_uri(postgres_uri(uri))
         if wrong:
             problems.append(f"POSTGRES_URI {wrong}")
     bundle = os.environ.get(CA_BUNDLE)
-    if bundle and settings is not None and settings.upstream_url.lower().startswith("https:"):
+    if bundle and of("UPSTREAM_URL").lower().startswith("https:"):
         file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
         try:
             ssl.create_default_context(cafile=file, capath=folder)
@@ -237,14 +242,17 @@ def health(which: str | None) -> int:
     """
     environ = environment(ROOT / ".env", parse_stream, os.environ)
     values: dict[str, Any] = {}
+    problems: list[str] = []
     for name in ("HOST", "PORT", "DB_CONNECT_TIMEOUT"):
         read, default = VARIABLES[name]
         try:
             values[name] = read(value_of(name, environ) or default or "")
         except ValueError as error:
-            raise SettingsError([f"{name} {error}"]) from None
-    if not values["PORT"]:
-        raise SettingsError(["PORT must be the port of the running instance, not 0"])
+            problems.append(f"{name} {error}")
+    if values.get("PORT") == 0:
+        problems.append("PORT must be the port of the running instance, not 0")
+    if problems:
+        raise SettingsError(problems)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(values["HOST"], values["HOST"])
     timeout = values["DB_CONNECT_TIMEOUT"] + HEALTH_MARGIN
     path = f"/health/{which}" if which else "/health"

@@ -89,8 +89,12 @@ def run() -> int:
         placeholders = {"UPSTREAM_URL": "http://127.0.0.1"}
         if "POSTGRES_URI_FILE" not in given:
             placeholders["POSTGRES_URI"] = "postgresql:///"
-        settings = Settings.from_env(placeholders | given)
-        if misspelt := near_misses(env_file(ROOT / ".env", parse_stream)):
+        misspelt = near_misses(env_file(ROOT / ".env", parse_stream))
+        try:
+            settings = Settings.from_env(placeholders | given)
+        except SettingsError as error:
+            raise SettingsError(error.problems + misspelt) from None
+        if misspelt:
             raise SettingsError(misspelt)
     except SettingsError as error:
         print(*error.problems, sep="\n", file=sys.stderr)

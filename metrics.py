@@ -26,8 +26,9 @@ HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE = range(8, 12)
 GAUGES: Final = 12
 # How the last forwarded request went, and when: that stays true when the worker has died.
 OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
-# Then its counters, which only grow, through its death as well.
-LINES_DROPPED, REPLACED = range(OUTCOME_AT + 1, OUTCOME_AT + 3)
+# Then its counters, which only grow, through its death as well. At PROBLEMS there is one for each
+# of TYPES, and then those of requests.
+LINES_DROPPED, REPLACED, PROBLEMS = range(OUTCOME_AT + 1, OUTCOME_AT + 4)
 
 OWNERS: Final = ("users", "health", "proxy")
 # Those of RFC 9110 section 9 and RFC 5789. Any other method counts as `other`: callers could make
@@ -48,7 +49,6 @@ TYPES: Final = tuple(
         if isinstance(kind, type) and issubclass(kind, problems.Problem)
     )
 )
-PROBLEMS: Final = REPLACED + 1
 REQUESTS: Final = PROBLEMS + len(TYPES)
 HEADS: Final = REQUESTS + len(OWNERS) * len(METHODS) * len(CLASSES)
 # Of each owner: its buckets, that beyond the last bound, and the sum in microseconds.

@@ -94,9 +94,10 @@ def main(again: bool) -> int:
                 new = Path(folder, PACKAGE)
                 compiled(new)
                 (new / SOURCES).write_text(sources)
-                (new / BUILT).write_text(sums(new.rglob("*.so"), new))
-                (new / MADE).write_text(made)
                 shutil.copy(HERE / "finder.py", new / "__init__.py")
+                files = [path for path in new.rglob("*") if path.is_file()]
+                (new / BUILT).write_text(sums(files, new))
+                (new / MADE).write_text(made)
                 py_compile.compile(str(new / "__init__.py"))
                 # A process that runs keeps what it has loaded.
                 if package.exists():

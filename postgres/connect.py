@@ -184,7 +184,8 @@ def _trust(parameters: dict[str, str]) -> None:
         ("sslcert", parameters.get("sslcert"), ""),
         ("sslkey", parameters.get("sslkey"), ""),
     ):
-        path = parameters.get(name) or str(Path("~/.postgresql/root.crt").expanduser())
+        # Path.expanduser fails for a user without a home.
+        path = parameters.get(name) or os.path.expanduser("~/.postgresql/root.crt")  # noqa: PTH111
         # A value with a colon names a key in a device, not a file.
         if needed and ":" not in path and not _readable(path):
             raise UnusableURI(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import struct
 import threading
@@ -146,9 +145,15 @@ def cut(connection: Any) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def borrowed(connection: Any) -> socket.socket:
-    """A second descriptor for a connection's socket. To close it leaves the connection open."""
-    return socket.socket(fileno=os.dup(connection.fileno()))
+@contextlib.contextmanager
+def borrowed(connection: Any) -> Iterator[socket.socket]:
+    """The socket of a connection, which stays the connection's. A second descriptor for it would be
+    missing just when none is free, and nothing would end that conversation any more."""
+    sock = socket.socket(fileno=connection.fileno())
+    try:
+        yield sock
+    finally:
+        sock.detach()
 
 
 def answers(family: int, server: Any, seconds: float) -> bool:

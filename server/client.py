@@ -473,7 +473,7 @@ class Client(Stream):
         if self.closed:
             return
         self._close = True
-        if not framed and self.status:
+        if self.status and not (framed or self._complete):
             self.hang_up(reset=True)
         else:
             self._go_on()
@@ -555,8 +555,9 @@ class Client(Stream):
             self.hang_up()
 
     def leaving(self) -> None:
-        # In a tunnel, the end is passed on after the bytes before it have been read.
-        if not self._tunnel:
+        # In a tunnel the end is passed on after the bytes before it have been read, and requests
+        # that wait for their turn are answered before it is.
+        if not (self._tunnel or self.phase is Phase.READING):
             self.ended()
 
     def failed(self, error: OSError) -> None:

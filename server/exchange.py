@@ -283,9 +283,10 @@ class Exchange:
             return
         now = self.loop.now
         self._refused_since = min(self._refused_since, now)
-        if refused and now + RETRY_SECONDS <= self._refused_since + self._patience.retry:
+        until = self._refused_since + self._patience.retry
+        if refused and now < until:
             self.state = State.RETRYING
-            self._deadline = now + RETRY_SECONDS
+            self._deadline = min(now + RETRY_SECONDS, until)
             self._wait()
             return
         self._fail(problem)
@@ -616,7 +617,7 @@ class Exchange:
             # On a new connection: another kept one may have died for the same reason.
             self._connect()
         else:
-            self._fail(UpstreamBroken("The upstream closed the connection without an answer."))
+            self._fail(UpstreamBroken("The upstream closed the connection before it had answered."))
 
     def _fail(self, problem: Problem) -> None:
         """The upstream did not answer."""

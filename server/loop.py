@@ -257,7 +257,10 @@ class Loop:
         for sock in self._closing:
             sock.close()
         self._closing.clear()
-        for descriptor in {self._wake, self._waker, *(self._pipe or ())}:
+        descriptors = {self._wake, self._waker, *(self._pipe or ())}
+        # A late `wake` must not write to what has their numbers then.
+        self._wake = self._waker = -1
+        for descriptor in descriptors:
             os.close(descriptor)
         self._poller.close()
 

@@ -259,8 +259,10 @@ class Server:
             return False
         try:
             sock, address = self._listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+        except (BlockingIOError, InterruptedError):
             return False
+        except ConnectionAbortedError:
+            return True  # This one has left. The next may be waiting.
         except OSError as error:
             # No descriptor is free. The client goes on waiting, and the selector would report it at
             # every turn. So make room, or wait a moment.

@@ -269,7 +269,8 @@ class Stream:
             self.watch()
             if self._ending:
                 self._end_sending()
-            self.drained()
+            if not self.closed:
+                self.drained()
         else:
             self.watch()
 

@@ -7,6 +7,7 @@ from the environment when it is read, so that no child process takes it for its 
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -31,8 +32,8 @@ def handed_over(environ: MutableMapping[str, str]) -> socket.socket | None:
         return None
     if count != "1":
         raise ValueError(f"{count} sockets were handed over, and Gatehouse listens on one")
-    os.set_inheritable(FIRST_DESCRIPTOR, False)
     try:
+        os.set_inheritable(FIRST_DESCRIPTOR, False)
         sock = socket.socket(fileno=FIRST_DESCRIPTOR)
         stream = sock.type == socket.SOCK_STREAM
         listening = stream and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -65,18 +66,17 @@ class Notifier:
 
     def tell(self, state: str) -> bool:
         """Send one message, such as READY=1, if anybody wants it. False if the receiver has not
-        taken earlier ones, so that its queue is full: to wait for it here would be to wait in a
-        signal handler, or in the supervisor."""
+        taken earlier ones, so that its queue is full, or if no descriptor is free: to wait here, or
+        to fail, would be to do so in a signal handler, or in the supervisor."""
         if self._address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
-                try:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    sock.setblocking(False)
                     sock.connect(self._address)
                     sock.send(state.encode())
-                except BlockingIOError:
-                    return False
-                except OSError:
-                    pass  # Nobody listens there.
+            except OSError as error:
+                # Otherwise nobody listens there.
+                return error.errno not in (errno.EAGAIN, errno.EMFILE, errno.ENFILE)
         return True
 
     def watch(self, turning: Callable[[], bool]) -> None:

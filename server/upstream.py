@@ -222,7 +222,7 @@ class Upstream:
         `repeatable`, so that it must not be sent twice, gets only one that was in use a moment ago:
         see FRESH_SECONDS."""
         if self._own and (own := self._own.get(client)) is not None:
-            if not own.silent or self.loop.now - own.idle_since > self._keepalive:
+            if not own.silent or self.loop.now - own.idle_since >= self._keepalive:
                 self.discard(own)
                 return None
             del self._own[client]
@@ -235,7 +235,7 @@ class Upstream:
         while self._idle:
             connection = next(reversed(self._idle))
             idle = self.loop.now - connection.idle_since
-            if idle > self._keepalive:
+            if idle >= self._keepalive:
                 self._expire()
                 continue
             if not repeatable and idle > FRESH_SECONDS:

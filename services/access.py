@@ -28,8 +28,8 @@ OTHER_NAME = (
     " 127.0.0.1. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
 )
 OTHER_MACHINE = (
-    "No USERS_TOKEN is set: only this machine may use this path, and a proxy has forwarded this"
-    " request for another. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
+    "No USERS_TOKEN is set: only this machine may use this path, and this request is another's,"
+    " perhaps forwarded by a proxy. Set USERS_TOKEN, or USERS_AUTH=none to let everyone in."
 )
 
 
@@ -40,9 +40,11 @@ class Access:
         self._tokens = [] if everyone else [token.encode() for token in tokens]
         self._local_only = not everyone and not tokens
 
-    def check(self, headers: Mapping[str, Sequence[str]], host: str) -> None:
+    def check(self, headers: Mapping[str, Sequence[str]], host: str, peer: str = "") -> None:
         """Raises Unauthorized unless the request may go on. `headers` are its header values by name
-        in lower case, of which HEADERS matter; `host` is the authority that is asked for.
+        in lower case, of which HEADERS matter; `host` is the authority that is asked for; `peer` is
+        the address that the request came from. It is empty if no other machine can connect, which
+        the settings of Gatehouse's own server see to.
 
         Without a token a request of a browser has to name this machine. Otherwise any page in it
         could have its own name lead to 127.0.0.1, and then read and change all users (DNS
@@ -52,7 +54,7 @@ class Access:
         if self._local_only:
             if not BROWSER_HEADERS.isdisjoint(headers) and not is_local(host):
                 raise Unauthorized(OTHER_NAME, headers=[("WWW-Authenticate", REALM)])
-            if not FORWARDING.isdisjoint(headers) and not is_of_this_machine(headers):
+            if not is_of_this_machine(headers, peer):
                 raise Unauthorized(OTHER_MACHINE, headers=[("WWW-Authenticate", REALM)])
         if not self._tokens:
             return
@@ -79,9 +81,10 @@ def is_local(host: str) -> bool:
         return False
 
 
-def is_of_this_machine(headers: Mapping[str, Sequence[str]]) -> bool:
-    """Whether all addresses in the headers of FORWARDING are this machine's own."""
-    addresses: list[str] = []
+def is_of_this_machine(headers: Mapping[str, Sequence[str]], peer: str) -> bool:
+    """Whether `peer`, if it is not empty, and all addresses in the headers of FORWARDING are this
+    machine's own."""
+    addresses = [peer] if peer else []
     for name in FORWARDING.intersection(headers):
         value = ",".join(headers[name])
         if len(value) > MOST_BYTES:

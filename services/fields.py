@@ -38,7 +38,7 @@ SPACES = re.compile(r'("[^"\\]*+(?:\\.[^"\\]*+)*+")|[ \t\n\r]+')
 JSON_KINDS = (
     (type(None), "null"),
     (bool, "true or false"),
-    (float, "a number"),
+    (int | float, "a number"),
     (list, "an array"),
     (dict, "an object"),
 )

@@ -100,7 +100,7 @@ class Health:
         latency = round((time.monotonic() - began) * 1000, 3)
         pending = [name for name in self.migrations if name not in applied]
         if allowed is False:
-            database.say("the role may not SELECT, INSERT, UPDATE and DELETE in users")
+            database.say("the role may not do all of SELECT, INSERT, UPDATE and DELETE in users")
         unmigrated = pending or allowed is None
         return {
             "status": "unmigrated" if unmigrated else "up" if allowed else "down",

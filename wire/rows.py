@@ -199,13 +199,14 @@ def _ndjson(lines: Lines) -> Iterator[Row]:
             text = next(lines)
             if not text.strip(" \t\r\n"):
                 continue
-            row.members = parsed(text.encode())
+            row.members = parsed(text.rstrip("\r\n").encode())
         except StopIteration:
             return
         except Refused as refused:
             row.problem = MalformedJson(str(refused))
         except MalformedJson as problem:
-            row.problem = MalformedJson(problem.detail.replace("The body", "The line"))
+            told = problem.detail.replace("The body", "The line")
+            row.problem = MalformedJson(told.replace(" at line 1, character", " at character"))
         except Problem as problem:
             row.problem = problem
         yield row

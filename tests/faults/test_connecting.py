@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import pwd
 import re
 import socket
 import ssl
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psycopg2
 import pytest
 import trustme
 from cryptography.hazmat.primitives.serialization import (
@@ -30,10 +32,18 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from postgres import pool
-from postgres.connect import Connector, Target, settings_in
-from postgres.deadlines import Deadlines, borrowed
+from postgres.connect import Connector, Target, check_uri, settings_in
+from postgres.deadlines import Deadlines, borrowed, cut
 from postgres.statements import Database
-from tests.harness import ROOT, Service, pw_migrate, run_app, unshared, wait_for
+from tests.harness import (
+    ROOT,
+    Service,
+    no_descriptor_free,
+    pw_migrate,
+    run_app,
+    unshared,
+    wait_for,
+)
 from tests.harness.servers import Pooler, Server
 
 Start = Callable[..., Service]
@@ -532,6 +542,29 @@ def test_settings_are_read_out_of_options_as_postgresql_does() -> None:
     assert settings_in("""-c a.b='"x"'""") == {"a.b": """'"x"'"""}
     # PostgreSQL ignores a backslash that nothing follows.
     assert settings_in("-c a=b\\\\\\") == {"a": "b\\"}
+
+
+def test_a_conversation_is_cut_though_no_descriptor_is_free(server: Server) -> None:
+    """It was forgotten then, and its caller waited for ever."""
+    with contextlib.closing(psycopg2.connect(server.uri(server.create()))) as connection:
+        waiting = ThreadPoolExecutor(1)
+        asleep = waiting.submit(connection.cursor().execute, "SELECT pg_sleep(30)")
+        wait_for(lambda: connection.info.transaction_status == 1)  # PQTRANS_ACTIVE
+        with no_descriptor_free():
+            cut(connection)
+        with pytest.raises(psycopg2.OperationalError):
+            asleep.result(10)
+
+
+def test_a_user_without_a_home_may_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run as a number that no file of users has."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert check_uri("postgresql://ann@127.0.0.1/users") is None
 
 
 def test_threads_that_are_first_after_a_fork_share_what_the_first_of_them_makes(

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,17 @@ def run_app(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
             process.kill()
         output.seek(0)
         return subprocess.CompletedProcess(command, code, output.read())
+
+
+@contextlib.contextmanager
+def no_descriptor_free() -> Iterator[None]:
+    """For a moment this process can open nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def new_email() -> str:

@@ -261,6 +261,11 @@ def test_health_needs_no_other_setting() -> None:
         2,
         "PORT must be the port of the running instance, not 0\n",
     )
+    run = run_app("health", HOST="a b", PORT=0, DB_CONNECT_TIMEOUT="long")
+    assert run.returncode == 2
+    assert [line.partition(" ")[0] for line in run.stdout.splitlines()] == (
+        ["HOST", "DB_CONNECT_TIMEOUT", "PORT"]
+    )
 
 
 # arguments

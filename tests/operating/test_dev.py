@@ -174,10 +174,10 @@ def test_what_cannot_work_is_told_before_anything_is_started(checkout: Path) -> 
 
 
 def test_a_misspelt_setting_is_told_before_anything_is_started(checkout: Path) -> None:
-    (checkout / ".env").write_text("USERS_TOKENS=one\n")
+    (checkout / ".env").write_text("USERS_TOKENS=one\nTHREADS=few\n")
     run = Dev(checkout, 0)
     assert run.process.wait(10) == 2
-    assert [line.split()[0] for line in run.lines] == ["USERS_TOKENS"]
+    assert [line.split()[0] for line in run.lines] == ["THREADS", "USERS_TOKENS"]
     assert not (checkout / ".data").exists()
 
 

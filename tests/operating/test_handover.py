@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.systemd import handed_over
+from server.systemd import Notifier, handed_over
 from tests.harness import (
     DEAD_DATABASE,
     ScriptedUpstream,
@@ -24,6 +24,7 @@ from tests.harness import (
     call,
     checkout,
     free_port,
+    no_descriptor_free,
     ok,
     problem,
     wait_for,
@@ -227,6 +228,27 @@ def test_no_child_process_takes_the_socket_for_its_own() -> None:
     environ = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "a", "HOME": "/"}
     assert handed_over(environ) is None  # It is for process 1.
     assert environ == {"HOME": "/"}
+
+
+def test_a_descriptor_that_is_not_open_is_no_socket() -> None:
+    code = """
+import os
+from server.systemd import handed_over
+try:
+    handed_over({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"})
+except ValueError as error:
+    print(error)
+"""
+    told = subprocess.check_output([sys.executable, "-c", code], cwd=checkout(), text=True)
+    assert told.startswith("descriptor 3 was handed over, and is no socket: ")
+
+
+def test_where_no_descriptor_is_free_a_message_is_to_be_sent_again(tmp_path: Path) -> None:
+    """The error left a signal handler, and the service did not stop."""
+    notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "nowhere")})
+    assert notifier.tell("READY=1")  # Nobody wants it.
+    with no_descriptor_free():
+        assert not notifier.tell("STOPPING=1")
 
 
 @pytest.mark.parametrize(

@@ -575,6 +575,9 @@ def test_certificates_that_cannot_be_read_are_named(tmp_path: Path, made: bool) 
     done = run_app(UPSTREAM_URL="https://127.0.0.1:1", **given)
     line = "REQUESTS_CA_BUNDLE must be a file or a folder of certificates\n"
     assert (done.returncode, done.stdout) == (2, line)
+    done = run_app(UPSTREAM_URL="https://127.0.0.1:1", PORT="http", **given)
+    assert done.returncode == 2
+    assert done.stdout.startswith("PORT ") and done.stdout.endswith(line)
     # Nobody reads it for an upstream without TLS.
     assert run_app("check", UPSTREAM_URL="http://127.0.0.1:1", **given).returncode == 5
 

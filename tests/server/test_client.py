@@ -451,6 +451,38 @@ def test_of_many_requests_that_are_refused_at_once_others_have_their_turn_betwee
         got += far.recv(65536)
 
 
+def test_of_many_requests_that_are_refused_none_is_forgotten_when_the_client_ends_its_half(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """All but the first 32 were."""
+    _, far = refused_at_once(desk, let_in)
+    far.shutdown(socket.SHUT_WR)
+    desk.turn(lambda: desk.gone)
+    got = b""
+    while piece := far.recv(65536):
+        got += piece
+    assert len(desk.refused_with) == got.count(b"HTTP/1.1 404") == 200
+
+
+def test_an_answer_that_is_complete_is_not_cut_when_its_client_ends_its_half(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """Also one that ends with the connection, as HTTP/1.0 has it, while more of the request is
+    passed on."""
+    client, far = let_in()
+    client.received(request(b"POST / HTTP/1.0", b"Content-Length: 9", body=b"ab"))
+    client.begin("200 OK", b"", length=None, dated=True)
+    client.write(b"all of it")
+    client.finish(more=True)
+    client.cut()
+    far.shutdown(socket.SHUT_WR)
+    desk.turn(lambda: desk.gone)
+    got = b""
+    while piece := far.recv(65536):  # A reset would be an error.
+        got += piece
+    assert got.endswith(b"\r\n\r\nall of it")
+
+
 @pytest.mark.parametrize("body", [b"", b"ab"])
 def test_a_client_is_not_read_while_more_waits_than_it_may_send_ahead(
     desk: Desk, let_in: Callable[[], Pair], body: bytes

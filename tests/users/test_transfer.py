@@ -133,6 +133,9 @@ def test_a_bad_row_stops_no_other_and_is_named_by_its_line(
     assert lines[1]["line"] == len(filler) + 2
     assert lines[1]["type"] == f"urn:gatehouse:{name}"
     assert ("errors" in lines[1]) == (status == 422)
+    assert " line 1" not in lines[1].get("detail", "") and " line 2" not in lines[1].get(
+        "detail", ""
+    )
 
 
 BAD_CELLS = {

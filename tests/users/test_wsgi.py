@@ -72,6 +72,19 @@ def test_a_user_is_created_read_changed_and_deleted(application: TestApp) -> Non
     problem(application.get(path, status=404), "no-such-user")
 
 
+@pytest.mark.parametrize(
+    ("peer", "status"),
+    [("127.0.0.1", 200), ("::1", 200), ("", 200), ("192.0.2.1", 401), ("x", 401)],
+)
+def test_without_a_token_other_machines_are_not_let_in(
+    application: TestApp, peer: str, status: int
+) -> None:
+    """A server of another kind may listen for all of them."""
+    reply = application.get("/users", extra_environ={"REMOTE_ADDR": peer}, status=status)
+    assert status == 200 or problem(reply, "unauthorized")
+    assert application.get("/health/live", extra_environ={"REMOTE_ADDR": peer}).status_int == 200
+
+
 def test_health_is_told(application: TestApp) -> None:
     assert application.get("/health/live").json == {"status": "ok"}
     assert application.get("/health/ready").json == {"status": "ok"}
