@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -283,13 +284,40 @@ def conflict(house: House) -> Service:
     return service
 
 
-def changed_source(house: House) -> Service:
+def compiled() -> Path:
+    """The folder of what is compiled."""
     if "gatehouse_compiled" not in sys.modules:
         pytest.skip("nothing is compiled: tests/house/test_compiled.py says whether that is right")
+    return Path(str(sys.modules["gatehouse_compiled"].__file__)).parent
+
+
+def changed_source(house: House) -> Service:
+    compiled()
     folder = copied(Path(house.stack.enter_context(tempfile.TemporaryDirectory())))
     with (folder / "wire" / "ids.py").open("a") as source:
         source.write("# Changed.\n")
     return house.start(folder=folder)
+
+
+def spoilt(house: House, spoil: Callable[[Path], None]) -> Service:
+    """With a copy of what is compiled, after `spoil` was called with its folder."""
+    folder = Path(house.stack.enter_context(tempfile.TemporaryDirectory()))
+    spoil(Path(shutil.copytree(compiled(), folder / compiled().name)))
+    service = house.start(PYTHONPATH=folder)
+    wait_for(lambda: "(from source)" in service.log, what="the line")
+    return service
+
+
+def damaged_library(house: House) -> Service:
+    def spoil(folder: Path) -> None:
+        [library] = folder.glob("gatehouse__mypyc*")
+        library.write_bytes(b"no library")
+
+    return spoilt(house, spoil)
+
+
+def missing_finder(house: House) -> Service:
+    return spoilt(house, lambda folder: (folder / "__init__.py").write_text(""))
 
 
 PROVOKED: dict[str, Callable[[House], Service | None]] = {
@@ -304,6 +332,8 @@ PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "worker … ended (…)": killed_worker,
     "… lines of the … were dropped, for nobody took them": slow_log_reader,
     "… was changed after the last make install: …": changed_source,
+    "what was compiled cannot be loaded: …": damaged_library,
+    "Error processing line 1 of …/gatehouse_compiled.pth": missing_finder,
     "Connection refused": nobody_listens,
     "timeout expired": silent_network,
     "password authentication failed": wrong_password,
@@ -485,6 +515,12 @@ ELSEWHERE = {
         "server/test_client.py: test_a_body_that_stops_is_cut_however_much_of_it_has_come"
     ),
     "a WebSocket is refused": "proxy/test_behind_proxies.py: test_a_websocket_goes_through_both",
+    "`docker attach`, `docker exec`, or another upgrade that is not a WebSocket's, does not work": (
+        "proxy/test_upgrades.py: test_another_upgrade_is_dropped_and_the_request_goes_on"
+    ),
+    "a gRPC client, or another one that begins with HTTP/2, gets 505": (
+        "proxy/test_request.py: test_a_version_of_http_that_is_not_1_is_505"
+    ),
     "paths below `/users` or `/health` do not reach the application": (
         "proxy/test_paths.py: test_a_path_in_an_owned_tree_never_reaches_the_upstream"
     ),
@@ -494,15 +530,28 @@ ELSEWHERE = {
     "connections wait, also for `/health/live`": (
         "proxy/test_crowds.py: test_a_process_without_a_free_descriptor_waits_for_one_without_spinning"
     ),
+    "forwarded requests take about one and a half times as much processor time as before": (
+        "house/test_compiled.py: test_after_a_change_all_runs_from_source"
+    ),
     "it takes long to stop": (
         "operating/test_stopping.py: test_a_stream_that_never_ends_is_cut_at_the_shutdown_timeout"
+    ),
+    "`Gatehouse was not compiled`": (
+        "house/test_compiled.py: test_what_cannot_be_compiled_is_said_once_and_runs_from_source"
+    ),
+    "`Not compiled, as before. …`": (
+        "house/test_compiled.py: test_what_cannot_be_compiled_is_said_once_and_runs_from_source"
     ),
 }
 
 
 def test_every_other_row_is_provoked_elsewhere() -> None:
-    rows = [*cells("The application behaves differently"), *cells("It is slow or stuck")]
-    assert rows == list(ELSEWHERE)
+    headings = (
+        "The application behaves differently",
+        "It is slow or stuck",
+        "What make install says",
+    )
+    assert [row for heading in headings for row in cells(heading)] == list(ELSEWHERE)
     for name in ELSEWHERE.values():
         file, _, test = name.partition(": ")
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), name
@@ -522,6 +571,14 @@ def unreadable(folder: Path) -> str:
     command = [sys.executable, "app.py"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
     return done.stdout + done.stderr
+
+
+def not_in_utf_8(folder: Path) -> str:
+    project = copied(folder)
+    (project / ".env").write_bytes(b"# The database of M\xfcller\n")
+    command = [sys.executable, "app.py"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    return done.stderr
 
 
 def no_setting(folder: Path) -> str:
@@ -571,6 +628,7 @@ START: dict[str, Callable[[Path], str]] = {
     "… in .env is no setting: write …": misspelt,
     ".env cannot be read at line …: write NAME=value": no_setting,
     ".env cannot be read: …": unreadable,
+    ".env is not in UTF-8": not_in_utf_8,
     "… cannot be read from …: the file is empty": empty_secret,
     "POSTGRES_URI is not a URI that libpq can read: …": lambda _: (
         run_app(POSTGRES_URI="postgresql://ann:a/b@db.invalid/none").stdout
