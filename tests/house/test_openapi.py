@@ -6,7 +6,9 @@ import copy
 import uuid
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
+import jsonschema
 import pytest
 import schemathesis
 import yaml
@@ -152,6 +154,24 @@ def test_every_example_of_a_problem_is_one_of_its_response() -> None:
             kinds = wanted["type"].get("enum", [wanted["type"].get("const")])
             assert example["type"] in kinds and example["status"] == wanted["status"]["const"], name
             assert CONTRACT[example["type"].removeprefix("urn:gatehouse:")] == example["status"]
+
+
+def examples(part: Any, at: str = "#") -> Iterator[tuple[str, Any]]:
+    """Where in the document each schema is that has an example, or an example beside it."""
+    if isinstance(part, dict):
+        if "example" in part:
+            yield at + ("/schema" if "schema" in part else ""), part["example"]
+        for key, value in part.items():
+            if key != "example":
+                yield from examples(value, f"{at}/{key.replace('~', '~0').replace('/', '~1')}")
+    elif isinstance(part, list):
+        for number, value in enumerate(part):
+            yield from examples(value, f"{at}/{number}")
+
+
+@pytest.mark.parametrize(("at", "example"), list(examples(DOCUMENT)))
+def test_an_example_is_what_its_schema_says(at: str, example: Any) -> None:
+    jsonschema.Draft202012Validator({**DOCUMENT, "$ref": quote(at, safe="#/~")}).validate(example)
 
 
 def test_every_response_is_under_its_own_status() -> None:
