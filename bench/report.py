@@ -40,6 +40,8 @@ class Made:
     grouped: bool  # whether Linux's automatic task groups are on
     minutes: float = 0
     postgres: list[str] = field(default_factory=list)
+    runs: str = "from source"  # or compiled: how Gatehouse ran
+    against: str = ""  # which commit the scene of that name compares with, and what it did
 
     @property
     def cores(self) -> str:
@@ -369,7 +371,7 @@ system's, where there is one; all else uses the embedded one.
 
 Unless said otherwise, each server has {made.cpus} processes, and {POOL_SIZE} database connections in
 each. Gatehouse and nginx write their access logs, as they do by default, to a file; the others
-write none. Gatehouse runs with `WORKERS={made.cpus}`, and all else as it is by default.
+write none. Gatehouse runs {made.runs}, with `WORKERS={made.cpus}`, and all else as it is by default.
 
 {made_of}
 
@@ -543,7 +545,8 @@ def against(results: Results) -> str:
     if not tables:
         return ""
     parts = [
-        "## Beside an earlier version\n\nThe four calls of Gatehouse now, and at an earlier commit.\n\n"
+        "## Beside an earlier version\n\nThe four calls of Gatehouse as it is now, and as it was at"
+        f" {results.made.against or 'an earlier commit'}.\n\n"
     ]
     for call, rows in tables.items():
         database = {} if call == CALLS[3] else DATABASE

@@ -96,6 +96,8 @@ def main() -> int:
         psutil.cpu_percent(interval=2),
         {peer.name: peer.made_of for peer in contenders() if peer.name != OURS},
         stage.grouped(),
+        runs=stage.how_it_runs(),
+        against=stage.story_of(commit) if commit else "",
     )
     if made.is_busy:
         print(f"warning: {made.warning()}", file=sys.stderr)

@@ -53,6 +53,22 @@ def hash_of(commit: str) -> str:
     return found.stdout.strip()
 
 
+def story_of(commit: str) -> str:
+    """Which commit it is: its hash, its date and its subject."""
+    command = ["git", "log", "-1", "--format=%h of %cs (%s)", commit]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def how_it_runs() -> str:
+    """Whether Gatehouse runs compiled or from source."""
+    command = [sys.executable, "-c", "import commands; print(commands.how_it_runs())"]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
 def project_of(commit: str, folder: Path) -> Project:
     """Gatehouse as it was at a commit, in a new folder. What it needs is installed into an
     environment of its own where that is not what is needed here."""
