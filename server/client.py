@@ -560,7 +560,7 @@ class Client(Stream):
         if not (self._tunnel or self.phase is Phase.READING):
             self.ended()
 
-    def failed(self, error: OSError) -> None:
+    def failed(self) -> None:
         self.hang_up()
 
     def abandon(self) -> None:

@@ -52,7 +52,6 @@ class Stream:
     __slots__ = (
         "_deaf",
         "_ending",
-        "_error",
         "_events",
         "_fd",
         "_idle_events",
@@ -88,7 +87,6 @@ class Stream:
         self._deaf = False  # whether nothing is sent to the other side any more
         self._ending = False  # whether the sending half ends when all is sent
         self._write_waits_for_read = False
-        self._error = OSError()
         self.ended_reading = False
         self.closed = False
 
@@ -109,11 +107,11 @@ class Stream:
     def progressed(self) -> None:
         """Some of what was queued has been taken."""
 
-    def unsendable(self, error: OSError) -> None:
+    def unsendable(self) -> None:
         """Nothing more can be sent. Unless a subclass reads on, the connection is broken."""
-        self._broke(error)
+        self._broke()
 
-    def failed(self, error: OSError) -> None:
+    def failed(self) -> None:
         """The connection is broken: it was reset, or cannot be written to. Called at the end of a
         turn."""
         raise NotImplementedError
@@ -175,9 +173,8 @@ class Stream:
     def _hung_up(self) -> None:
         """The connection was reset, or both halves have ended in order. Only SO_ERROR tells the two
         apart. After an orderly end there may be bytes that are not read yet: they stay."""
-        number = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            self._broke(ConnectionResetError(number, "the connection was reset"))
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._broke()
         else:
             self._idle_events = 0
             self.watch()
@@ -189,12 +186,10 @@ class Stream:
                 data = self.sock.recv(self._read_bytes)
             except WAIT:
                 return
-            except ssl.SSLEOFError:
-                # The connection ended without TLS's own end: nobody knows how much is missing.
-                self._broke(ConnectionResetError("the connection was cut beneath TLS"))
-                return
-            except OSError as error:
-                self._broke(error)
+            except OSError:
+                # It was reset; or it ended without TLS's own end, and nobody knows how much is
+                # missing.
+                self._broke()
                 return
             if not data:
                 self._end_reading()
@@ -228,8 +223,8 @@ class Stream:
                 sent = self.sock.send(data)
             except WAIT as wait:
                 self._write_waits_for_read = isinstance(wait, ssl.SSLWantReadError)
-            except OSError as error:
-                self.unsendable(error)
+            except OSError:
+                self.unsendable()
                 return
             if sent == len(data):
                 return
@@ -257,8 +252,8 @@ class Stream:
                 pending.popleft()
         except WAIT as wait:
             self._write_waits_for_read = isinstance(wait, ssl.SSLWantReadError)
-        except OSError as error:
-            self.unsendable(error)
+        except OSError:
+            self.unsendable()
             return
         if self.queued < began:
             self.progressed()
@@ -294,8 +289,8 @@ class Stream:
             # need. Nor is TLS's own end sent first: SSLSocket.unwrap then reads that of the other
             # side, and breaks the connection if it finds data instead.
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
-        except OSError as error:
-            self._broke(error)
+        except OSError:
+            self._broke()
 
     def move_to(self, other: Stream, most: int) -> tuple[int, bytes] | None:
         """Have the kernel move bytes that have arrived, `most` of them at most, to another side's
@@ -331,7 +326,7 @@ class Stream:
 
     # The end.
 
-    def _broke(self, error: OSError) -> None:
+    def _broke(self) -> None:
         # `failed` is not called at once: the caller may be in the middle of sending or reading, and
         # would find itself ended.
         if self.closed:
@@ -342,14 +337,7 @@ class Stream:
         self._pending, self.queued = None, 0
         self.closed = True
         self.loop.close(self.sock)
-        # The error's traceback refers to this stream. If the stream kept that traceback, only the
-        # garbage collector would free both, which runs seldom, and with them what was queued for a
-        # slow reader.
-        self._error = error.with_traceback(None)
-        self.loop.soon(self._fail)
-
-    def _fail(self) -> None:
-        self.failed(self._error)
+        self.loop.soon(self.failed)
 
     def abandon(self) -> None:
         """A method of this connection failed, which never should happen: end the connection and

@@ -101,7 +101,7 @@ class Connection(Stream):
         else:
             self.exchange.upstream_ended()
 
-    def failed(self, error: OSError) -> None:
+    def failed(self) -> None:
         if self.exchange is None:
             self.upstream.discard(self)
         else:
@@ -113,7 +113,7 @@ class Connection(Stream):
         else:
             self.exchange.abandon()
 
-    def unsendable(self, error: OSError) -> None:
+    def unsendable(self) -> None:
         """The upstream reads no more. Go on reading from it: it may have answered before that (RFC
         9112 section 9.3)."""
         self.refused = True

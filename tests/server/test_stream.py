@@ -50,7 +50,7 @@ class Recorded(Stream):
     def drained(self) -> None:
         self.told.append("drained")
 
-    def failed(self, error: OSError) -> None:
+    def failed(self) -> None:
         self.told.append("failed")
 
     def leaving(self) -> None:
