@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -105,16 +105,16 @@ class Options:
     upstream_url: str
     threads: dict[str, int]
     patience: Patience
-    eager: dict[str, int] = field(default_factory=dict)
-    streamed: frozenset[str] = frozenset()
-    waits: dict[str, float] = field(default_factory=dict)
-    ca_bundle: str | None = None
-    limit: int = 0
-    connect_timeout: float = 5.0
-    upstream_keepalive: float = 50.0
-    keepalive: float = 120.0
-    shutdown_timeout: float = 30.0
-    access_log: bool = True
+    eager: dict[str, int]
+    streamed: frozenset[str]
+    waits: dict[str, float]
+    ca_bundle: str | None
+    limit: int
+    connect_timeout: float
+    upstream_keepalive: float
+    keepalive: float
+    shutdown_timeout: float
+    access_log: bool
 
 
 class Server:

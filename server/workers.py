@@ -65,10 +65,10 @@ class Service:
     listener: socket.socket
     board: Board
     notifier: Notifier
-    workers: int = 1
-    handed_over: bool = False
-    drain_delay: float = 0.0
-    shutdown_timeout: float = 30.0
+    workers: int
+    handed_over: bool
+    drain_delay: float
+    shutdown_timeout: float
 
 
 def serve(service: Service) -> int:

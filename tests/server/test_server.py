@@ -73,11 +73,19 @@ class Running:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         options = Options(
-            upstream.url,
-            {"bulk": 1},
-            Patience(10.0, 10.0, 0.0, 0.0),
-            access_log=False,
+            upstream_url=upstream.url,
+            threads={"bulk": 1},
+            patience=Patience(10.0, 10.0, 0.0, 0.0),
+            eager={},
+            streamed=frozenset(),
+            waits={},
+            ca_bundle=None,
+            limit=0,
+            connect_timeout=5.0,
+            upstream_keepalive=50.0,
+            keepalive=120.0,
             shutdown_timeout=shutdown_timeout,
+            access_log=False,
         )
         self.server = Server(self.rules, self.listener, options)
         self.thread = threading.Thread(target=self.server.run, daemon=True)

@@ -32,7 +32,17 @@ def test_a_worker_that_cannot_be_forked_is_tried_again_and_ends_no_other(
         raise AssertionError("there is no worker")
 
     with contextlib.closing(socket.socket()) as listener:
-        service = Service(make, lambda: None, listener, Board(2), Notifier({}), workers=2)
+        service = Service(
+            make=make,
+            close=lambda: None,
+            listener=listener,
+            board=Board(2),
+            notifier=Notifier({}),
+            workers=2,
+            handed_over=False,
+            drain_delay=0.0,
+            shutdown_timeout=30.0,
+        )
         supervisor = Supervisor(service)
     monkeypatch.setattr(os, "fork", fork)
     supervisor.running[1] = 0, 0.0
@@ -45,18 +55,34 @@ def test_a_worker_that_cannot_be_forked_is_tried_again_and_ends_no_other(
         os.close(descriptor)
 
 
-WITHOUT_WORKERS = """
-import errno, os, socket, sys
+# Supervises, in a process of its own, workers whose servers `make` makes.
+SUPERVISE = """
+import errno, os, signal, socket, sys
 from metrics import Board
 from server.systemd import Notifier
 from server.workers import Service, Supervisor
 
+def supervise(make, workers):
+    service = Service(
+        make=make,
+        close=None,
+        listener=socket.socket(),
+        board=Board(workers),
+        notifier=Notifier({}),
+        workers=workers,
+        handed_over=False,
+        drain_delay=0.0,
+        shutdown_timeout=30.0,
+    )
+    sys.exit(Supervisor(service).run())
+"""
+
+WITHOUT_WORKERS = f"""{SUPERVISE}
 def fork():
     raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
 os.fork = fork
-service = Service(None, None, socket.socket(), Board(3), Notifier({}), workers=3)
-sys.exit(Supervisor(service).run())
+supervise(None, workers=3)
 """
 
 
@@ -69,17 +95,11 @@ def test_a_service_for_which_no_worker_can_be_forked_ends() -> None:
     assert done.stderr.endswith("the workers cannot start\n")
 
 
-KILLED_WORKERS = """
-import os, signal, socket, sys
-from metrics import Board
-from server.systemd import Notifier
-from server.workers import Service, Supervisor
-
+KILLED_WORKERS = f"""{SUPERVISE}
 def make():
     os.kill(os.getpid(), signal.SIGKILL)
 
-service = Service(make, None, socket.socket(), Board(2), Notifier({}), workers=2)
-sys.exit(Supervisor(service).run())
+supervise(make, workers=2)
 """
 
 
