@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
 import socket
 import struct
 import sys
@@ -46,10 +47,6 @@ def let_nobody_in(listener: socket.socket) -> None:
 
 def raise_descriptor_limit() -> int:
     """Allow this process as many descriptors as it may have; returns how many these are."""
-    try:
-        import resource
-    except ImportError:  # not Unix
-        return 1024
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # If there is no hard limit, setrlimit still wants a number for the soft one.
     most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
