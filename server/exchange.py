@@ -474,8 +474,6 @@ class Exchange:
             self.client.write(piece)
         else:
             self.client.flush()
-        if self.state is not State.ANSWERING:
-            return
         if body.complete:
             self._end_answer(keep=not rest)
         elif body.malformed:
