@@ -370,7 +370,7 @@ class Exchange:
         if self.state is State.ANSWERING:
             self._answer_on(data)
         elif self.state is State.DELIVERING:
-            self._give_up_delivering()  # Bytes that nobody asked for: the connection is of no use.
+            self._finish(keep=False)  # Nobody asked for these bytes: the connection is of no use.
         elif self.state is State.ASKING:
             self._heard = True
             self._in = self._in + data if self._in else data
@@ -557,10 +557,7 @@ class Exchange:
             self._asked()
             self.client.finish(more=True)
             return
-        self._connection = None
-        self._timer.cancel()
-        connection.release(keep=keep)
-        self.client.finish()
+        self._finish(keep=keep)
 
     def _end_if_delivered(self) -> None:
         """The upstream has the rest of a request that it answered before its end."""
@@ -568,13 +565,11 @@ class Exchange:
         if self.state is not State.DELIVERING or connection is None:
             return
         if not self.wants_body and not connection.queued:
-            self._connection = None
-            self._timer.cancel()
-            connection.release(keep=True)
-            self.client.finish()
+            self._finish(keep=True)
 
-    def _give_up_delivering(self) -> None:
-        self._let_go()
+    def _finish(self, *, keep: bool) -> None:
+        """All of the answer has been written, and no more of the request is passed on."""
+        self._let_go(keep=keep)
         self.client.finish()
 
     # The upstream ends.
@@ -592,7 +587,7 @@ class Exchange:
         elif self.state is State.ASKING:
             self._lost()
         elif self.state is State.DELIVERING:
-            self._give_up_delivering()
+            self._finish(keep=False)
 
     def upstream_failed(self) -> None:
         """The connection to the upstream is broken."""
@@ -601,7 +596,7 @@ class Exchange:
         elif self.state is State.ANSWERING:
             self._break("the connection to the upstream was broken in the answer's body")
         elif self.state is State.DELIVERING:
-            self._give_up_delivering()
+            self._finish(keep=False)
 
     def _lost(self) -> None:
         """The connection ended before there was an answer: send the request again, once, if that is
@@ -637,12 +632,12 @@ class Exchange:
         self.state = State.FAILED
         self.client.refuse(problem)
 
-    def _let_go(self) -> None:
-        """Close the connection to the upstream."""
+    def _let_go(self, *, keep: bool = False) -> None:
+        """Close the connection to the upstream, or keep it for another request."""
         connection, self._connection = self._connection, None
         self._timer.cancel()
         if connection is not None:
-            connection.release(keep=False)
+            connection.release(keep=keep)
 
     # The client ends.
 
@@ -690,7 +685,7 @@ class Exchange:
         elif self.state is State.ANSWERING:
             self._break("the upstream stalled in the middle of a body")
         elif self.state is State.DELIVERING:
-            self._give_up_delivering()
+            self._finish(keep=False)
 
     def _nudge(self) -> None:
         """The upstream has been silent: ask the client for its body, or send it a comment."""
