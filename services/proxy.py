@@ -42,10 +42,12 @@ BELIEVED: Final = frozenset({"forwarded", "x-real-ip"})
 FORWARDED: Final = "x-forwarded-"
 # These say where a message ends: Connection cannot name them away.
 FRAMING: Final = frozenset({"content-length", "transfer-encoding"})
+# These never pass as they came: those of one hop end here, and those that frame are set anew.
+ENDING: Final = HOP_BY_HOP | FRAMING
 # Many applications cannot tell X_Forwarded_For from X-Forwarded-For, nor Content_Length from
 # Content-Length, and for PHP X.Real.IP is X-Real-IP. So a header of one of these sets does not pass
 # with any other mark in the place of a hyphen either.
-OURS: Final = HOP_BY_HOP | SET | BELIEVED | FRAMING
+OURS: Final = ENDING | SET | BELIEVED
 MARK: Final = re.compile("[^a-z0-9-]")
 # How much of a name is looked at for that. Hardly any is longer, and 64 KB of marks take five
 # milliseconds.
@@ -113,10 +115,9 @@ class Proxy:
         body came with."""
         trusted = self.trusts(peer)
         values = head.values
-        ending = HOP_BY_HOP | FRAMING
+        ending = ENDING
         if "connection" in values:
-            # Connection may name more headers that end here. Those that frame the message are set
-            # anew in any case.
+            # Connection may name more headers that end here.
             ending = ending.union(option.lower() for option in listed(values["connection"]))
         # Whether a name has another mark than a hyphen. Hardly any head has such a name. To look at
         # all of its names together costs each request much less than to look at one after another.
