@@ -30,9 +30,11 @@ from settings import (
     VARIABLES,
     Settings,
     SettingsError,
+    address_to_ask,
     available_cpus,
     env_file,
     environment,
+    host_and_port,
     is_loopback,
     near_misses,
     postgres_uri,
@@ -207,15 +209,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def upstream_address(settings: Settings) -> str:
     """Host and port of the upstream."""
     url = urlsplit(settings.upstream_url)
     port = url.port or (443 if url.scheme == "https" else 80)
-    return _address(url.hostname or "", port)
+    return host_and_port(url.hostname or "", port)
 
 
 def cause(problem: BaseException) -> str:
@@ -253,7 +251,7 @@ def health(which: str | None) -> int:
         problems.append("PORT must be the port of the running instance, not 0")
     if problems:
         raise SettingsError(problems)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(values["HOST"], values["HOST"])
+    host = address_to_ask(values["HOST"])
     timeout = values["DB_CONNECT_TIMEOUT"] + HEALTH_MARGIN
     path = f"/health/{which}" if which else "/health"
     with closing(http.client.HTTPConnection(host, values["PORT"], timeout=timeout)) as connection:
@@ -263,7 +261,7 @@ def health(which: str | None) -> int:
             body = answer.read()
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            print(f"{_address(host, values['PORT'])} does not answer: {why}", file=sys.stderr)
+            print(f"{host_and_port(host, values['PORT'])} does not answer: {why}", file=sys.stderr)
             return 1
     print(body.decode(errors="replace").strip())
     return 0 if answer.status == 200 else 1
@@ -287,7 +285,7 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
         listener = given or bind(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or str(error)
-        where = _address(settings.host, settings.port)
+        where = host_and_port(settings.host, settings.port)
         print(f"cannot listen on {where}: {reason}", file=sys.stderr)
         return 1
     host, port = listener.getsockname()[:2]
@@ -295,7 +293,7 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
         "gatehouse %s (%s) listens on http://%s%s with %s",
         version,
         how_it_runs(),
-        _address(settings.host if given is None else host, port),
+        host_and_port(settings.host if given is None else host, port),
         "" if given is None else ", handed over,",
         counted(settings.workers, "worker"),
     )

@@ -34,8 +34,10 @@ from postgres.connect import Connector, Target
 from settings import (
     Settings,
     SettingsError,
+    address_to_ask,
     env_file,
     environment,
+    host_and_port,
     near_misses,
 )
 
@@ -149,7 +151,7 @@ class Session:
         # This is called before Gatehouse is asked to stop, which would wait for an endless stream.
         self.cleanup.callback(demo.Demo.stopping.set)
 
-        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        address = address_to_ask(host)
         self.wait_until(lambda: answers(address, port), "Gatehouse did not answer", 30)
         print(to_try(address, port, self.settings.users_token, own_upstream), flush=True)
         if self.postgres is not None:
@@ -313,7 +315,7 @@ def answers(host: str, port: int) -> bool:
 
 def to_try(host: str, port: int, tokens: tuple[str, ...], own_upstream: bool) -> str:
     """Three lines to paste into a shell."""
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = f"http://{host_and_port(host, port)}"
     # Each run has an address of its own, because the users of the last run are still there.
     user = f'{{"email": "ann-{secrets.token_hex(3)}@example.com", "name": "Ann"}}'
     token = f" -H 'Authorization: Bearer {tokens[0]}'" if tokens else ""

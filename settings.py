@@ -217,6 +217,17 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def address_to_ask(host: str) -> str:
+    """The address at which this machine reaches a socket that listens on `host`, which may stand
+    for all addresses."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def host_and_port(host: str, port: int) -> str:
+    """Both as a URL has them, in which an IPv6 address is in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def available_cpus(system: Path = Path("/")) -> int:
     """How many CPUs this process may use: as many as it may run on, but no more than the quotas of
     its control groups allow. A part of a CPU counts as one.
