@@ -130,7 +130,8 @@ class Tunnel:
                 self._heard()
 
     def pass_straight(self, connection: Connection) -> bool:
-        """Returns False: the tunnel has to see where frames end."""
+        """Never called: the tunnel has to see where frames end, so it leaves its connection's
+        `straight` False. It is here because a connection asks for it of whatever it carries."""
         return False
 
     # One side has taken all that was sent to it.
