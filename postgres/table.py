@@ -25,8 +25,6 @@ PARAMETERS = {
     "none_match": "text[]",
     "untouched": "double precision",
 }
-
-
 # Types whose values are compared as text. As jsonb 1 and 1.0 are equal, and are not the same JSON:
 # a GET would give another answer with the same version.
 AS_TEXT = {"jsonb"}
