@@ -50,7 +50,7 @@ CONTINUE_SECONDS: Final = 1.0
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 
-class Asker(Talker, Protocol):
+class ExchangeClient(Talker, Protocol):
     """The client's side, as far as an exchange is concerned."""
 
     head: Head | None
@@ -153,7 +153,7 @@ class Exchange:
 
     def __init__(
         self,
-        client: Asker,
+        client: ExchangeClient,
         head: Head,
         peer: str,
         upstream: Upstream,

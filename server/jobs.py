@@ -30,7 +30,7 @@ UNTAKEN_BYTES: Final = 33554432
 ALL_HELD: Final = "As many imports and exports as there may be are under way. Try again later."
 
 
-class Asker(Protocol):
+class JobClient(Protocol):
     """The client, as far as its job is concerned."""
 
     loop: Loop
@@ -83,7 +83,7 @@ class Job:
 
     def __init__(
         self,
-        client: Asker,
+        client: JobClient,
         head: Head,
         lane: Lane,
         answer: Callable[[Job], None],
