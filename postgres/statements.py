@@ -145,8 +145,8 @@ class Conflict(Exception):
     """The server undid the statement because of another's; it may be run again."""
 
 
-class Patience:
-    """For how long statements that meet a conflict are run again: `seconds` from now."""
+class Retries:
+    """Pauses before a statement that met a conflict is run again, until `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
@@ -264,14 +264,14 @@ class Database(Pool):
         """Run a statement that changes nothing. If its connection is lost, run it again on another.
         All of it takes at most `within` seconds. Raises DatabaseUnavailable and other Problems."""
         until = math.inf if within is None else time.monotonic() + within
-        attempts, patience = 0, Patience(self.statement_timeout)
+        attempts, retries = 0, Retries(self.statement_timeout)
         while attempts < ATTEMPTS:
             try:
                 return self.run(statement, params, until)
             except NotDone:
                 attempts += 1
             except Conflict:
-                if not patience.wait():
+                if not retries.wait():
                     break
             except Lost as lost:
                 if lost.cut:  # It waited for as long as it may: another run would wait again.
@@ -293,7 +293,7 @@ class Database(Pool):
         was cut: the server may still carry that out, over newer changes.
         """
         began, lost = time.monotonic(), None
-        attempts, patience = 0, Patience(self.statement_timeout)
+        attempts, retries = 0, Retries(self.statement_timeout)
         while attempts < ATTEMPTS:
             try:
                 rows = self.run(statement, {**params, "untouched": None}, lost=lost)
@@ -301,7 +301,7 @@ class Database(Pool):
             except NotDone:
                 attempts += 1
             except Conflict:
-                if not patience.wait():
+                if not retries.wait():
                     break
             except Lost as error:
                 if error.cut:
