@@ -22,7 +22,7 @@ from dotenv.parser import parse_stream
 
 from postgres import connect, schema
 from problems import Problem
-from server.connector import Connector
+from server.connector import UpstreamConnector
 from server.listener import bind, most_streams
 from server.logs import Output
 from server.systemd import handed_over
@@ -178,7 +178,7 @@ def check(settings: Settings, *, verbose: bool = False) -> int:
         statement_timeout=settings.db_statement_timeout,
     )
     print(f"database: {database}\nschema: {shape}")
-    connector = Connector(settings.upstream_url, os.environ.get(CA_BUNDLE))
+    connector = UpstreamConnector(settings.upstream_url, os.environ.get(CA_BUNDLE))
     try:
         connector.connect(settings.upstream_connect_timeout).close()
         print("upstream: ok")

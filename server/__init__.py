@@ -3,5 +3,5 @@
 Threads get values and give values back; they never touch a socket. The server learns of the
 application only what it is given: whose a request is, the rules of heads, a WSGI callable.
 Its doors: `workers.serve` with a `server.Server` and its `exchange.Patience`, and `listener`,
-`logs`, `systemd` and `connector.Connector` for the command line.
+`logs`, `systemd` and `connector.UpstreamConnector` for the command line.
 """

@@ -29,7 +29,7 @@ LEAST_SECONDS = 0.05
 NUMBERS = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 
 
-class Connector(HTTPAdapter):
+class UpstreamConnector(HTTPAdapter):
     """requests' adapter for one upstream, which makes connections to it.
 
     `base_url` is an http or https URL, `ca_bundle` a file or folder of certificates to trust

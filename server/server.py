@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
 from problems import BodyTooLarge, Problem
 from server.client import Client
-from server.connector import Connector
+from server.connector import UpstreamConnector
 from server.exchange import Exchange, Patience, Rules
 from server.jobs import Job
 from server.lanes import Lane
@@ -140,7 +140,7 @@ class Server:
         self.upstream = Upstream(
             self.loop,
             Lane(self.loop, "connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
-            Connector(options.upstream_url, options.ca_bundle),
+            UpstreamConnector(options.upstream_url, options.ca_bundle),
             limit=min(options.limit or most, most),
             connect_timeout=options.connect_timeout,
             keepalive=options.upstream_keepalive,

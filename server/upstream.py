@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from metrics import IN_FLIGHT, STREAMS, Board
 from problems import Problem, UpstreamBusy
-from server.connector import Connector, was_refused
+from server.connector import UpstreamConnector, was_refused
 from server.lanes import Lane
 from server.loop import NEVER, Loop, Timer
 from server.stream import Stream
@@ -162,7 +162,7 @@ class Upstream:
         self,
         loop: Loop,
         lane: Lane,
-        connector: Connector,
+        connector: UpstreamConnector,
         *,
         limit: int,
         connect_timeout: float,

@@ -13,7 +13,7 @@ import pytest
 
 from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
-from server.connector import Connector, was_refused
+from server.connector import UpstreamConnector, was_refused
 from server.loop import Loop
 from server.upstream import FRESH_SECONDS, Connection, Upstream
 from tests.harness.servers import unanswered_port
@@ -78,7 +78,7 @@ class Place:
         self.upstream = Upstream(
             self.loop,
             self.lane,
-            Connector(url),
+            UpstreamConnector(url),
             limit=2,
             connect_timeout=5.0,
             keepalive=KEEPALIVE,
@@ -343,7 +343,7 @@ def test_a_connection_that_is_made_to_itself_is_a_refused_one() -> None:
     knock in 28,000 was answered by itself, with the request for an answer."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    connector = Connector(f"http://127.0.0.1:{port}")
+    connector = UpstreamConnector(f"http://127.0.0.1:{port}")
     connector._pool.conn_kw["source_address"] = ("127.0.0.1", port)
     with pytest.raises(UpstreamUnreachable) as caught:
         connector.connect(5.0)
@@ -367,9 +367,9 @@ def test_each_address_of_a_name_has_its_share_of_the_time(
         monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
         with unanswered_port("127.0.0.2", port):
             began = time.monotonic()
-            sock = Connector(f"http://two.example:{port}").connect(1.0)
+            sock = UpstreamConnector(f"http://two.example:{port}").connect(1.0)
             assert time.monotonic() - began < 1
             assert sock.getpeername() == ("127.0.0.1", port)
             sock.close()
             with pytest.raises(UpstreamTimeout):
-                Connector(f"http://127.0.0.2:{port}").connect(0.3)
+                UpstreamConnector(f"http://127.0.0.2:{port}").connect(0.3)
