@@ -77,7 +77,7 @@ LIVE = re.compile(r"/health/live/?")
 # What a WSGI environ calls the headers that decide who may use /users.
 KEYS = {name: f"HTTP_{name.upper().replace('-', '_')}" for name in HEADERS}
 UNROUTABLE = re.compile(r"[^!-~]")
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+ROUTED_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def create_app(settings: Settings, board: Board | None = None) -> Application:
@@ -381,7 +381,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         # case (:459), and gives the methods PROXY and ANY a meaning of its own. One trailing slash
         # is ignored.
         environ["PATH_INFO"] = UNROUTABLE.sub("?", path).removesuffix("/")
-        if environ["REQUEST_METHOD"] not in METHODS:
+        if environ["REQUEST_METHOD"] not in ROUTED_METHODS:
             environ["REQUEST_METHOD"] = "OTHER"
 
     def default_error_handler(self, error: Any) -> str:

@@ -33,7 +33,7 @@ LINES_DROPPED, REPLACED, PROBLEMS = range(OUTCOME_AT + 1, OUTCOME_AT + 4)
 OWNERS: Final = ("users", "health", "proxy")
 # Those of RFC 9110 section 9 and RFC 5789. Any other method counts as `other`: callers could make
 # labels without end.
-METHODS: Final = (
+METHOD_LABELS: Final = (
     "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "other",
 )  # fmt: skip
 CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
@@ -50,7 +50,7 @@ TYPES: Final = tuple(
     )
 )
 REQUESTS: Final = PROBLEMS + len(TYPES)
-HEADS: Final = REQUESTS + len(OWNERS) * len(METHODS) * len(CLASSES)
+HEADS: Final = REQUESTS + len(OWNERS) * len(METHOD_LABELS) * len(CLASSES)
 # Of each owner: its buckets, that beyond the last bound, and the sum in microseconds.
 HEAD_CELLS: Final = len(BOUNDS) + 2
 # Rows begin at a multiple of 64 bytes, so that two workers do not write to one line of a cache.
@@ -73,7 +73,7 @@ TOTALS = (
 Sample = tuple[str, int | float]
 
 _owner: Final = {name: number for number, name in enumerate(OWNERS)}
-_method: Final = {name: number for number, name in enumerate(METHODS)}
+_method: Final = {name: number for number, name in enumerate(METHOD_LABELS)}
 _type: Final = {name: number for number, name in enumerate(TYPES)}
 
 
@@ -122,7 +122,7 @@ class Board:
         `owner` is one of OWNERS, `seconds` how long the head took since the request was complete.
         """
         number = _owner[owner]
-        kind = number * len(METHODS) + _method.get(method, len(METHODS) - 1)
+        kind = number * len(METHOD_LABELS) + _method.get(method, len(METHOD_LABELS) - 1)
         count = self._row + REQUESTS + kind * len(CLASSES) + min(max(status // 100, 1), 5) - 1
         heads = self._row + HEADS + number * HEAD_CELLS
         with self._lock:
@@ -231,7 +231,7 @@ class Board:
     def _requests(self) -> Iterator[Sample]:
         cell = REQUESTS
         for owner in OWNERS:
-            for method in METHODS:
+            for method in METHOD_LABELS:
                 counts = [self.total(cell + number) for number in range(len(CLASSES))]
                 cell += len(CLASSES)
                 # Of a method that has been seen, show all classes. Its first 5xx is then a step

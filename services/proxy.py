@@ -59,7 +59,7 @@ NOT_RETURNED: Final = HOP_BY_HOP | {"alt-svc", "x-request-id"}
 UPGRADE: Final = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
 
 # The Allow header for a target that the upstream has. Gatehouse does not know its methods.
-METHODS: Final = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
+ALLOW: Final = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
 
 
 def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -102,7 +102,7 @@ class Proxy:
     def admit(self, head: Head) -> None:
         """Refuse what can never be forwarded. Raises MethodNotAllowed or LoopDetected."""
         if head.method == "CONNECT":
-            raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", METHODS)])
+            raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", ALLOW)])
         for line in head.values.get("via", ()):
             # Only a line that has the name somewhere is taken apart: there may be 64 KB of commas.
             if self.name in line and any(self.name in hop.split()[1:2] for hop in listed([line])):
