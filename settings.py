@@ -109,7 +109,7 @@ def environment(
 
     Raises SettingsError where the file, or a line of it, cannot be read.
     """
-    known = {*VARIABLES, *IN_FILES}
+    known = {*VARIABLES, *FILE_VARIABLES}
     there = {name: value for name, value in env_file(file, parse).items() if name in known}
     return {name: value for name, value in [*there.items(), *environ.items()] if value.strip()}
 
@@ -139,7 +139,7 @@ def env_file(file: Path, parse: Callable[[IO[str]], Iterable[Any]]) -> dict[str,
     wrong += [
         f".env has no = after {line.key} at line {line.original.line}"
         for line in lines
-        if line.value is None and (line.key in VARIABLES or line.key in IN_FILES)
+        if line.value is None and (line.key in VARIABLES or line.key in FILE_VARIABLES)
     ]
     if wrong:
         raise SettingsError(wrong)
@@ -181,7 +181,7 @@ def near_misses(names: Iterable[str]) -> list[str]:
     the order or the plural of its words: WORKER, users_token, TRUSTED_PROXY. Any other name is left
     to another program that shares the file.
     """
-    settings = [*VARIABLES, *IN_FILES]
+    settings = [*VARIABLES, *FILE_VARIABLES]
     found = []
     for name in names:
         if name in settings:
@@ -439,4 +439,4 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
 # Settings that may also be given as NAME_FILE, a file that holds the value: a container's secret,
 # or systemd's.
 FROM_FILE = ("POSTGRES_URI", "USERS_TOKEN")
-IN_FILES = tuple(f"{name}_FILE" for name in FROM_FILE)
+FILE_VARIABLES = tuple(f"{name}_FILE" for name in FROM_FILE)
