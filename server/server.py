@@ -65,8 +65,11 @@ DROPPED_SECONDS = 0.001
 # To make room, no client is closed that has connected, or begun its head, less than this many
 # seconds ago.
 GRACE_SECONDS = 0.1
-# A search finds so many clients to close at most, and is used for so many seconds at most.
-SPARE_AT_ONCE, LONGEST_SECONDS = 4096, 2.0
+# A search for clients to close finds at most SPARE_AT_ONCE. These are used for SPARE_SECONDS, or
+# longer if the search took long, but for MOST_SPARE_SECONDS at most.
+SPARE_AT_ONCE = 4096
+SPARE_SECONDS = 0.025
+MOST_SPARE_SECONDS = 2.0
 
 
 class Application(Protocol):
@@ -287,7 +290,7 @@ class Server:
         the upstream. False if there is none.
 
         To look through ten thousand clients takes tens of milliseconds, and a flood of connections
-        would do that each time. So what was found is used again: for CROWDED_SECONDS, or for ten
+        would do that each time. So what was found is used again: for SPARE_SECONDS, or for ten
         times as long as the search took, so that searching takes a tenth of the time at most.
         """
         if self.upstream.drop_one():
@@ -298,7 +301,7 @@ class Server:
             self._spare = heapq.nsmallest(SPARE_AT_ONCE, found, key=lambda one: one[0])[::-1]
             self._more_spare = len(found) > SPARE_AT_ONCE
             took = time.monotonic() - now
-            self._spare_until = now + min(max(CROWDED_SECONDS, 10 * took), LONGEST_SECONDS)
+            self._spare_until = now + min(max(SPARE_SECONDS, 10 * took), MOST_SPARE_SECONDS)
         while self._spare:
             spare, client = self._spare.pop()
             # A client that was just accepted may have sent its request, which is not read yet.
