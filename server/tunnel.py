@@ -224,12 +224,12 @@ class Tunnel:
 
     def _parted(self) -> None:
         """Once both sides have taken their Close frame, they have GOODBYE_SECONDS to end."""
-        connection, moment = self._connection, self.client.deadline
-        if self.state is not State.PARTING or connection is None or moment.when < NEVER:
+        connection, deadline = self._connection, self.client.deadline
+        if self.state is not State.PARTING or connection is None or deadline.when < NEVER:
             return
         told = self._to_client is None and self._to_upstream is None
         if told and not (self.client.queued or connection.queued):
-            moment.set(self.client.loop.now + GOODBYE_SECONDS)
+            deadline.set(self.client.loop.now + GOODBYE_SECONDS)
 
     # The end.
 
