@@ -98,13 +98,13 @@ class Answer:
         # both cases the connection is not used again.
         if len(lengths) > 1 or (lengths and "," in lengths[0]):
             lengths = listed(lengths)
-        mended = len(lengths) > 1 or bool(codings and lengths)
+        ambiguous = len(lengths) > 1 or bool(codings and lengths)
         if lengths and (len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0])):
             raise UpstreamBroken("The Content-Length of the upstream's answer is malformed.")
         if codings and (codings != ["chunked"] or version == "1.0"):
             raise UpstreamBroken("The Transfer-Encoding of the upstream's answer is malformed.")
         # One spelling of a length goes out, because readers differ on 031.
-        if mended or (lengths and lengths[0].startswith("0") and lengths[0] != "0"):
+        if ambiguous or (lengths and lengths[0].startswith("0") and lengths[0] != "0"):
             self._say_length(None if codings else str(int(lengths[0])))
         bodiless = method == "HEAD" or self.status in WITHOUT_BODY or self.status < 200
         self.length = int(lengths[0]) if lengths and not codings else None
@@ -123,7 +123,7 @@ class Answer:
         # On a connection that is used again that would be taken for the next answer.
         stray = bodiless and bool(codings or self.length)
         ends = not isinstance(self.body, UntilClose)
-        self.reusable = ends and persistent and not stray and not mended
+        self.reusable = ends and persistent and not stray and not ambiguous
 
     def _say_length(self, length: str | None) -> None:
         """Leave one Content-Length line, with this value; none if it is None."""
