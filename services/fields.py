@@ -121,6 +121,14 @@ def valid_metadata(value: Any) -> str:
     return value.text
 
 
+def _check_size(value: Object) -> None:
+    """Raises ValueError if an object has more than MAX_METADATA bytes as it was sent. This is apart
+    from `valid_metadata` because an object that a GET gave may be sent back, and be longer."""
+    size = len(value.text.encode())
+    if size > MAX_METADATA:
+        raise ValueError(f"must have at most {MAX_METADATA} bytes, and has {size}")
+
+
 def _spaces(value: Any) -> int:
     """How many commas and colons PostgreSQL writes between the parts of a JSON value."""
     if isinstance(value, dict):
@@ -196,12 +204,6 @@ def valid(members: Mapping[str, Any], *, user_id: str | None = None) -> dict[str
     return {one.name: or_default(one, values.get(one.name)) for one in FIELDS}
 
 
-def _limit(value: Object) -> None:
-    size = len(value.text.encode())
-    if size > MAX_METADATA:
-        raise ValueError(f"must have at most {MAX_METADATA} bytes, and has {size}")
-
-
 def or_default(field: Field, value: Any) -> Any:
     """The value to store for a field whose checked value is this; None if it was not given."""
     return field.default if value is None else value
@@ -231,7 +233,7 @@ def checked(
         try:
             if field is not None:
                 if isinstance(value, Object) and not sent_back:
-                    _limit(value)
+                    _check_size(value)
                 nothing = value is None and not field.required
                 values[name] = None if nothing else field.check(value)
             elif name == "id" and user_id is not None:
