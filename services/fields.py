@@ -54,7 +54,7 @@ def valid_id(value: Any) -> str:
 def valid_text(value: Any) -> str:
     """Any string that PostgreSQL can keep."""
     if not isinstance(value, str):
-        kind = next(name for kind, name in JSON_KINDS if isinstance(value, kind))
+        kind = next(words for one, words in JSON_KINDS if isinstance(value, one))
         raise ValueError(f"must be a string, not {kind}")
     if SURROGATE.search(value):
         raise ValueError("must not contain lone surrogates")

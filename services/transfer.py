@@ -31,8 +31,8 @@ from wire.rows import NDJSON, Columns, Lines, Row, rows_of
 
 COLUMNS = Columns(
     names=("id", *NAMES, *TIMES),
-    required=[field.name for field in FIELDS if field.required],
-    objects=[field.name for field in FIELDS if field.kind == "jsonb"],
+    required=[one.name for one in FIELDS if one.required],
+    objects=[one.name for one in FIELDS if one.kind == "jsonb"],
 )
 BATCH_ROWS = 500
 BATCH_BYTES = 1 << 20
