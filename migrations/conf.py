@@ -31,7 +31,7 @@ from postgres.migrating import Migrating, advice, explain, losses  # noqa: E402
 from postgres.schema import applied, names, unsuitable  # noqa: E402
 from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
-CONNECT_TIMEOUT = 10  # seconds
+CONNECT_SECONDS = 10
 # A role's own limits are for requests, and a migration may take longer.
 SETTINGS = {"statement_timeout": "0", "lock_timeout": "0"}
 
@@ -54,7 +54,7 @@ def target() -> Target:
 def connected() -> pw.PostgresqlDatabase:
     """The database, connected and locked; exits with one line where that cannot be."""
     where = target()
-    connector = Connector(where, CONNECT_TIMEOUT, SETTINGS)
+    connector = Connector(where, CONNECT_SECONDS, SETTINGS)
     database = Migrating(connector)
     try:
         database.connect()
@@ -80,7 +80,7 @@ def connected() -> pw.PostgresqlDatabase:
 def check_answers(database: Migrating) -> None:
     """Exits with one line where only a pooler answers, with no server behind it."""
     try:
-        with ended_after(database.connection(), CONNECT_TIMEOUT):
+        with ended_after(database.connection(), CONNECT_SECONDS):
             database.cursor().execute("SELECT 1")
     except TimeoutError as error:
         raise SystemExit(f"the database cannot be used: {error}") from None

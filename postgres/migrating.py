@@ -21,8 +21,8 @@ from postgres.schema import Parts, replayed
 
 # A statement of a migration waits this many seconds for a lock. If somebody has left a transaction
 # open, it waits behind that, and all new readers and writers of the table wait behind it.
-LOCK_TIMEOUT = 2
-MIGRATORS_TIMEOUT = 600  # seconds to wait for other migrators to finish
+LOCK_SECONDS = 2
+MIGRATORS_SECONDS = 600  # how long to wait for other migrators to finish
 POLL_SECONDS = 0.2
 LOCK = 0x6761746568  # "gateh" as a number, which nobody else locks in this database
 CONCURRENTLY = re.compile(
@@ -65,7 +65,7 @@ class Migrating(Direct):
         The lock is tried for again and again. A statement that waits for it would hold a snapshot,
         and a CREATE INDEX CONCURRENTLY of the other migrator would wait for the end of that.
         """
-        until = time.monotonic() + MIGRATORS_TIMEOUT
+        until = time.monotonic() + MIGRATORS_SECONDS
         self._lock_holder = self.connector.open()
         cursor, told = self._lock_holder.cursor(), False
         while True:
@@ -90,7 +90,7 @@ class Migrating(Direct):
         self._alone = True
         cursor = self.cursor()
         cursor.execute(UNLIMITED)
-        cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
+        cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
 
     def execute_sql(self, sql: str, params: Any = None) -> Any:
         if not self.in_transaction():

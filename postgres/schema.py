@@ -46,15 +46,15 @@ PARTS = """
 
 # Migration 004 makes this only if the database has pg_trgm. The schema is right without it too.
 OPTIONAL = {("index", "users_search")}
-LOCK_TIMEOUT = 5  # seconds
+LOCK_SECONDS = 5  # how long a statement waits for a lock
 # How long a comparison may take in all, in seconds. It is some forty statements.
 COMPARE_SECONDS = 30
 # No other encoding can hold all names and addresses.
 ENCODING = "UTF8"
 # The oldest version of PostgreSQL that can be asked the queries of this module.
 OLDEST = 13
-# `check` gives up so many seconds after PostgreSQL should have ended a statement.
-MARGIN = 0.5
+# `check` gives up this many seconds after PostgreSQL should have ended a statement.
+MARGIN_SECONDS = 0.5
 LONGEST = 100  # characters of a definition in a message; the index of mailboxes has 4000
 # What `check` says beside PostgreSQL's reason.
 ADVICE = {
@@ -109,7 +109,7 @@ def differences(database: Comparing, directory: Path | str, *, rights: bool = Fa
     migration makes is a difference. To find out what the migrations make, they are run on temporary
     tables, in a transaction that is rolled back. That changes nothing, and needs no privilege but
     TEMPORARY. With `rights`, a privilege that the role lacks is a difference too. Raises
-    psycopg2.Error or peewee.DatabaseError, for instance if a table stays locked for LOCK_TIMEOUT.
+    psycopg2.Error or peewee.DatabaseError, for instance if a table stays locked for LOCK_SECONDS.
     """
     with (
         database.connection().cursor() as cursor,
@@ -120,7 +120,7 @@ def differences(database: Comparing, directory: Path | str, *, rights: bool = Fa
             return [wrong]
         cursor.execute("SET LOCAL statement_timeout = 0")  # that is for requests
         # Since PostgreSQL 18 pg_get_expr waits for the lock of a reader.
-        cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'")
+        cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
         with database.savepoint() as temporary:
             expected, _ = _expected(database, cursor, directory)
             temporary.rollback()
@@ -155,7 +155,7 @@ def verdict(
         try:
             database.connect()
             connection = database.connection()
-            with ended_after(connection, statement_timeout + MARGIN):
+            with ended_after(connection, statement_timeout + MARGIN_SECONDS):
                 wrong, missing = unsuitable(connection), pending(connection, directory)
         except InsufficientPrivilege as error:
             return 4, "ok", f"cannot be read: {_advised(error, target)}"

@@ -17,8 +17,8 @@ import pytest
 
 from postgres import schema
 from postgres.connect import Connector, Target
-from postgres.migrating import LOCK_TIMEOUT as MIGRATION_LOCK_TIMEOUT
-from postgres.schema import LOCK_TIMEOUT, PARTS, names
+from postgres.migrating import LOCK_SECONDS as MIGRATION_LOCK_SECONDS
+from postgres.schema import LOCK_SECONDS, PARTS, names
 from tests.harness import (
     DEAD_DATABASE,
     ROOT,
@@ -502,7 +502,7 @@ def test_an_index_is_made_concurrently_while_others_write_and_migrators_wait(
 
         wait_for(waiting, 20, "the index to wait for the writer")
         began = time.monotonic()
-        while time.monotonic() - began < MIGRATION_LOCK_TIMEOUT + 0.5:
+        while time.monotonic() - began < MIGRATION_LOCK_SECONDS + 0.5:
             assert waiting()
         writer.commit()
         done = [migrator.result() for migrator in migrators]
@@ -635,7 +635,7 @@ def test_the_check_does_not_wait_for_ever_behind_a_lock(databases: Databases) ->
         began = time.monotonic()
         with contextlib.suppress(psycopg2.errors.LockNotAvailable):
             assert differences(uri, MIGRATIONS) == []
-        assert time.monotonic() - began < LOCK_TIMEOUT + 10
+        assert time.monotonic() - began < LOCK_SECONDS + 10
     finally:
         holder.close()
 
