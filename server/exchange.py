@@ -126,8 +126,8 @@ class Exchange:
         "_counted",
         "_gathered",
         "_head",
+        "_head_arrived",
         "_heard",
-        "_in",
         "_interim",
         "_largest",
         "_id",
@@ -180,7 +180,7 @@ class Exchange:
         self._is_stream = False  # whether it counts as a stream
         self._repeated = False
         self._refused_since = NEVER
-        self._in = b""  # the part of the answer's head that has arrived
+        self._head_arrived = b""  # the part of the answer's head that has arrived
         self._interim = 0  # bytes of interim answers
         self._scanned = 0
         self._heard = False  # whether a byte of an answer has arrived
@@ -321,7 +321,7 @@ class Exchange:
 
     def _asked(self) -> None:
         """A part of the request has been sent or taken: set a new time for the upstream."""
-        if self._in:
+        if self._head_arrived:
             return  # A head that has begun must be complete in time, whatever else is to be sent.
         connection = self._connection
         unsent = self.body is not None and not self.body.complete
@@ -373,7 +373,7 @@ class Exchange:
             self._finish(keep=False)  # Nobody asked for these bytes: the connection is of no use.
         elif self.state is State.ASKING:
             self._heard = True
-            self._in = self._in + data if self._in else data
+            self._head_arrived = self._head_arrived + data if self._head_arrived else data
             if self._deadline == NEVER:
                 self._deadline = self.loop.now + self._patience.head
                 self._wait()
@@ -387,12 +387,12 @@ class Exchange:
         head = self._head
         assert head is not None
         while self.state is State.ASKING:
-            end, begin = end_of_head(self._in, self._scanned)
+            end, begin = end_of_head(self._head_arrived, self._scanned)
             if end < 0:
-                self._scanned = len(self._in)
+                self._scanned = len(self._head_arrived)
                 break
-            answer = Answer(self._in[:end], head.method)
-            self._in, self._scanned = self._in[begin:], 0
+            answer = Answer(self._head_arrived[:end], head.method)
+            self._head_arrived, self._scanned = self._head_arrived[begin:], 0
             status = f"{answer.status} {answer.reason}"
             self._interim += begin
             if answer.status == 101:
@@ -419,7 +419,7 @@ class Exchange:
         assert connection is not None
         self.state = State.ENDED
         self._head = None
-        first, self._in = self._in, b""
+        first, self._head_arrived = self._head_arrived, b""
         tunnel = Tunnel(self.client, connection, self._upstream, self._patience.stream)
         self.client.switch(status, self._rules.answer_lines(answer, head), tunnel)
         tunnel.begin(first)
@@ -451,7 +451,7 @@ class Exchange:
         if not unsent:
             self._head = None  # It is not needed any more, and a stream may last long.
             self._gathered = b""
-        data, self._in = self._in, b""
+        data, self._head_arrived = self._head_arrived, b""
         self._silent_since = self.loop.now
         if isinstance(answer.body, Sized) and answer.body.left > STRAIGHT_BYTES:
             connection.straight = SPLICES and not connection.tls
