@@ -41,7 +41,7 @@ CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
 CROWD, LARGE_ANSWER_BYTES = 100, 1 << 20
 # While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
-GOODBYE_SECONDS = 2.0
+IDLE_GOODBYE_SECONDS = 2.0
 # Before a worker accepts, it waits this many seconds for each client that it has more than the
 # worker with the fewest. The wait has a limit: that one may be starting, or waiting for the
 # processor.
@@ -417,7 +417,7 @@ class Server:
         self._deadline = now + self.options.shutdown_timeout
         Timer(self.loop).set(self._deadline)  # Otherwise the loop might sleep a second longer.
         # This also ends connections whose answer began before, and did not say that they end.
-        self.keepalive = min(self.keepalive, GOODBYE_SECONDS)
+        self.keepalive = min(self.keepalive, IDLE_GOODBYE_SECONDS)
         if self.alone:
             let_nobody_in(self._listener)
         # The kernel has accepted the clients in the queue: closing the socket now would reset them.
@@ -432,7 +432,7 @@ class Server:
             if isinstance(responder, Tunnel):
                 self.loop.attempt(responder.part)
         goodbye = Timer(self.loop, self._close_idle)
-        goodbye.set(now + min(GOODBYE_SECONDS, self.options.shutdown_timeout))
+        goodbye.set(now + min(IDLE_GOODBYE_SECONDS, self.options.shutdown_timeout))
 
     def _close_idle(self) -> None:
         """Close the connections whose clients have sent nothing since."""
