@@ -2,5 +2,5 @@
 
 Heads, headers, bodies, JSON, rows and WebSocket frames become values here, and values bytes.
 Its door: the functions and small classes of each module. It imports the standard library and
-`problems`, so every rule of it is tested with every message split at every byte.
+`problems`. It touches no socket, so that a test can split every message at every byte.
 """

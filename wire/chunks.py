@@ -1,4 +1,5 @@
-"""Bodies, as both sides of the wire frame them: by a length or in chunks (RFC 9112 section 6).
+"""Bodies, as both sides of the wire frame them: by a length, in chunks, or by the connection's end
+(RFC 9112 section 6).
 
 All readers have one shape. `feed` takes bytes that have arrived, and returns those that belong to
 the body and those that follow it. `complete` says that the body has ended, `malformed` that its end

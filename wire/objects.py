@@ -1,4 +1,5 @@
-"""JSON objects, read strictly: no member may be there twice, and each object keeps its text."""
+"""JSON objects, read strictly: no member may be there twice. A member that is an object keeps its
+text."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ MOST_DIGITS = 16383
 
 
 class Object(dict[str, Any]):
-    """A JSON object that knows how it was written."""
+    """A JSON object. Only one that is directly a member of a body, or a cell of a row, knows how it
+    was written: the `text` of a deeper one is empty."""
 
     text = ""
 

@@ -18,8 +18,8 @@ from wire.objects import Object, parsed
 
 CSV, NDJSON = "text/csv", "application/x-ndjson"
 
-# As much as the server keeps of a body for its reader (INBOX_BYTES of server/jobs.py): then several
-# hundred rows come at once, and are one statement.
+# As much as the server keeps of a body for its reader (INBOX_BYTES of server/inbox.py): then
+# several hundred rows come at once, and are one statement.
 READ_BYTES = 262144
 # A file whose Content-Length is not more than this is read whole before its first row is given.
 WHOLE_BYTES = 1 << 20
@@ -69,11 +69,11 @@ class Lines:
         self._ended = self._left == 0
         self._buffer = bytearray()
         self.number = 0
-        self._row_bytes = 0
-        self._row = bytearray()  # what has come of the row, and is not followed yet
-        self._followed = 0  # bytes
+        self._row_bytes = 0  # how long the present row is so far
+        self._row = bytearray()  # what has come of it, and is not followed yet
+        self._followed = 0  # how many of its bytes `_follow` was given; 0 if it has yet to begin
         self._first = 1  # the number of its first line
-        self._inside = False  # whether a quoted cell was open where that ended
+        self._inside = False  # whether a quoted cell was open at the end of what is followed
         short = self._left is not None and self._left <= WHOLE_BYTES
         self._fill()
         # The first three bytes may be a byte order mark, which may arrive in pieces.
@@ -187,8 +187,8 @@ class Lines:
 
 
 def rows_of(kind: str, lines: Lines, columns: Columns) -> Iterator[Row]:
-    """The rows of a file of the media type `kind`. If it is CSV, raises BadRequest or InvalidUser
-    at once for a header line that does not name the columns."""
+    """The rows of a file of the media type `kind`. If it is CSV, the first `next` raises BadRequest
+    or InvalidUser for a header line that does not name the columns."""
     return _csv(lines, columns) if kind == CSV else _ndjson(lines)
 
 
