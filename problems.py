@@ -117,7 +117,7 @@ class BodyTooLarge(Problem):
 
 class UnsupportedMediaType(Problem):
     status, name, title = 415, "unsupported-media-type", "Unsupported media type"
-    detail = "Content-Type must be application/json."
+    detail = "The body has a media type that this call does not take."
 
 
 class InvalidUser(Problem):

@@ -15,8 +15,9 @@ BROWSER_HEADERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec
 # Headers by which a proxy says for whom it forwards a request.
 FORWARDING = frozenset({"x-forwarded-for", "x-real-ip", "forwarded"})
 FOR = re.compile(r'(?:\A|[;,\s])for\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC 7239 section 4
-# How much of such headers is read. To read 64 KB of addresses takes ninety milliseconds.
-MOST_BYTES = 1000
+# A header of FORWARDING that has more characters counts as another machine's. To read 64 KB of
+# addresses takes ninety milliseconds.
+LONGEST = 1000
 PORT = re.compile(r":[0-9]*\Z")
 
 # All headers that matter here, in lower case.
@@ -87,7 +88,7 @@ def is_of_this_machine(headers: Mapping[str, Sequence[str]], peer: str) -> bool:
     addresses = [peer] if peer else []
     for name in FORWARDING.intersection(headers):
         value = ",".join(headers[name])
-        if len(value) > MOST_BYTES:
+        if len(value) > LONGEST:
             return False
         if name == "forwarded":
             addresses += FOR.findall(value) or ["unknown"]

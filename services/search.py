@@ -18,7 +18,7 @@ from services.users import AT_ADDRESS, TABLE
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
-# A searched text of at least so many characters is cut into pieces: see _pattern.
+# A searched text of at least this many characters is cut into pieces: see _pattern.
 LONG = 9
 PIECES = re.compile(r".{3}(?=.{3})|.+", re.DOTALL)
 # What has a meaning in a pattern of LIKE.
