@@ -121,7 +121,7 @@ class Options:
 
 
 class Server:
-    """One worker's sockets, and the loop that looks after them. `alone` says that no other worker
+    """One worker's sockets, and the loop that looks after them. `alone` says that no other process
     listens on the same socket."""
 
     def __init__(self, application: Application, listener: socket.socket, options: Options) -> None:
@@ -137,9 +137,10 @@ class Server:
         self._clients: set[Client] = set()
         self._room = connection_room()
         most = most_streams()
-        self._spare: list[tuple[tuple[int, float], Client]] = []  # to close for room, last first
-        self._more_spare = False  # whether there were more than that
-        self._spare_until = 0.0
+        # Clients to close for room, the last one first, as the last search found them.
+        self._spare: list[tuple[tuple[int, float], Client]] = []
+        self._more_spare = False  # whether the search has left some out
+        self._spare_until = 0.0  # until when what was found is used
         self.upstream = Upstream(
             self.loop,
             Lane(self.loop, "connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
@@ -209,7 +210,7 @@ class Server:
         self.loop.shut()
 
     def stop(self) -> None:
-        """Begin to drain; callable from a signal handler."""
+        """Begin to drain; callable from a signal handler and from any thread."""
         self.stopping = True
         self.loop.wake()
 
@@ -250,8 +251,8 @@ class Server:
         if self.closing:
             return
         self._watch_listener(True)
-        # With other workers, accept one client at a time: they may want the next. Alone, accept
-        # those that wait.
+        # With other processes at the socket, accept one client at a time: they may want the next.
+        # Alone, accept those that wait.
         for _ in range(16 if self.alone else 1):
             if not self._let_in():
                 return

@@ -19,9 +19,9 @@ from typing import Any, Final
 
 from server.loop import BROKEN, BROKEN_ONLY, LEAVING, PIPE_BYTES, READ, WRITE, Loop
 
-# A read takes up to READ_BYTES; the read after a full one takes four times as many, up to
-# LARGE_READ_BYTES. If what was read took longer than SLOW_SECONDS to handle, the next read takes
-# SMALL_READ_BYTES, so that others have their turn.
+# A read takes up to READ_BYTES. After one that was full, or had READ_BYTES or more, the next read
+# takes four times as many, up to LARGE_READ_BYTES. If what was read took longer than SLOW_SECONDS
+# to handle, the next read takes SMALL_READ_BYTES, so that others have their turn.
 READ_BYTES: Final = 65536
 LARGE_READ_BYTES: Final = 262144
 SLOW_SECONDS: Final = 0.005
