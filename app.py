@@ -63,6 +63,9 @@ log = logging.getLogger("gatehouse")
 
 # Threads that answer /health; each may have to wait for the one measurement that is shared.
 HEALTH_THREADS = 64
+# Threads that answer /health/live and the page of /users. Nothing holds them up, so that few are
+# ever busy: this is only a bound for a crowd of such calls.
+LIVE_THREADS = 64
 # Threads that answer imports and exports, each of which may last long.
 BULK_THREADS = 8
 # How many seconds an import or export may wait for one of these.
@@ -316,8 +319,8 @@ PARAMETERS: dict[str, Callable[[str], object]] = {
 
 
 class Application(bottle.Bottle):  # type: ignore[misc]
-    """A Bottle application with one place for all errors. Where Bottle would guess, a guard decides
-    before it.
+    """A Bottle application with one place for all errors. `_guard` runs before Bottle, and decides
+    what Bottle would guess at: see the comments there.
 
     A server may put into the environ `gatehouse.request_id`; `gatehouse.arrived`, when the request
     was complete, in seconds on the monotonic clock; and `gatehouse.lane`, if it has asked
@@ -474,7 +477,7 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
             # to tell callers so.
             "users": max(settings.threads, settings.db_pool_size + 2),
             "health": HEALTH_THREADS,
-            "live": HEALTH_THREADS,
+            "live": LIVE_THREADS,
             "bulk": BULK_THREADS,
         },
         # As many as there are connections: one more thread would only wait for a connection.

@@ -69,7 +69,7 @@ Exit codes: 0 all well; 1 could not start, or not healthy; 2 the configuration, 
 Of check also: 3 migrations pending; 4 the schema is not what the migrations make;
 5 database unreachable; 6 upstream unreachable. The settings are in docs/configuration.md.
 """
-# `health` waits for as long as the probe of the database may take, and so many seconds more.
+# `health` waits for as long as the probe of the database may take, and this many seconds more.
 HEALTH_MARGIN = 3.0
 
 
@@ -301,7 +301,8 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
 
 
 def how_it_runs() -> str:
-    """Whether what compile/build.py compiles runs compiled, or from its source."""
+    """Whether what compile/build.py compiles runs compiled, or from its source. If it was compiled
+    and is not used, the log also says why."""
     if not str(sys.modules[Output.__module__].__file__).endswith(".py"):
         return "compiled"
     finder = getattr(sys.modules.get("gatehouse_compiled"), "finder", None)
