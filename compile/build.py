@@ -122,7 +122,7 @@ def main(again: bool) -> int:
 
 @contextlib.contextmanager
 def alone(packages: Path) -> Iterator[None]:
-    """While no other build runs; without what one has left that was killed."""
+    """Keeps other builds out meanwhile, and removes what a build that was killed has left."""
     descriptor = os.open(packages, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -87,8 +87,9 @@ def check_answers(database: Migrating) -> None:
 
 
 def check_schema(database: Migrating) -> None:
-    """Exits with one line where the tables of a schema are worked with, and new ones would be made
-    in another: an empty table of users would come before the one that is in use."""
+    """Exits with one line if the migrated tables are in one schema and search_path begins with
+    another. A new table would be made there, and an empty `users` would then hide the one in
+    use."""
     migrated, first = database.execute_sql(
         "SELECT (SELECT relnamespace::regnamespace::text FROM pg_class"
         " WHERE oid = to_regclass('migratehistory')), quote_ident(current_schema())"

@@ -23,7 +23,7 @@ import psycopg2
 SILENCE_SECONDS = 0.5
 # libpq's SSLRequest: a server answers it with one byte, before any session is made.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
-# What this side's network says when no way leads to a server.
+# Errors that say only that this side has no route to the server.
 NO_WAY = frozenset({errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH})
 
 
@@ -158,8 +158,8 @@ def borrowed(connection: Any) -> Iterator[socket.socket]:
 
 def answers(family: int, server: Any, seconds: float) -> bool:
     """Whether the server at this address reacts in any way within `seconds`: an answer, a refusal
-    and a closed connection are all signs of life. That no way leads there is none. Raises OSError
-    if there is no descriptor for a socket."""
+    and a closed connection are all signs of life. An error that says only that this side has no
+    route to it is none. Raises OSError if there is no descriptor for a socket."""
     until = time.monotonic() + seconds
     with socket.socket(family) as sock:
         try:
