@@ -8,9 +8,10 @@ from peewee import SQL, Check, Model, TextField, UUIDField
 from playhouse.postgres_ext import BinaryJSONField, DateTimeTZField
 
 from postgres.casing import lowered
-from postgres.statements import Database
+from postgres.database import Database
 
 database = Database()
+statements = database.statements
 
 NOW = SQL("DEFAULT now()")
 # What an address is known by: without regard to case, and the same whatever the database's locale.
@@ -41,4 +42,4 @@ class User(Model):
 # The index that keeps two users from having one address.
 MAILBOXES: Any = User.index(SQL(f"({MAILBOX})"), unique=True, name="users_mailbox")
 User.add_index(MAILBOXES)
-database.taken = frozenset({MAILBOXES._name})
+statements.taken = frozenset({MAILBOXES._name})

@@ -1,4 +1,4 @@
-"""Compiles what each forwarded request passes, with mypyc: the last step of `make install`.
+"""Compiles what each request passes, with mypyc: the last step of `make install`.
 
     .venv/bin/python compile/build.py [again]
 
@@ -30,13 +30,18 @@ from finder import BUILT, LIBRARY, SOURCES, WHOLE, differing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# What each forwarded request passes, with these exceptions. Not app.py: teams edit it. Not
-# server/server.py: Python handles a signal only between two of its own instructions, and a compiled
-# loop has none. Not problems.py: mypyc cannot compile several names that a class sets in one
-# assignment. Not server/connector.py, which makes new connections: mypyc drops the cause of
-# `raise ... from`. Not server/wsgi.py: mypyc crashes on subclasses of waitress's task.
+# What each request passes, with these exceptions. Not app.py, models.py and what is of users in
+# services/: teams edit them. Not server/server.py: Python handles a signal only between two of its
+# own instructions, and a compiled loop has none. Not problems.py: mypyc cannot compile several
+# names that a class sets in one assignment. Not server/connector.py, which makes new connections:
+# mypyc drops the cause of `raise ... from`. Not server/wsgi.py and postgres/database.py: mypyc
+# crashes on subclasses of libraries' classes.
 MODULES = (
     "metrics.py",
+    "postgres/deadlines.py",
+    "postgres/pool.py",
+    "postgres/statements.py",
+    "postgres/table.py",
     "server/client.py",
     "server/exchange.py",
     "server/jobs.py",
@@ -55,7 +60,7 @@ MODULES = (
     "wire/websocket.py",
 )
 # Compiled code relies on the types in these files too.
-NEIGHBOURS = ("problems.py", *(f"{room}/*.py" for room in ("server", "wire")))
+NEIGHBOURS = ("problems.py", *(f"{room}/*.py" for room in ("postgres", "server", "wire")))
 PACKAGE = "gatehouse_compiled"
 # What was compiled, and by what. As long as that is the same, nothing is done.
 MADE = "made.sha256"

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import re
+import select
 import socket
 import ssl
 import time
@@ -22,9 +23,10 @@ from urllib.parse import unquote
 
 import peewee
 import psycopg2
+import psycopg2.extensions
 from psycopg2.extensions import parse_dsn
 
-from postgres.deadlines import ended_after
+from postgres.deadlines import borrowed, ended_after
 
 MAX_HOSTS = 16
 # After our own start-up options were refused, they are tried again this many seconds later.
@@ -243,6 +245,20 @@ def settings_in(options: str) -> dict[str, str]:
             if separator:
                 found[name.replace("-", "_")] = value
     return found
+
+
+class Connection(psycopg2.extensions.connection):
+    """A connection that knows its generation, its server, and what that has prepared for it."""
+
+    generation = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.prepared: set[str] = set()
+        with borrowed(self) as sock:
+            self.server = sock.family, sock.getpeername()
+        self.poller = select.poll()
+        self.poller.register(self.fileno(), select.POLLIN)
 
 
 class Connector:

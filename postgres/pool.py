@@ -1,4 +1,4 @@
-"""PostgreSQL connections: a PooledPostgresqlDatabase that holds no lock while it uses the network.
+"""A pool of PostgreSQL connections that holds no lock while it uses the network.
 
 peewee's own pool connects, and sends SELECT 1 at every checkout, under two locks that all threads
 share. A server that does not answer then stops all threads, one after the other. In this pool
@@ -15,21 +15,17 @@ from __future__ import annotations
 import logging
 import math
 import os
-import select
 import threading
 import time
 from collections import deque
 from typing import Any
 
-import peewee
 import psycopg2
-import psycopg2.extensions
-from playhouse.pool import PooledPostgresqlDatabase
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from metrics import IDLE, IN_USE, Board
-from postgres.connect import Connector, Target
-from postgres.deadlines import Deadlines, borrowed
+from postgres.connect import Connection, Connector, Target
+from postgres.deadlines import Deadlines
 from problems import DatabaseUnavailable, Problem
 
 log = logging.getLogger("gatehouse.database")
@@ -50,20 +46,6 @@ PROBE_SECONDS = 0.1
 HEARSAY_SECONDS = 0.25
 # The same cause is logged once in this many seconds.
 LOG_SECONDS = 10.0
-
-
-class Connection(psycopg2.extensions.connection):
-    """A connection that knows its generation, its server, and what that has prepared for it."""
-
-    generation = 0
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.prepared: set[str] = set()
-        with borrowed(self) as sock:
-            self.server = sock.family, sock.getpeername()
-        self.poller = select.poll()
-        self.poller.register(self.fileno(), select.POLLIN)
 
 
 class Waiter:
@@ -88,15 +70,12 @@ class Waiter:
         return self._ready.acquire(timeout=max(0.0, seconds))
 
 
-class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
-    """A deferred database; `configure` says where it is, and the first use connects."""
+class Pool:
+    """Connections to the database that `configure` names. The first use connects."""
 
     connect_timeout = 0.0
 
     def __init__(self) -> None:
-        super().__init__(None)
-        # peewee holds its own lock while it connects, but needs it for thread-local state only.
-        self._lock = peewee._NoopLock()
         self._mutex = threading.Lock()
         self._board: Board | None = None
         self._forget()
@@ -132,9 +111,7 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
         others use, `connect_timeout` for a new one, however many hosts the URI has, and
         `statement_timeout` for an answer.
         """
-        target = Target.of(uri)
-        self.init(target.database)
-        self.target = target
+        self.target = target = Target.of(uri)
         self.size = size
         self.wait = wait
         self.connect_timeout = connect_timeout
@@ -152,7 +129,9 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     # Checking out.
 
-    def _acquire(self, until: float = math.inf) -> Any:
+    def acquire(self, until: float = math.inf) -> Any:
+        """A connection that is in use by nobody, until `release`. Raises DatabaseUnavailable, not
+        much later than `until` on the monotonic clock."""
         if self._pid != os.getpid():
             self._leave_parent()
         began = time.monotonic()
@@ -234,14 +213,14 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
     def _usable(self, connection: Any, since: float, until: float) -> bool:
         # An idle connection is readable if the server has closed it, or says that it will.
         if connection.closed or connection.poller.poll(0):
-            self._release(connection, broken=True)
+            self.release(connection, broken=True)
             return False
         now = time.monotonic()
         if now - since < VERIFY_SECONDS:
             return True
         if self._answers(connection, min(ANSWER_SECONDS, until - now)):
             return True
-        self._release(connection, broken=True)
+        self.release(connection, broken=True)
         self._distrust()
         return False
 
@@ -311,7 +290,8 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
 
     # Checking in.
 
-    def _release(self, connection: Any, broken: bool = False) -> None:
+    def release(self, connection: Any, broken: bool = False) -> None:
+        """Give a connection back, or close it if it is `broken`."""
         broken = (
             broken
             or connection.closed
@@ -374,14 +354,6 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._generation += 1
         self.close_idle()
 
-    # What peewee calls.
-
-    def _connect(self) -> Any:
-        return self._acquire()
-
-    def _close(self, conn: Any, close_conn: bool = False) -> None:
-        self._release(conn, broken=close_conn)
-
     def close_idle(self) -> None:
         """Close the connections that nobody uses; the others are left to their users."""
         with self._mutex:
@@ -390,5 +362,3 @@ class Pool(PooledPostgresqlDatabase):  # type: ignore[misc]
             self._post()
         for connection, _ in idle:
             connection.close()
-
-    close_all = close_idle  # as peewee calls it

@@ -17,7 +17,8 @@ from psycopg2.errors import (
     InvalidSqlStatementName,
 )
 
-from postgres.pool import Connection, Pool
+from postgres.connect import Connection
+from postgres.pool import Pool
 from problems import (
     DatabaseUnavailable,
     EmailTaken,
@@ -186,7 +187,7 @@ class Statement:
         self.prepare = f"PREPARE {self.name}{kinds} AS {body.replace('%', '%%')}; {self.execute}"
 
 
-class Database(Pool):
+class Statements(Pool):
     """A pool of connections, and statements run on them.
 
     `taken` are the names of the unique indexes that keep two users from having one address.
@@ -207,25 +208,31 @@ class Database(Pool):
         when a run of it began whose answer was lost, if there was one: see `write`. Raises Lost,
         NotDone or Conflict, or the Problem that the caller is to be told.
         """
-        connection = self._acquire(until)
+        connection = self.acquire(until)
         if lost is not None:
             # This is reckoned only now that there is a connection. Otherwise a change that was made
             # during the wait for one would count as older than the lost run.
             params = {**params, "untouched": time.monotonic() - lost + SKEW_SECONDS}
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
         self._deadlines.begin(connection, seconds)
+        # It is raised only after the `except`: psycopg2's own error, which quotes values, would
+        # come along with it into a log (compiled code ignores `from None`).
+        failure: Exception | None = None
+        rows: list[Row] = []
         try:
             rows = self._send(connection, statement, params)
         except psycopg2.Error as error:
             cut = self._deadlines.end(connection)
-            raise self._translate(connection, statement, error, cut) from None
+            failure = self._translate(connection, statement, error, cut)
         except BaseException:
             self._deadlines.end(connection)
-            self._release(connection, broken=True)
+            self.release(connection, broken=True)
             raise
+        if failure is not None:
+            raise failure
         # It may have been cut just as its answer came.
         broken = self._deadlines.end(connection, answered=True)
-        self._release(connection, broken=broken)
+        self.release(connection, broken=broken)
         return rows
 
     def _send(
@@ -327,11 +334,11 @@ class Database(Pool):
         )
         rule = error.diag.source_function in RULES
         if lost or (not rule and state in NOT_DONE | UNKNOWN):
-            self._release(connection, broken=True)
+            self.release(connection, broken=True)
             self._distrust()
             self._note(error)
             return NotDone() if state in NOT_DONE else Lost(cut)
-        self._release(connection)
+        self.release(connection)
         if state in CONFLICTS:
             self._note(error)
             return Conflict()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from peewee import EXCLUDED, SQL, Case, Cast, NodeList, Query, fn
 
-from postgres.statements import Database, Row, Statement, unknown
+from postgres.statements import Row, Statement, Statements, unknown
 from problems import DatabaseUnavailable, Problem, RefusedByDatabase
 
 # Columns that no caller sets: when a row was made, and when it was last changed. The second is the
@@ -88,7 +88,7 @@ class Table:
         assert len(self.types) == len(PARAMETERS) + len(parameters) + len(kinds), "a name twice"
         self.json = self._json()
         self.version = in_rfc_3339(model.updated_at)
-        self._database: Database = model._meta.database
+        self._database: Statements = model._meta.database.statements
         self._this = model.id == self.given("id")
         given = {column.name: self.given(column.name) for column in columns}
         row = {model.id: self.given("id")} | {self._of(one): given[one.name] for one in columns}
@@ -166,7 +166,7 @@ class Table:
         return match & none & self._untouched()
 
     def _untouched(self) -> Any:
-        # A second run, if nobody knows whether the first was carried out: see Database.write.
+        # A second run, if nobody knows whether the first was carried out: see Statements.write.
         since = fn.now() - SQL("make_interval(secs => %(untouched)s)")
         return SQL("(%(untouched)s IS NULL)") | (self.model.updated_at < since)
 
@@ -260,7 +260,7 @@ class Table:
         look: Statement,
         why_not: Callable[[list[Row]], Problem | None],
     ) -> tuple[list[Row], bool]:
-        """Run a write, and return what `Database.write` returns: the rows, and whether it was run
+        """Run a write, and return what `Statements.write` returns: the rows, and whether it was run
         again. There are no rows only if it was.
 
         If the statement did nothing, `why_not` is given the rows that `look` finds, and the Problem

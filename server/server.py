@@ -72,7 +72,7 @@ SPARE_SECONDS = 0.025
 MOST_SPARE_SECONDS = 2.0
 
 
-class Application(Protocol):
+class Served(Protocol):
     """What is served: a WSGI application, and the rules by which the server treats each request."""
 
     board: Board
@@ -124,8 +124,8 @@ class Server:
     """One worker's sockets, and the loop that looks after them. `alone` says that no other process
     listens on the same socket."""
 
-    def __init__(self, application: Application, listener: socket.socket, options: Options) -> None:
-        self.application = application
+    def __init__(self, served: Served, listener: socket.socket, options: Options) -> None:
+        self.served = served
         self.options = options
         self.loop = Loop()
         self.keepalive = options.keepalive
@@ -148,10 +148,10 @@ class Server:
             limit=min(options.limit or most, most),
             connect_timeout=options.connect_timeout,
             keepalive=options.upstream_keepalive,
-            board=application.board,
+            board=served.board,
         )
         self.upstream.make_room = self._make_room
-        self._answer = partial(answer, application)
+        self._answer = partial(answer, served)
         self._lanes = {
             name: Lane(self.loop, name, limit, options.eager.get(name))
             for name, limit in options.threads.items()
@@ -175,7 +175,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until `stop` is called and what was under way is answered."""
-        board = self.application.board
+        board = self.served.board
         board.set(LIMIT, self.upstream.limit)
         # The objects that exist now live as long as the worker: the garbage collector need not look
         # through them in the middle of a turn.
@@ -216,7 +216,7 @@ class Server:
 
     def _await_others(self) -> None:
         # A worker must not accept before the others are awake: the first would get all clients.
-        board, until = self.application.board, time.monotonic() + WAKING_SECONDS
+        board, until = self.served.board, time.monotonic() + WAKING_SECONDS
         board.set(AWAKE, 1)
         while not (self.stopping or all(board.others(AWAKE)) or time.monotonic() > until):
             time.sleep(0.005)
@@ -233,7 +233,7 @@ class Server:
         """A client connects. Accept it, or leave it to a worker that has fewer clients, for a
         moment: that worker may not be awake. If the others accept nobody, do not wait for them."""
         if not self.alone:
-            clients, others = len(self._clients), self.application.board.others(CLIENTS)
+            clients, others = len(self._clients), self.served.board.others(CLIENTS)
             if others != self._others:
                 self._others, self._in_vain = others, 0
             fewer = clients - min(others, default=clients)
@@ -277,7 +277,7 @@ class Server:
         # A socket that listens for both IPv6 and IPv4 shows IPv4 addresses with a prefix.
         peer = (address[0].removeprefix("::ffff:"), address[1])
         self._clients.add(Client(self, sock, peer))
-        self.application.board.set(CLIENTS, len(self._clients))
+        self.served.board.set(CLIENTS, len(self._clients))
         return True
 
     def _make_room(self) -> bool:
@@ -317,7 +317,7 @@ class Server:
     def respond(self, client: Client, head: Head) -> None:
         """Give a request to a responder: an Exchange or a Job. Raises the Problem to refuse it
         with."""
-        lane, largest = self.application.admit(head)
+        lane, largest = self.served.admit(head)
         client.lane = lane
         most = largest or ABSURD_BYTES - 1
         if head.length is not None and head.length > most:
@@ -328,7 +328,7 @@ class Server:
                 head,
                 client.peer[0],
                 self.upstream,
-                self.application.rules,
+                self.served.rules,
                 self.options.patience,
                 largest,
             )
@@ -350,34 +350,34 @@ class Server:
 
     def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
         """Count a request just before its answer is sent: a client that has it finds it counted."""
-        owner = "proxy" if client.lane == "proxy" else self.application.owner(head)
-        self.application.board.request(owner, head.method, status, seconds)
+        owner = "proxy" if client.lane == "proxy" else self.served.owner(head)
+        self.served.board.request(owner, head.method, status, seconds)
 
     def answered(self, client: Client, head: Head) -> None:
         """A request is over: make its line of the access log."""
         if client.sent > LARGE_ANSWER_BYTES and client.lane != "proxy":
             self._was_large = True
         if self._log is not None:
-            caller = self.application.caller(head, client.peer[0])
+            caller = self.served.caller(head, client.peer[0])
             milliseconds = (time.monotonic() - client.arrived) * 1000
             self._lines.append(access_line(head, client.status, client.sent, milliseconds, caller))
 
     def refused(self, problem: Problem) -> None:
         """A request is about to be answered with a problem."""
-        self.application.board.problem(problem.name)
+        self.served.board.problem(problem.name)
 
     def left(self, client: Client) -> None:
         """A client's connection is closed."""
         self._clients.discard(client)
         self.upstream.forget(client)
-        self.application.board.set(CLIENTS, len(self._clients))
+        self.served.board.set(CLIENTS, len(self._clients))
 
     # Now and then.
 
     def _see_to_all(self) -> None:
         self._tick.set(self.loop.now + 1.0)
         self._see_to_logs()
-        self.application.board.turned(self.loop.longest_turn)
+        self.served.board.turned(self.loop.longest_turn)
         self.loop.longest_turn = 0.0
         # It would keep clients alive whose connections are closed.
         self._spare = [one for one in self._spare if not one[1].closed]
@@ -403,7 +403,7 @@ class Server:
         for name, output in self._outputs.items():
             output.finish(seconds)
             if dropped := output.dropped():
-                self.application.board.add(LINES_DROPPED, dropped)
+                self.served.board.add(LINES_DROPPED, dropped)
                 # A log that cannot be written would have dropped this very line the last time.
                 if name != "log" or dropped > 1:
                     said = "%d lines of the %s were dropped, for nobody took them"

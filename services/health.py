@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from metrics import IDLE, IN_FLIGHT, IN_USE, LIMIT, STREAMS, Board
-from models import User, database
+from models import User, statements
 from postgres.statements import Statement
 from problems import Problem, SchemaNotMigrated
 
@@ -71,7 +71,7 @@ class Health:
                 probe.ended = time.monotonic()
                 probe.done.set()
         else:
-            probe.done.wait(database.connect_timeout + MARGIN_SECONDS)
+            probe.done.wait(statements.connect_timeout + MARGIN_SECONDS)
         return {
             "status": probe.result["status"],
             "latency_ms": probe.result["latency_ms"],
@@ -86,7 +86,7 @@ class Health:
     def _measure(self) -> dict[str, Any]:
         began = time.monotonic()
         try:
-            rows = database.read(PROBE, {}, within=database.connect_timeout + MARGIN_SECONDS)
+            rows = statements.read(PROBE, {}, within=statements.connect_timeout + MARGIN_SECONDS)
         except SchemaNotMigrated:
             applied, allowed = set(), None
         except Problem:
@@ -100,7 +100,7 @@ class Health:
         latency = round((time.monotonic() - began) * 1000, 3)
         pending = [name for name in self.migrations if name not in applied]
         if allowed is False:
-            database.say("the role may not do all of SELECT, INSERT, UPDATE and DELETE in users")
+            statements.say("the role may not do all of SELECT, INSERT, UPDATE and DELETE in users")
         unmigrated = pending or allowed is None
         return {
             "status": "unmigrated" if unmigrated else "up" if allowed else "down",

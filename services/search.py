@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from peewee import SQL, NodeList, Select, fn
 
-from models import User, database
+from models import User, database, statements
 from postgres.statements import Statement
 from problems import DatabaseUnavailable
 from services.fields import CONTROL, SURROGATE, valid_email
@@ -119,9 +119,9 @@ def page(limit: int, after: str | None, search: Search, *, count: bool = False) 
     values = {"limit": limit + 1, "after": after} | search.values()
     began = time.monotonic()
     try:
-        [(joined, *total)] = database.read(sql, values)
+        [(joined, *total)] = statements.read(sql, values)
     except DatabaseUnavailable:
-        if (text or count) and time.monotonic() - began > database.statement_timeout:
+        if (text or count) and time.monotonic() - began > statements.statement_timeout:
             raise DatabaseUnavailable(TOO_SLOW) from None
         raise
     lines = joined.split("\n") if joined else []

@@ -17,7 +17,7 @@ from typing import Any
 
 from peewee import SQL, Cast
 
-from models import User, database
+from models import User, statements
 from postgres.casing import lowered
 from postgres.statements import Lost, Statement, unknown
 from postgres.table import TIMES, in_rfc_3339
@@ -68,7 +68,7 @@ def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
     header: list[Any] = [COLUMNS.names]
     while header or after is not None:
         sql = _rows(after is not None, search.email is not None, search.text is not None)
-        rows = database.read(sql, {"after": after} | search.values())
+        rows = statements.read(sql, {"after": after} | search.values())
         buffer = io.StringIO(newline="")
         csv.writer(buffer).writerows([*header, *rows])
         yield buffer.getvalue().encode()
@@ -174,7 +174,7 @@ def _done(batch: list[Entry], counts: dict[str, int]) -> bytes:
 
 
 def _write(rows: list[Entry]) -> None:
-    if any(row.has_id for row in rows) and database.read(MOVES, _arrays(rows)):
+    if any(row.has_id for row in rows) and statements.read(MOVES, _arrays(rows)):
         # A row may take an address that another row gives up. So they are written one by one, in
         # order.
         _singly(rows)
@@ -185,7 +185,7 @@ def _write(rows: list[Entry]) -> None:
         _replace(left)
     left = [row for row in left if not row.outcome and row.problem is None]
     if left:
-        taken = {user_id for (user_id,) in database.read(TAKEN, _arrays(left))}
+        taken = {user_id for (user_id,) in statements.read(TAKEN, _arrays(left))}
         for row in left:
             row.problem = EmailTaken() if row.id in taken else None
         _singly([row for row in left if row.problem is None])
@@ -200,7 +200,7 @@ def _singly(rows: list[Entry]) -> None:
                 users.insert(row.id, row.values)
                 row.outcome = "created"
             else:
-                before = database.read(TABLE.get, {"id": row.id})
+                before = statements.read(TABLE.get, {"id": row.id})
                 found = users.replace(row.id, row.values, users.Condition())
                 same = bool(before) and before[0][1] == found.version
                 row.outcome = "created" if found.created else "unchanged" if same else "replaced"
@@ -225,7 +225,7 @@ def _arrays(rows: Iterable[Entry]) -> dict[str, list[Any]]:
 
 
 def _create(rows: list[Entry]) -> None:
-    made, again = database.write(TABLE.create_many, _arrays(rows))
+    made, again = statements.write(TABLE.create_many, _arrays(rows))
     ids = {user_id for (user_id,) in made}
     for row in rows:
         if row.id in ids:
@@ -234,7 +234,7 @@ def _create(rows: list[Entry]) -> None:
 
 
 def _replace(rows: list[Entry]) -> None:
-    found, again = database.write(TABLE.replace_many, _arrays(rows))
+    found, again = statements.write(TABLE.replace_many, _arrays(rows))
     states = {user_id: state for user_id, *state in found}
     for row in rows:
         if row.id not in states:

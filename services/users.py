@@ -11,7 +11,7 @@ from typing import Any
 
 from peewee import SQL
 
-from models import MAILBOX, MAILBOXES, User, database
+from models import MAILBOX, MAILBOXES, User, statements
 from postgres.casing import lowered
 from postgres.statements import Lost, unknown
 from postgres.table import Found, Table
@@ -76,7 +76,7 @@ HOLDER = TABLE.statement(User.select(User.id).where(AT_ADDRESS))
 
 def get(user_id: str) -> Found:
     """The user with this id. Raises NoSuchUser."""
-    rows = database.read(TABLE.get, {"id": user_id})
+    rows = statements.read(TABLE.get, {"id": user_id})
     if not rows:
         raise NoSuchUser
     return Found(*rows[0])
@@ -99,7 +99,7 @@ def insert(user_id: str, values: Mapping[str, Any]) -> Found:
     if not rows:  # Perhaps the work of a first run is in the way.
         rows = created_before(user)
     if not rows:
-        raise _taken(database.read(HOLDER, user)) or RefusedByDatabase()
+        raise _taken(statements.read(HOLDER, user)) or RefusedByDatabase()
     return Found(*rows[0])
 
 

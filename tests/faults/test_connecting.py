@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.serialization import (
 from postgres import pool
 from postgres.connect import Connector, Target, check_uri, settings_in
 from postgres.deadlines import Deadlines, borrowed, cut
-from postgres.statements import Database
+from postgres.statements import Statements
 from tests.harness import (
     ROOT,
     Service,
@@ -579,7 +579,7 @@ def test_threads_that_are_first_after_a_fork_share_what_the_first_of_them_makes(
             done.wait(0.3)  # Until another caller has gone past, if it does.
             super().__init__(*arguments)
 
-    database = Database()
+    database = Statements()
     database.configure(
         server.uri(server.create()), size=2, wait=5, connect_timeout=5, statement_timeout=5
     )
@@ -588,17 +588,17 @@ def test_threads_that_are_first_after_a_fork_share_what_the_first_of_them_makes(
 
     def second() -> Any:
         inside.wait(5)
-        connection = database._acquire()
+        connection = database.acquire()
         done.set()
         return connection
 
     with ThreadPoolExecutor(2) as executor:
-        callers = [executor.submit(call) for call in (database._acquire, second)]
+        callers = [executor.submit(call) for call in (database.acquire, second)]
         connections = [caller.result() for caller in callers]
     assert (database._count, database._connecting) == (2, 0)
     for connection in connections:
-        database._release(connection)
-    database.close_all()
+        database.release(connection)
+    database.close_idle()
 
 
 def test_a_server_to_which_no_way_leads_gives_no_sign_of_life() -> None:
