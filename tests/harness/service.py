@@ -235,7 +235,9 @@ def run_app(*args: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 def no_descriptor_free() -> Iterator[None]:
     """For a moment this process can open nothing."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    free = os.dup(0)  # the lowest number that is free
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
     try:
         yield
     finally:
