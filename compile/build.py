@@ -5,7 +5,7 @@
 mypyc makes C of typed Python, and a C compiler makes modules of that. Python imports them instead
 of the sources; compile/finder.py says when. They go into the virtual environment that this runs in.
 The tools are fetched, and removed afterwards. If it cannot be done, because there is no C compiler
-or no network, Gatehouse runs from its sources: it answers the same, and uses more of the processor.
+or no network, Gatehouse runs from its sources: it answers the same, and uses more CPU time.
 After a failure nothing is tried before something changes, unless it is asked for with `again`, as
 `make install` does. See docs/decisions/0011-compiled.md.
 """
@@ -66,7 +66,7 @@ PACKAGE = "gatehouse_compiled"
 MADE = "made.sha256"
 FAILED = """\
 Gatehouse was not compiled, for the reason above. It runs from its sources: it answers the same, and
-uses more of the processor. To try again: make install"""
+uses more CPU time. To try again: make install"""
 PACKAGES = """\
 For the Python of Debian and Ubuntu the packages are gcc and python3-dev, for that of RHEL gcc and
 python3.11-devel."""

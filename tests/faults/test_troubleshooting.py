@@ -518,7 +518,7 @@ ELSEWHERE = {
     "`docker attach`, `docker exec`, or another upgrade that is not a WebSocket's, does not work": (
         "proxy/test_upgrades.py: test_another_upgrade_is_dropped_and_the_request_goes_on"
     ),
-    "a gRPC client, or another one that begins with HTTP/2, gets 505": (
+    'a gRPC client, or another one that begins with HTTP/2, reports a protocol error; the access log has `"status": 505`': (
         "proxy/test_request.py: test_a_version_of_http_that_is_not_1_is_505"
     ),
     "paths below `/users` or `/health` do not reach the application": (
@@ -530,7 +530,7 @@ ELSEWHERE = {
     "connections wait, also for `/health/live`": (
         "proxy/test_crowds.py: test_a_process_without_a_free_descriptor_waits_for_one_without_spinning"
     ),
-    "forwarded requests take about one and a half times as much processor time as before": (
+    "forwarded requests take about one and a half times as much CPU time as before": (
         "house/test_compiled.py: test_after_a_change_all_runs_from_source"
     ),
     "it takes long to stop": (

@@ -313,6 +313,13 @@ def test_the_image_has_all_of_production() -> None:
     assert folders - {"tests", "bench", "docs", "deploy", "compile"} == wanted - modules
 
 
+def test_the_image_is_compiled_with_all_that_compiling_reads() -> None:
+    code = "import build; print(*build.MODULES, *build.NEIGHBOURS)"
+    names = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "compile", text=True)
+    wanted = {Path(name).parts[0] for name in names.split()}
+    assert wanted | {"compile", "pyproject.toml", "requirements.txt"} == sources(1)
+
+
 # Compose and Kubernetes
 
 
