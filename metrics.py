@@ -27,7 +27,7 @@ GAUGES: Final = 12
 # How the last forwarded request went, and when: that stays true when the worker has died.
 OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
 # Then its counters, which only grow, through its death as well. At PROBLEMS there is one for each
-# of TYPES, and then those of requests.
+# type of problem (TYPES, below), and then come those of requests.
 LINES_DROPPED, REPLACED, PROBLEMS = range(OUTCOME_AT + 1, OUTCOME_AT + 4)
 
 OWNERS: Final = ("users", "health", "proxy")

@@ -30,18 +30,15 @@ from finder import BUILT, LIBRARY, SOURCES, WHOLE, differing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# What each request passes, with these exceptions. Not app.py, models.py and what is of users in
-# services/: teams edit them. Not server/server.py: Python handles a signal only between two of its
-# own instructions, and a compiled loop has none. Not problems.py: mypyc cannot compile several
-# names that a class sets in one assignment. Not server/connector.py, which makes new connections:
-# mypyc drops the cause of `raise ... from`. Not server/wsgi.py and postgres/database.py: mypyc
-# crashes on subclasses of libraries' classes.
+# What each request passes, as far as it is in these folders and costs much. Not app.py: teams edit
+# it. Not server/server.py: Python handles a signal only between two of its own instructions, and a
+# compiled loop has none. Not problems.py: mypyc cannot compile several names that a class sets in
+# one assignment. Not server/connector.py, which makes new connections: mypyc drops the cause of
+# `raise ... from`. Not server/wsgi.py and server/inbox.py: mypyc crashes on subclasses of
+# libraries' classes. Not postgres/: what it compiles of peewee and psycopg2 is checked against no
+# types, so that an int that Python takes for a bool is a TypeError, and it saved a fortieth only.
 MODULES = (
     "metrics.py",
-    "postgres/deadlines.py",
-    "postgres/pool.py",
-    "postgres/statements.py",
-    "postgres/table.py",
     "server/client.py",
     "server/exchange.py",
     "server/jobs.py",
@@ -60,13 +57,18 @@ MODULES = (
     "wire/websocket.py",
 )
 # Compiled code relies on the types in these files too.
-NEIGHBOURS = ("problems.py", *(f"{room}/*.py" for room in ("postgres", "server", "wire")))
+NEIGHBOURS = ("problems.py", *(f"{room}/*.py" for room in ("server", "wire")))
 PACKAGE = "gatehouse_compiled"
 # What was compiled, and by what. As long as that is the same, nothing is done.
 MADE = "made.sha256"
 FAILED = """\
 Gatehouse was not compiled, for the reason above. It runs from its sources: it answers the same, and
 uses more CPU time. To try again: make install"""
+KEPT = """\
+Gatehouse was not compiled again, for the reason above. What was compiled before fits, and is
+used."""
+# Python runs this line at each start.
+START = f"import {PACKAGE}; {PACKAGE}.install()\n"
 PACKAGES = """\
 For the Python of Debian and Ubuntu the packages are gcc and python3-dev, for that of RHEL gcc and
 python3.11-devel."""
@@ -77,17 +79,18 @@ def main(again: bool) -> int:
     if sys.platform != "linux":  # mypy would report calls that only Linux has as errors.
         return 0
     found = {path for pattern in NEIGHBOURS for path in ROOT.glob(pattern)}
-    paths = sorted({*found, *(ROOT / path for path in MODULES)})
-    sources = sums(paths, ROOT)
+    paths = {*found, *(ROOT / path for path in MODULES)}
     tools = [HERE / name for name in ("build.py", "finder.py", "requirements.txt")]
     tools += [ROOT / "pyproject.toml", ROOT / "requirements.txt"]
-    made = sources + "".join(f"{digest(path)}\n" for path in tools)
     packages = Path(sysconfig.get_path("platlib"))
     package, failed = packages / PACKAGE, packages / f"{PACKAGE}.failed"
+    sources = made = ""
     try:
+        sources = sums(paths, ROOT)
+        made = sources + "".join(f"{digest(path)}\n" for path in tools)
         with alone(packages):
             if read(package / MADE) == made and (not again or loads(package)):
-                as_readable_as(packages, package)
+                make_readable(package.with_suffix(".pth"), package)
                 return 0
             if read(failed) == made and not again:
                 print("Not compiled, as before. To try again: make install")
@@ -96,7 +99,7 @@ def main(again: bool) -> int:
             # It is made in site-packages: a file system for temporary files may forbid to run
             # what is there.
             with tempfile.TemporaryDirectory(prefix=f".{PACKAGE}-", dir=packages) as folder:
-                new = Path(folder, PACKAGE)
+                new, start = Path(folder, PACKAGE), Path(folder, "start")
                 compiled(new)
                 (new / SOURCES).write_text(sources)
                 shutil.copy(HERE / "finder.py", new / "__init__.py")
@@ -104,30 +107,33 @@ def main(again: bool) -> int:
                 (new / BUILT).write_text(sums(files, new))
                 (new / MADE).write_text(made)
                 py_compile.compile(str(new / "__init__.py"))
+                start.write_text(START)
+                make_readable(start, new)
                 # A process that runs keeps what it has loaded.
                 if package.exists():
                     package.rename(Path(folder, "old"))
                 new.rename(package)
-                package.with_suffix(".pth").write_text(f"import {PACKAGE}; {PACKAGE}.install()\n")
-                as_readable_as(packages, package)
+                start.rename(package.with_suffix(".pth"))
             failed.unlink(missing_ok=True)
             print("Compiled.")
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "output", None) or str(error)
         lines = [line[:200] for line in output.splitlines()[-15:]]
-        print(*lines, FAILED, sep="\n", file=sys.stderr)
-        # What was compiled of other sources is of no use, and each start would say so.
+        kept = False
         with contextlib.suppress(OSError), alone(packages):
-            if read(package / SOURCES) != sources or not loads(package):
+            kept = read(package / SOURCES) == sources and loads(package)
+            # What was compiled of other sources is of no use, and each start would say so.
+            if not kept:
                 package.with_suffix(".pth").unlink(missing_ok=True)
                 shutil.rmtree(package, ignore_errors=True)
             failed.write_text(made)
+        print(*lines, KEPT if kept else FAILED, sep="\n", file=sys.stderr)
     return 0
 
 
 @contextlib.contextmanager
 def alone(packages: Path) -> Iterator[None]:
-    """Keeps other builds out meanwhile, and removes what a build that was killed has left."""
+    """Waits for another build, and has others wait. Removes what one that was killed has left."""
     descriptor = os.open(packages, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -146,7 +152,7 @@ def loads(package: Path) -> bool:
         whole = differing(package / BUILT, str(package)) is None
     except (OSError, ValueError):
         return False
-    found = package.with_suffix(".pth").is_file()
+    found = read(package.with_suffix(".pth")) == START
     return whole and found and subprocess.run(load, capture_output=True).returncode == 0
 
 
@@ -156,12 +162,15 @@ def sums(paths: Iterable[Path], root: Path) -> str:
     return "".join(lines) + WHOLE
 
 
-def as_readable_as(packages: Path, package: Path) -> None:
-    """Let whoever may read the folder read what is put into it, whatever the umask is: the service
-    seldom runs as the user who installed it."""
-    mode = packages.stat().st_mode & 0o777
-    for path in (package.with_suffix(".pth"), package, *package.rglob("*")):
-        path.chmod(mode if path.is_dir() else mode & 0o666)
+def make_readable(*paths: Path) -> None:
+    """Let whoever may read site-packages read these, whatever the umask is: the service seldom runs
+    as the user who installed it."""
+    mode = Path(sysconfig.get_path("platlib")).stat().st_mode & 0o777
+    for path in (one for given in paths for one in (given, *given.rglob("*"))):
+        wanted = mode if path.is_dir() else mode & 0o666
+        if path.stat().st_mode & 0o777 != wanted:
+            with contextlib.suppress(PermissionError):  # Another user's; he has to do it.
+                path.chmod(wanted)
 
 
 def digest(path: Path) -> str:
@@ -169,7 +178,7 @@ def digest(path: Path) -> str:
 
 
 def read(path: Path) -> str | None:
-    return path.read_text() if path.is_file() else None
+    return path.read_text(errors="replace") if path.is_file() else None
 
 
 def compiled(package: Path) -> None:

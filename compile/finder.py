@@ -16,8 +16,9 @@ from typing import Any
 
 # The library that has the code of all compiled modules.
 LIBRARY = "gatehouse__mypyc"
-# What the modules were made of, and what was made, as `sha256sum --check` reads it. Python cannot
-# survive a library that a disk or a copy has damaged.
+# The digests of what the modules were made of, in the project's folder, and of what was made, in
+# this one, as `sha256sum --check` reads them there. Python crashes if it loads a library that a
+# disk or a copy has damaged.
 SOURCES, BUILT = "sources.sha256", "built.sha256"
 # Their last line: a machine that loses its power may lose the end of what was written last.
 WHOLE = "# These are all.\n"

@@ -141,14 +141,15 @@ def ended_after(connection: Any, seconds: float) -> Iterator[None]:
 
 def cut(connection: Any) -> None:
     """End the conversation of a connection: whoever waits for its answer gets an error."""
-    with contextlib.suppress(OSError, psycopg2.Error), borrowed(connection) as sock:
+    # libpq may have dropped the socket already: then its descriptor is -1, which is a ValueError.
+    with contextlib.suppress(OSError, ValueError, psycopg2.Error), borrowed(connection) as sock:
         sock.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
 def borrowed(connection: Any) -> Iterator[socket.socket]:
-    """The socket of a connection, which stays the connection's. A second descriptor for it would be
-    missing just when none is free, and nothing would end that conversation any more."""
+    """The socket of a connection, which stays the connection's. It is not duplicated: where no
+    descriptor is free that would fail, and nothing would end the conversation any more."""
     sock = socket.socket(fileno=connection.fileno())
     try:
         yield sock

@@ -130,7 +130,7 @@ class Pool:
     # Checking out.
 
     def acquire(self, until: float = math.inf) -> Any:
-        """A connection that is in use by nobody, until `release`. Raises DatabaseUnavailable, not
+        """A connection for the caller alone, until `release`. Raises DatabaseUnavailable, not
         much later than `until` on the monotonic clock."""
         if self._pid != os.getpid():
             self._leave_parent()

@@ -215,21 +215,15 @@ class Statements(Pool):
             params = {**params, "untouched": time.monotonic() - lost + SKEW_SECONDS}
         seconds = min(self.statement_timeout + GRACE_SECONDS, until - time.monotonic())
         self._deadlines.begin(connection, seconds)
-        # It is raised only after the `except`: psycopg2's own error, which quotes values, would
-        # come along with it into a log (compiled code ignores `from None`).
-        failure: Exception | None = None
-        rows: list[Row] = []
         try:
             rows = self._send(connection, statement, params)
         except psycopg2.Error as error:
             cut = self._deadlines.end(connection)
-            failure = self._translate(connection, statement, error, cut)
+            raise self._translate(connection, statement, error, cut) from None
         except BaseException:
             self._deadlines.end(connection)
             self.release(connection, broken=True)
             raise
-        if failure is not None:
-            raise failure
         # It may have been cut just as its answer came.
         broken = self._deadlines.end(connection, answered=True)
         self.release(connection, broken=broken)

@@ -72,11 +72,11 @@ class Job:
     """One request that the application answers: it reads the body, and its answer comes by
     `give_whole`, or by `give_head`, `give_and_wait` and `give_end`.
 
-    `answer` is called on a thread of the lane, with this job: it gives the answer, or raises Left
-    or a Problem. `largest` is how many bytes the body may have (0: any number). If it is
-    `streamed`, the application begins when the head is complete, and reads the body while it
-    arrives. `patience` is how many seconds it may wait for a thread. It is not begun when that time
-    is over, or when its client has gone.
+    `answer` is called on a thread of the lane, with this job: it gives the answer, or raises Left,
+    a Problem, or what else went wrong. `largest` is how many bytes the body may have (0: any
+    number). If it is `streamed`, the application begins when the head is complete, and reads the
+    body while it arrives. `patience` is how many seconds it may wait for a thread. It is not begun
+    when that time is over, or when its client has gone.
     """
 
     over = False

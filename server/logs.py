@@ -117,7 +117,7 @@ class Output:
         if self._waits and not self._poller.poll(0):
             return data
         try:
-            if self._torn:  # A disk that was full has room again. Spare the next line.
+            if self._torn:  # End that line, so that the next one is whole.
                 os.write(self._descriptor, b"\n")
                 self._within = self._torn = False
             size = os.write(self._descriptor, data[: select.PIPE_BUF])

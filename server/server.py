@@ -161,6 +161,7 @@ class Server:
         stream = getattr(next(iter(logging.root.handlers), None), "stream", None)
         outputs = {"access log": self._log, "log": stream}
         self._outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
+        self._said = 0  # 1 if the last line of the log was about lines that it has dropped
         self._lines: list[str] = []
         self._again = Timer(self.loop, self._accept)
         self._tick = Timer(self.loop, self._see_to_all)
@@ -400,14 +401,16 @@ class Server:
         self._log.write("".join(lines[at:]))
 
     def _see_to_logs(self, seconds: float = 0.0) -> None:
+        said, self._said = self._said, 0
         for name, output in self._outputs.items():
             output.finish(seconds)
-            if dropped := output.dropped():
+            dropped = output.dropped()
+            if name == "log":  # They may be the very lines that are written below.
+                dropped -= said
+            if dropped > 0:
                 self.served.board.add(LINES_DROPPED, dropped)
-                # A log that cannot be written would have dropped this very line the last time.
-                if name != "log" or dropped > 1:
-                    said = "%d lines of the %s were dropped, for nobody took them"
-                    log.warning(said, dropped, name)
+                log.warning("%d lines of the %s were dropped, for nobody took them", dropped, name)
+                said, self._said = said + 1, int(name == "log")
 
     # Stopping.
 

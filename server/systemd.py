@@ -75,7 +75,7 @@ class Notifier:
                     sock.connect(self._address)
                     sock.send(state.encode())
             except OSError as error:
-                # Otherwise nobody listens there.
+                # Any other error says that nobody listens.
                 return error.errno not in (errno.EAGAIN, errno.EMFILE, errno.ENFILE)
         return True
 

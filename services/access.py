@@ -44,8 +44,8 @@ class Access:
     def check(self, headers: Mapping[str, Sequence[str]], host: str, peer: str = "") -> None:
         """Raises Unauthorized unless the request may go on. `headers` are its header values by name
         in lower case, of which HEADERS matter; `host` is the authority that is asked for; `peer` is
-        the address that the request came from. It is empty if no other machine can connect, which
-        the settings of Gatehouse's own server see to.
+        the address that the request came from. It may be empty where no other machine can connect:
+        to a Unix socket, and to Gatehouse's own server, which does not start otherwise.
 
         Without a token a request of a browser has to name this machine. Otherwise any page in it
         could have its own name lead to 127.0.0.1, and then read and change all users (DNS
@@ -85,7 +85,7 @@ def is_local(host: str) -> bool:
 def is_of_this_machine(headers: Mapping[str, Sequence[str]], peer: str) -> bool:
     """Whether `peer`, if it is not empty, and all addresses in the headers of FORWARDING are this
     machine's own."""
-    addresses = [peer] if peer else []
+    addresses = [peer] if peer not in ("", "localhost") else []  # waitress calls a Unix socket so
     for name in FORWARDING.intersection(headers):
         value = ",".join(headers[name])
         if len(value) > LONGEST:

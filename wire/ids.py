@@ -31,8 +31,9 @@ def new_id() -> str:
 
 
 def _uuid7(clock: int, noise: bytes) -> str:
-    """A UUID of 60 bits, of which the first 48 are milliseconds, and of 62 bits of 8 bytes."""
-    # One number of 128 bits would be long arithmetic: that took as long as to parse a head.
+    """A UUID of the 60 bits of `clock`, of which 48 are milliseconds since 1970, and of 62 of the
+    64 bits of `noise`."""
+    # To shift and mask one number of 128 bits takes longer than to put these texts together.
     time_, rest = hex(clock)[2:].zfill(15), noise.hex()
     variant = VARIANT[noise[0] >> 6]
     return f"{time_[:8]}-{time_[8:12]}-7{time_[12:]}-{variant}{rest[1:4]}-{rest[4:]}"

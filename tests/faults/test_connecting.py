@@ -556,6 +556,16 @@ def test_a_conversation_is_cut_though_no_descriptor_is_free(server: Server) -> N
             asleep.result(10)
 
 
+def test_a_connection_whose_socket_is_gone_is_cut_without_an_error() -> None:
+    """The error ended the thread that watches all deadlines."""
+
+    class Gone:
+        def fileno(self) -> int:
+            return -1
+
+    cut(Gone())
+
+
 def test_a_user_without_a_home_may_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container may run as a number that no file of users has."""
 

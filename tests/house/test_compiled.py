@@ -218,7 +218,7 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_from_source(tmp_path: Pat
     assert made[0].stat().st_mode & 0o777 == 0o644
     with (folder / "pyproject.toml").open("a") as settings:
         settings.write("# Changed.\n")
-    assert "Gatehouse was not compiled, " in make(CC="no-such-compiler")
+    assert "Gatehouse was not compiled again, " in make(CC="no-such-compiler")
     assert compiled.exists()  # It is still of the same sources.
     with (folder / "wire" / "ids.py").open("a") as source:
         source.write("# Changed.\n")
