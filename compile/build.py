@@ -65,8 +65,7 @@ FAILED = """\
 Gatehouse was not compiled, for the reason above. It runs from its sources: it answers the same, and
 uses more CPU time. To try again: make install"""
 KEPT = """\
-Gatehouse was not compiled again, for the reason above. What was compiled before fits, and is
-used."""
+What was compiled before fits, and is used. It was not compiled again, for the reason above."""
 # Python runs this line at each start.
 START = f"import {PACKAGE}; {PACKAGE}.install()\n"
 PACKAGES = """\
@@ -86,10 +85,11 @@ def main(again: bool) -> int:
     package, failed = packages / PACKAGE, packages / f"{PACKAGE}.failed"
     sources = made = ""
     try:
-        sources = sums(paths, ROOT)
-        made = sources + "".join(f"{digest(path)}\n" for path in tools)
+        sources, of_tools = sums(paths, ROOT), "".join(f"{digest(path)}\n" for path in tools)
+        made = sources + of_tools
         with alone(packages):
-            if read(package / MADE) == made and (not again or loads(package)):
+            started = read(package.with_suffix(".pth")) == START
+            if read(package / MADE) == made and started and (not again or loads(package)):
                 make_readable(package.with_suffix(".pth"), package)
                 return 0
             if read(failed) == made and not again:
@@ -120,13 +120,14 @@ def main(again: bool) -> int:
         output = getattr(error, "output", None) or str(error)
         lines = [line[:200] for line in output.splitlines()[-15:]]
         kept = False
-        with contextlib.suppress(OSError), alone(packages):
-            kept = read(package / SOURCES) == sources and loads(package)
-            # What was compiled of other sources is of no use, and each start would say so.
-            if not kept:
-                package.with_suffix(".pth").unlink(missing_ok=True)
-                shutil.rmtree(package, ignore_errors=True)
-            failed.write_text(made)
+        if made:  # Otherwise a source cannot be read, and nobody knows what fits.
+            with contextlib.suppress(OSError), alone(packages):
+                kept = read(package / SOURCES) == sources and loads(package)
+                # What was compiled of other sources is of no use, and each start would say so.
+                if not kept:
+                    package.with_suffix(".pth").unlink(missing_ok=True)
+                    shutil.rmtree(package, ignore_errors=True)
+                failed.write_text(made)
         print(*lines, KEPT if kept else FAILED, sep="\n", file=sys.stderr)
     return 0
 

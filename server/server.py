@@ -405,7 +405,9 @@ class Server:
         for name, output in self._outputs.items():
             output.finish(seconds)
             dropped = output.dropped()
-            if name == "log":  # They may be the very lines that are written below.
+            # These may be the very lines that are written below. Where those were not dropped, the
+            # count is too low by one or two.
+            if name == "log":
                 dropped -= said
             if dropped > 0:
                 self.served.board.add(LINES_DROPPED, dropped)

@@ -546,9 +546,11 @@ def test_settings_are_read_out_of_options_as_postgresql_does() -> None:
 
 def test_a_conversation_is_cut_though_no_descriptor_is_free(server: Server) -> None:
     """It was forgotten then, and its caller waited for ever."""
-    with contextlib.closing(psycopg2.connect(server.uri(server.create()))) as connection:
-        waiting = ThreadPoolExecutor(1)
-        asleep = waiting.submit(connection.cursor().execute, "SELECT pg_sleep(30)")
+    with (
+        contextlib.closing(psycopg2.connect(server.uri(server.create()))) as connection,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        asleep = thread.submit(connection.cursor().execute, "SELECT pg_sleep(15)")
         wait_for(lambda: connection.info.transaction_status == 1)  # PQTRANS_ACTIVE
         with no_descriptor_free():
             cut(connection)
@@ -572,7 +574,7 @@ def test_a_user_without_a_home_may_connect(monkeypatch: pytest.MonkeyPatch) -> N
     def unknown(number: int) -> None:
         raise KeyError(number)
 
-    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert check_uri("postgresql://ann@127.0.0.1/users") is None
 

@@ -57,7 +57,11 @@ def name_of(uri: str) -> str:
 def sessions(databases: Databases, uri: str) -> int:
     """Connections that are open to a database."""
     with databases.admin() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = %s", (name_of(uri),))
+        cursor.execute(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = %s AND backend_type = 'client backend'",
+            (name_of(uri),),
+        )
         return int(cursor.fetchone()[0])
 
 

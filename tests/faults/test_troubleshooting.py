@@ -539,6 +539,9 @@ ELSEWHERE = {
     "`Gatehouse was not compiled`": (
         "house/test_compiled.py: test_what_cannot_be_compiled_is_said_once_and_runs_from_source"
     ),
+    "`What was compiled before fits, and is used. …`": (
+        "house/test_compiled.py: test_what_cannot_be_compiled_is_said_once_and_runs_from_source"
+    ),
     "`Not compiled, as before. …`": (
         "house/test_compiled.py: test_what_cannot_be_compiled_is_said_once_and_runs_from_source"
     ),

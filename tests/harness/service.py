@@ -239,6 +239,8 @@ def no_descriptor_free() -> Iterator[None]:
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
     try:
+        with pytest.raises(OSError):
+            os.dup(0)
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
