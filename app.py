@@ -71,6 +71,8 @@ BULK_THREADS = 8
 # How many seconds an import or export may wait for one of these.
 BULK_SECONDS = 10.0
 JSON = "application/json"
+# Which kind of answer it is depends on the request's Accept.
+BY_ACCEPT = ("Vary", "Accept")
 # Media types of many users at once, for which the server has threads of their own.
 BULK_TYPES = (CSV, NDJSON)
 HTML = "text/html"
@@ -116,15 +118,26 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
     return app
 
 
+class Answer(NamedTuple):
+    """What a handler answers: a body with its header lines, and a status. A body of several pieces
+    begins when there is the first one, which may raise a Problem instead.
+
+    A handler may return whatever Bottle knows, too. But to put an answer together in Bottle's
+    `response` takes a seventh of the time of a create.
+    """
+
+    body: bytes | Iterator[bytes]
+    headers: list[Header]
+    status: str = "200 OK"
+
+
 # /health
 
 
-def get_health() -> dict[str, Any] | bytes:
-    response.set_header("Vary", "Accept")
+def get_health() -> Answer:
     if preferred(request.environ.get("HTTP_ACCEPT"), JSON, HTML) == HTML:
         return _page("health")
-    report: dict[str, Any] = request.app.health.report(_asked())
-    return report
+    return _json(json.dumps(request.app.health.report(_asked())), BY_ACCEPT)
 
 
 def get_live() -> dict[str, str]:
@@ -143,15 +156,15 @@ def get_ready() -> dict[str, str]:
             raise DatabaseUnavailable
 
 
-def get_metrics() -> str:
+def get_metrics() -> Answer:
     health = request.app.health
-    response.content_type = "text/plain; version=0.0.4; charset=utf-8"
     text: str = health.board.exposition(
         version=VERSION,
         database_up=health.database(_asked())["status"] != "down",
         pool_size=health.pool_size,
     )
-    return text
+    kind = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+    return Answer(text.encode(), [kind])
 
 
 def _asked() -> float:
@@ -163,82 +176,85 @@ def _asked() -> float:
 # /users
 
 
-def list_users() -> str | bytes | Iterator[bytes]:
-    response.set_header("Vary", "Accept")
+def list_users() -> Answer:
     kind = preferred(request.environ.get("HTTP_ACCEPT"), *LIST_TYPES)
     if kind == HTML:
         return _page("users")
     asked = _page_query(request.query_string, kind)
     if kind in BULK_TYPES:
-        response.content_type = kind + ("; charset=utf-8" if kind == CSV else "")
-        return transfer.exported(kind, asked.after, asked.search)
+        exported = transfer.exported(kind, asked.after, asked.search)
+        charset = "; charset=utf-8" if kind == CSV else ""
+        return Answer(exported, [BY_ACCEPT, ("Content-Type", kind + charset)])
     page = search.page(asked.limit, asked.after, asked.search, count=asked.total)
     members = [f'"users": [{", ".join(page.users)}]', '"next": null']
+    headers = [BY_ACCEPT]
     if page.last is not None:
         given = urlencode(asked.given) + "&" if asked.given else ""
         target = f"/users?{given}limit={asked.limit}&after={page.last}"
-        response.set_header("Link", f'<{target}>; rel="next"')
+        headers.append(("Link", f'<{target}>; rel="next"'))
         members[1] = f'"next": {json.dumps(target)}'
     if page.total is not None:
         members.append(f'"total": {page.total}')
-    return _json("{" + ", ".join(members) + "}")
+    return _json("{" + ", ".join(members) + "}", *headers)
 
 
-def create_user() -> str | Iterator[bytes]:
+def create_user() -> Answer:
     kind = media_type(request.environ.get("CONTENT_TYPE", ""))
     if kind in BULK_TYPES:
-        response.content_type = NDJSON
-        return transfer.imported(kind, Lines(request.environ))
+        return Answer(transfer.imported(kind, Lines(request.environ)), [("Content-Type", NDJSON)])
     user_id, user = users.create(json_members(request.environ, JSON, *BULK_TYPES))
     return _created(user_id, user)
 
 
-def get_user(user_id: str) -> str:
+def get_user(user_id: str) -> Answer:
     user = users.get(_existing(user_id))
     known = tags("If-None-Match", request.environ.get("HTTP_IF_NONE_MATCH"))
     if known is not None and (known == ANY or user.version in known):
-        response.status = 304
+        return Answer(b"", [_tag(user)], "304 Not Modified")
     return _user(user)
 
 
-def put_user(user_id: str) -> str:
+def put_user(user_id: str) -> Answer:
     user = users.put(user_id, json_members(request.environ, JSON), _condition())
     return _created(user_id.lower(), user) if user.created else _user(user)
 
 
-def patch_user(user_id: str) -> str:
+def patch_user(user_id: str) -> Answer:
     user_id, condition = _existing(user_id), _condition()
     members = json_members(request.environ, JSON, "application/merge-patch+json")
     return _user(users.patch(user_id, members, condition))
 
 
-def delete_user(user_id: str) -> None:
+def delete_user(user_id: str) -> Answer:
     users.delete(_existing(user_id), _condition())
-    response.status = 204
+    return Answer(b"", [], "204 No Content")
 
 
-def _page(name: str) -> bytes:
+def _page(name: str) -> Answer:
     page: browser.BrowserPage = request.app.pages[name]
-    response.content_type = f"{HTML}; charset=utf-8"
-    response.set_header("Content-Security-Policy", page.policy)
-    response.set_header("Referrer-Policy", "no-referrer")
-    return page.html
+    headers = [
+        BY_ACCEPT,
+        ("Content-Type", f"{HTML}; charset=utf-8"),
+        ("Content-Security-Policy", page.policy),
+        ("Referrer-Policy", "no-referrer"),
+    ]
+    return Answer(page.html, headers)
 
 
-def _json(body: str) -> str:
-    response.content_type = JSON
-    return body + "\n"
+def _json(document: str, *headers: Header, status: str = "200 OK") -> Answer:
+    return Answer((document + "\n").encode(), [*headers, ("Content-Type", JSON)], status)
 
 
-def _user(user: Found) -> str:
-    response.set_header("ETag", f'"{user.version}"')
-    return _json(user.json)
+def _user(user: Found) -> Answer:
+    return _json(user.json, _tag(user))
 
 
-def _created(user_id: str, user: Found) -> str:
-    response.status = 201
-    response.set_header("Location", f"/users/{user_id}")
-    return _user(user)
+def _created(user_id: str, user: Found) -> Answer:
+    return _json(user.json, ("Location", f"/users/{user_id}"), _tag(user), status="201 Created")
+
+
+def _tag(user: Found) -> Header:
+    return "ETag", f'"{user.version}"'
 
 
 def _existing(user_id: str) -> str:
@@ -343,12 +359,9 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         given = environ.get("gatehouse.request_id")
         request_id = given or usable_id([environ.get("HTTP_X_REQUEST_ID", "")])
 
-        def start(status: str, headers: list[Header]) -> Any:
-            return start_response(status, headers + own_headers(request_id))
-
         try:
             self._guard(environ)
-            return self.wsgi(environ, lambda status, headers, _: start(status, headers))
+            pieces, headers, status = self._answer(environ)
         except ConnectionError:
             raise
         except Exception as error:
@@ -357,8 +370,27 @@ class Application(bottle.Bottle):  # type: ignore[misc]
                 log.exception("%s request_id=%s", environ["REQUEST_METHOD"], request_id)
             self.health.board.problem(problem.name)
             status, headers, body = refusal(problem, request_id)
-            start(status, headers)
-            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+            pieces = [body]
+        start_response(status, headers + own_headers(request_id))
+        if environ["REQUEST_METHOD"] == "HEAD" or status.startswith(("204", "304")):
+            if hasattr(pieces, "close"):
+                pieces.close()
+            return []
+        return pieces
+
+    def _answer(self, environ: dict[str, Any]) -> tuple[Any, list[Header], str]:
+        """What Bottle's `wsgi` does, but for an Answer that is whole: nothing about it is left to
+        be found out."""
+        answer = self._handle(environ)
+        if not isinstance(answer, Answer):
+            pieces = self._cast(answer)
+            return pieces, response.headerlist, response.status_line
+        body, headers, status = answer
+        if not isinstance(body, bytes):
+            return self._cast(body), headers, status
+        if body:
+            headers.append(("Content-Length", str(len(body))))
+        return [body], headers, status
 
     def _guard(self, environ: dict[str, Any]) -> None:
         path = environ.get("PATH_INFO", "")

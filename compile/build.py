@@ -51,6 +51,7 @@ MODULES = (
     "services/proxy.py",
     "wire/answer.py",
     "wire/chunks.py",
+    "wire/environ.py",
     "wire/headers.py",
     "wire/ids.py",
     "wire/request.py",

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
@@ -28,7 +27,7 @@ from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
 from server.tunnel import Tunnel
 from server.upstream import Upstream
-from server.wsgi import answer
+from server.wsgi import Gateway
 from wire.request import ABSURD_BYTES, Head
 
 log = logging.getLogger("gatehouse")
@@ -151,7 +150,7 @@ class Server:
             board=served.board,
         )
         self.upstream.make_room = self._make_room
-        self._answer = partial(answer, served)
+        self._answer = Gateway(served).answer
         self._lanes = {
             name: Lane(self.loop, name, limit, options.eager.get(name))
             for name, limit in options.threads.items()

@@ -56,7 +56,7 @@ def valid_text(value: Any) -> str:
     if not isinstance(value, str):
         kind = next(words for one, words in JSON_KINDS if isinstance(value, one))
         raise ValueError(f"must be a string, not {kind}")
-    if SURROGATE.search(value):
+    if not value.isascii() and SURROGATE.search(value):
         raise ValueError("must not contain lone surrogates")
     if "\0" in value:
         raise ValueError("must not contain \\u0000")
@@ -94,7 +94,7 @@ def valid_name(value: Any) -> str:
     name = valid_text(value).strip()
     if not 1 <= len(name) <= MAX_NAME:
         raise ValueError(f"must have 1 to {MAX_NAME} characters besides surrounding white space")
-    if CONTROL.search(name):
+    if not name.isprintable() and CONTROL.search(name):
         raise ValueError("must not contain control characters")
     return name
 
