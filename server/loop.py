@@ -181,8 +181,10 @@ class Loop:
 
     def wake(self) -> None:
         """End the loop's sleep; callable from any thread and from a signal handler."""
-        with contextlib.suppress(OSError):  # It has wake-ups enough already, or the loop has ended.
+        try:
             os.write(self._waker, ONE)
+        except OSError:
+            pass  # It has wake-ups enough already, or the loop has ended.
 
     def turn(self) -> None:
         """Wait for what happens next, and see to all of it."""
@@ -236,9 +238,11 @@ class Loop:
             self.attempt(function, *arguments)
 
     def _drain_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             # If a pipe has more wake-ups than that, the rest ends the next sleep.
             os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass
 
     def attempt(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a method, which should never fail. If it fails, its object may be in any state, so

@@ -12,6 +12,8 @@ from wire.objects import parsed
 
 # The largest body that is one JSON object, in bytes.
 MAX_BYTES = 65536
+# No body needs more digits, and int() refuses thousands of them.
+LENGTH = re.compile(r"[0-9]{0,18}")
 
 
 def json_members(environ: Mapping[str, Any], *media_types: str) -> dict[str, Any]:
@@ -29,8 +31,7 @@ def length_of(environ: Mapping[str, Any]) -> int | None:
     """How many bytes the body has, 0 if there is none; None if it ends where its stream ends.
     Raises BadRequest."""
     length = environ.get("CONTENT_LENGTH") or ""
-    # No body needs more digits, and int() refuses thousands of them.
-    if not re.fullmatch(r"[0-9]{0,18}", length):
+    if not LENGTH.fullmatch(length):
         raise BadRequest("Content-Length must be one number.")
     if not length and environ.get("wsgi.input_terminated"):
         return None

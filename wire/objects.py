@@ -3,7 +3,6 @@ text."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -61,9 +60,11 @@ def parsed(body: bytes) -> dict[str, Any]:
 
 def _members(text: str) -> dict[str, Any]:
     if text.count("{") == 1:  # There is no object within it, whose text would be needed.
-        with contextlib.suppress(ValueError):  # What is wrong is said below.
+        try:
             whole: dict[str, Any] = DECODER.decode(text)
             return whole
+        except ValueError:
+            pass  # What is wrong is said below.
     # json.JSONDecoder says where a value ends only if it is given one value at a time, and the text
     # of each is needed.
     members: dict[str, Any] = {}
