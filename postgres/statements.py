@@ -332,7 +332,7 @@ class Statements(Pool):
             self._distrust()
             self._note(error)
             return NotDone() if state in NOT_DONE else Lost(cut)
-        self.release(connection)
+        self.release(connection, broken=cut)  # It may have been cut just as its answer came.
         if state in CONFLICTS:
             self._note(error)
             return Conflict()

@@ -34,6 +34,8 @@ SENDER_SECONDS: Final = 60.0
 # A client that takes nothing for READER_SECONDS is cut. How often that is looked at, in seconds.
 READER_SECONDS: Final = 60.0
 READER_LOOK_SECONDS: Final = 15.0
+# A client that has sent nothing of its body for this many seconds may be closed to make room.
+STILL_SECONDS: Final = 1.0
 # The rest of a request that nobody wants is read and thrown away: for LINGER_SECONDS at most, or
 # until nothing has come for LINGER_IDLE_SECONDS. To close a socket with unread bytes resets the
 # connection, which may destroy the answer before the client has read it (RFC 9112 section 9.6).
@@ -248,6 +250,7 @@ class Client(Stream):
         if data[0] in b"\r\n" and (empty := EMPTY_LINES.match(data)):
             # Empty lines before a request are ignored, but no CR alone (RFC 9112 section 2.2).
             data, self._scanned = data[empty.end() :], 0
+            self._received = len(data)  # They are no part of the head, and earn no time for it.
         if not data:
             self._began = 0.0
         elif not self._began:
@@ -555,8 +558,8 @@ class Client(Stream):
             self.hang_up()
 
     def leaving(self) -> None:
-        # In a tunnel the end is passed on after the bytes before it have been read, and requests
-        # that wait for their turn are answered before it is.
+        # In a tunnel the end is passed on after the bytes before it have been read. So are the
+        # requests that came before it: those that are refused at once are all answered.
         if not (self._tunnel or self.phase is Phase.READING):
             self.ended()
 
@@ -634,12 +637,15 @@ class Client(Stream):
     def spare(self) -> tuple[int, float] | None:
         """How early this connection makes room for another, and since when that is so. First are
         idle connections (0), then those whose last answer has been sent (1), then those whose head
-        is arriving, and new ones that have sent nothing (2). None if the client waits for an
-        answer, or takes one."""
+        is arriving, and new ones that have sent nothing (2), then those that have stopped in the
+        middle of a body (3). None if the client waits for an answer, or takes one."""
         if self.phase is Phase.LINGERING:
             return 1, self._linger_until - LINGER_SECONDS
         if self.phase is not Phase.READING:
-            return None
+            responder = self.responder
+            sends = responder is not None and responder.hurries_client and not self.status
+            still = sends and not self.paused and self._began + STILL_SECONDS < self.loop.now
+            return (3, self._began) if still else None
         if self._began:
             return 2, self._began
         return (0 if self.served else 2), self.idle_since

@@ -453,6 +453,7 @@ class Exchange:
             self._gathered = b""
         data, self._head_arrived = self._head_arrived, b""
         self._silent_since = self.loop.now
+        self._wait_for_piece()
         if isinstance(answer.body, Sized) and answer.body.left > STRAIGHT_BYTES:
             connection.straight = SPLICES and not connection.tls
         self._answer_on(data)
@@ -480,7 +481,7 @@ class Exchange:
             self._break("the upstream's answer is malformed in its body")
         elif self.client.queued > HIGH_WATER:
             self._pause_upstream()
-        else:
+        elif piece:  # The framing of the next piece may come without an end.
             self._wait_for_piece()
 
     def pass_straight(self, connection: Connection) -> bool:

@@ -55,11 +55,11 @@ class Timer:
     `when` is the time at which `action` is called, in seconds on the monotonic clock, or NEVER.
     """
 
-    __slots__ = ("_loop", "_queued", "action", "dropped", "when")
+    __slots__ = ("_loop", "action", "dropped", "queued", "when")
 
     def __init__(self, loop: Loop, action: Callable[[], None] | None = None) -> None:
         self._loop = loop
-        self._queued = NEVER  # the time of its entry in the loop's heap
+        self.queued = NEVER  # the time of its entry in the loop's heap; an earlier one is of no use
         self.when = NEVER
         self.action = action
         self.dropped = False
@@ -67,8 +67,10 @@ class Timer:
     def set(self, when: float) -> None:
         """Move the deadline."""
         self.when = when
-        if when < self._queued:
-            self._queued = when
+        if when < self.queued:
+            if self.queued < NEVER:
+                self._loop.entry_dropped()
+            self.queued = when
             self._loop.queue_timer(when, self)
 
     def cancel(self) -> None:
@@ -78,14 +80,14 @@ class Timer:
     def drop(self) -> None:
         """The timer is not used any more: it keeps nothing alive, and leaves the heap in time."""
         self.when, self.action, self.dropped = NEVER, None, True
-        if self._queued < NEVER:
-            self._loop.timer_dropped()
+        if self.queued < NEVER:
+            self._loop.entry_dropped()
 
     def due(self, queued: float, now: float) -> None:
         """An entry of this timer has come up in the loop's heap: that of the time `queued`."""
-        if queued != self._queued:
+        if queued != self.queued:
             return  # The timer was moved to an earlier time, and has already come up then.
-        self._queued = NEVER
+        self.queued = NEVER
         if self.when > now:
             if self.when < NEVER:
                 self.set(self.when)
@@ -108,7 +110,7 @@ class Loop:
         self._watched: dict[int, Watched] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = 0
-        self._dropped = 0  # timers that were dropped since the heap was last swept
+        self._dropped = 0  # entries of the heap that were dropped since it was last swept
         self._calls: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
         self._soon: list[Callable[[], None]] = []
         self._closing: list[Any] = []
@@ -157,12 +159,16 @@ class Loop:
         self._sequence += 1
         heapq.heappush(self._timers, (when, self._sequence, timer))
 
-    def timer_dropped(self) -> None:
+    def entry_dropped(self) -> None:
         """An entry of the heap is of no use any more. It would stay until its time comes, which may
         be minutes, and connections come and go by the thousand. So sweep the heap now and then."""
         self._dropped += 1
         if self._dropped > 1000 and self._dropped * 2 > len(self._timers):
-            self._timers = [entry for entry in self._timers if not entry[2].dropped]
+            self._timers = [
+                entry
+                for entry in self._timers
+                if entry[0] == entry[2].queued and not entry[2].dropped
+            ]
             heapq.heapify(self._timers)
             self._dropped = 0
 

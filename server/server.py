@@ -142,7 +142,7 @@ class Server:
         self._spare_until = 0.0  # until when what was found is used
         self.upstream = Upstream(
             self.loop,
-            Lane(self.loop, "connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
+            Lane(self.loop, "upstream", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
             UpstreamConnector(options.upstream_url, options.ca_bundle),
             limit=min(options.limit or most, most),
             connect_timeout=options.connect_timeout,
@@ -160,7 +160,8 @@ class Server:
         stream = getattr(next(iter(logging.root.handlers), None), "stream", None)
         outputs = {"access log": self._log, "log": stream}
         self._outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
-        self._said = 0  # 1 if the last line of the log was about lines that it has dropped
+        # By output: how many lines have been dropped of which the log does not tell yet.
+        self._untold = dict.fromkeys(self._outputs, 0)
         self._lines: list[str] = []
         self._again = Timer(self.loop, self._accept)
         self._tick = Timer(self.loop, self._see_to_all)
@@ -400,18 +401,24 @@ class Server:
         self._log.write("".join(lines[at:]))
 
     def _see_to_logs(self, seconds: float = 0.0) -> None:
-        said, self._said = self._said, 0
         for name, output in self._outputs.items():
             output.finish(seconds)
-            dropped = output.dropped()
-            # These may be the very lines that are written below. Where those were not dropped, the
-            # count is too low by one or two.
-            if name == "log":
-                dropped -= said
-            if dropped > 0:
-                self.served.board.add(LINES_DROPPED, dropped)
-                log.warning("%d lines of the %s were dropped, for nobody took them", dropped, name)
-                said, self._said = said + 1, int(name == "log")
+            self._count_dropped(name, output.dropped())
+        for name, number in self._untold.items():
+            if not number:
+                continue
+            log.warning("%d lines of the %s were dropped, for nobody took them", number, name)
+            teller = self._outputs.get("log")
+            lost = teller.dropped() if teller is not None else 0
+            if lost:  # This very line is among them: it is no loss of its own, and is said again.
+                self._count_dropped("log", lost - 1)
+                return
+            self._untold[name] = 0
+
+    def _count_dropped(self, name: str, number: int) -> None:
+        self._untold[name] += number
+        if number:
+            self.served.board.add(LINES_DROPPED, number)
 
     # Stopping.
 

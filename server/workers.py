@@ -215,7 +215,8 @@ class Supervisor:
         """Be worker number `worker`, in its own process."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.close(self.lifeline[1])
+        for descriptor in (self.lifeline[1], *self.signals):
+            os.close(descriptor)
         server = begin(self.service, worker)
         on_signals(self.service, server, supervised=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)

@@ -10,6 +10,8 @@ from wire.chunks import Chunks, Sized, UntilClose
 from wire.headers import Line, line, listed, remembering, remembering_short
 
 MAX_HEAD_BYTES: Final = 262144
+# No application sends as many. To read 35,000 lines takes a tenth of a second.
+MAX_HEADER_LINES: Final = 2000
 STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
 HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
 # The end of a head. A line feed alone counts as a line end (RFC 9112 section 2.2).
@@ -63,6 +65,8 @@ class Answer:
     def __init__(self, head: bytes, method: str) -> None:
         """Take apart a head, without its last empty line; `method` is the request's. Raises
         UpstreamBroken."""
+        if head.count(b"\n") > MAX_HEADER_LINES:
+            raise UpstreamBroken("The head of the upstream's answer has too many lines.")
         spaced = False
         first, *raw = head.split(b"\r\n")
         try:

@@ -17,7 +17,7 @@ SHORT_BYTES: Final = 256
 # A member of a list of challenges or credentials (RFC 9110 sections 11.3 and 11.4) whose scheme
 # authenticates the connection instead of the request (RFC 4559 section 6).
 OF_CONNECTIONS: Final = re.compile(
-    r"(?:\A|,)[ \t]*+(?:negotiate|ntlm)(?: |[ \t]*+(?:,|\Z))", re.IGNORECASE
+    r"(?:\A|,)[ \t]*+(?:negotiate|ntlm)(?:[ \t]|,|\Z)", re.IGNORECASE
 )
 
 T = TypeVar("T", bytes, str)

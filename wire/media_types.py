@@ -24,7 +24,7 @@ def media_type(value: str) -> str:
     value = value.lower()
     if any(charset.strip(' \t"') not in UTF_8 for charset in CHARSET.findall(value)):
         return ""
-    return value.partition(";")[0].strip()
+    return value.partition(";")[0].strip(" \t")
 
 
 def preferred(accept: str | None, *offers: str) -> str:

@@ -34,7 +34,8 @@ from cryptography.hazmat.primitives.serialization import (
 from postgres import pool
 from postgres.connect import Connector, Target, check_uri, settings_in
 from postgres.deadlines import Deadlines, borrowed, cut
-from postgres.statements import Statements
+from postgres.statements import Statement, Statements
+from problems import RefusedByDatabase
 from tests.harness import (
     ROOT,
     Service,
@@ -611,6 +612,21 @@ def test_threads_that_are_first_after_a_fork_share_what_the_first_of_them_makes(
     for connection in connections:
         database.release(connection)
     database.close_idle()
+
+
+def test_a_connection_that_was_cut_as_an_error_came_is_not_kept(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next caller was given it, and lost it."""
+    database = Statements()
+    database.configure(
+        server.uri(server.create()), size=1, wait=5, connect_timeout=5, statement_timeout=5
+    )
+    assert database.read(Statement("SELECT 1", {}), {}) == [(1,)] and len(database._ready) == 1
+    monkeypatch.setattr(database._deadlines, "end", lambda *_, **__: True)
+    with pytest.raises(RefusedByDatabase):
+        database.run(Statement("SELECT 1 / 0", {}), {})
+    assert (database._ready, database._count) == ([], 0)
 
 
 def test_a_server_to_which_no_way_leads_gives_no_sign_of_life() -> None:

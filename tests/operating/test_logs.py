@@ -41,15 +41,17 @@ def run() -> Iterator[Run]:
     """Start Gatehouse with pipes for its standard output and error, which nobody reads from yet."""
     processes = []
 
-    def run(**settings: str) -> tuple[subprocess.Popen[bytes], int]:
+    def run(
+        output: int | IO[bytes] = subprocess.PIPE, **settings: str
+    ) -> tuple[subprocess.Popen[bytes], int]:
         port = free_port()
         environ = {"POSTGRES_URI": DEAD_DATABASE, "PORT": str(port), "PATH": os.environ["PATH"]}
         process = subprocess.Popen(
             [sys.executable, "app.py"],
             cwd=checkout(),
             env=environ | settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
         )
         processes.append(process)
 
@@ -147,6 +149,26 @@ def test_lines_of_which_the_reader_has_gone_are_counted(
         time.sleep(1.5)
         seen.append(dropped_lines(port))
     assert seen[-1] - seen[1] <= 4
+
+
+def test_after_a_full_disk_the_log_tells_of_all_that_was_lost(
+    run: Run, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """It told of the last second: what it said before could not be written either."""
+    upstream.script(ok)
+    path = tmp_path / "log"
+    with path.open("ab") as file:
+        process, port = run(file, UPSTREAM_URL=upstream.url)
+    _, most = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    # Python ignores the signal for a file that is too large.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (path.stat().st_size, most))
+    for _ in range(3):
+        ask(port, [f"/{number}" for number in range(10)], 200)
+        time.sleep(1.2)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
+    wait_for(lambda: re.search(LINES_DROPPED, path.read_bytes()), what="the log to tell of it")
+    [dropped] = re.findall(LINES_DROPPED, path.read_bytes())
+    assert 30 <= int(dropped) == dropped_lines(port)
 
 
 def test_a_line_that_a_full_disk_cuts_does_not_spoil_the_next(tmp_path: Path) -> None:

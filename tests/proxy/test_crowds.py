@@ -404,6 +404,22 @@ def test_readers_that_take_a_few_bytes_cost_the_others_nothing_and_give_memory_b
     wait_for(lambda: process.memory_info().rss - before < 8 * KIB * KIB, 5, "the memory")
 
 
+def test_whoever_stops_in_the_middle_of_a_body_makes_room(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    """With a byte every minute a few hundred of them kept everybody else out, for ever."""
+    upstream.script(ok)
+    service = with_descriptors(start, 1024, upstream)
+    with contextlib.ExitStack() as stack:
+        for number in range(900):  # More than there may be at once.
+            client = stack.enter_context(service.client())
+            target = (b"/x", b"/health/live", b"/users")[number % 3]
+            client.send(
+                message(b"POST %b HTTP/1.1" % target, b"Host: x", b"Content-Length: 9", body=b"a")
+            )
+        others_are_served(service, 20)
+
+
 def test_whoever_is_only_being_listened_to_makes_room(
     start: Start, upstream: ScriptedUpstream
 ) -> None:

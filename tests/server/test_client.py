@@ -17,6 +17,7 @@ from server.client import (
     READER_LOOK_SECONDS,
     REQUESTS_AT_ONCE,
     SENDER_SECONDS,
+    STILL_SECONDS,
     Client,
     Phase,
 )
@@ -517,6 +518,39 @@ def test_a_head_that_begins_with_a_lone_cr_is_not_searched_anew_for_every_byte(
     for _ in range(100):
         client.received(b"a")
     assert searched[1:] == [1] * 100
+
+
+def test_empty_lines_before_a_head_earn_it_no_time(desk: Desk, let_in: Callable[[], Pair]) -> None:
+    """They are dropped, so that a client could send them for ever."""
+    client, _ = let_in()
+    client.received(b"\r")
+    for _ in range(29):
+        desk.pass_time(1)
+        client.received(b"\n\r" * 400)
+    assert desk.gone == []
+    desk.pass_time(3)
+    assert desk.gone == [client]
+
+
+def test_a_client_that_stops_in_the_middle_of_a_body_makes_room_last(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """Some hundred of them, with a byte every minute, kept everybody else out."""
+    client, _ = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 3", body=b"x"))
+    assert client.spare is None
+    stopped = desk.loop.now
+    desk.pass_time(STILL_SECONDS + 0.1)
+    assert client.spare == (3, stopped)
+    client.received(b"x")
+    assert client.spare is None
+    desk.pass_time(STILL_SECONDS + 0.1)
+    client.pause()
+    assert client.spare is None, "it is made to wait"
+    client.resume()
+    client.received(b"x")
+    desk.pass_time(STILL_SECONDS + 0.1)
+    assert client.spare is None, "it waits for its answer"
 
 
 def test_a_client_that_leaves_while_its_requests_wait_their_turn_is_gone(

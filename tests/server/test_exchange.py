@@ -443,6 +443,18 @@ def test_each_piece_of_a_body_has_its_time() -> None:
     assert world.client.told[-1] == ("cut",)
 
 
+def test_framing_without_an_end_gives_no_piece_more_time() -> None:
+    """A chunk's extension of 64 KiB, byte by byte, could last for hours."""
+    world = asking()
+    world.exchange.from_upstream(message(OK, CHUNKED, body=b"1;"))
+    for _ in range(3):
+        world.clock.pass_time(3)
+        world.exchange.from_upstream(b"a")
+    assert world.exchange.state is State.ANSWERING
+    world.clock.pass_time(1.1)
+    assert world.client.told[-1] == ("cut",)
+
+
 def test_while_the_client_sends_its_body_the_upstream_is_not_late() -> None:
     world = World(b"POST / HTTP/1.1", b"Content-Length: 1000000").start(b"x")
     connection = world.connect()

@@ -274,6 +274,17 @@ def test_moving_a_timer_later_leaves_nothing_in_the_heap(loop: Loop) -> None:
     assert len(loop._timers) == 1
 
 
+def test_moving_a_timer_to_and_fro_leaves_little_in_the_heap(loop: Loop) -> None:
+    """Each request that had a short deadline within its long one left an entry for minutes."""
+    timers = [Timer(loop, lambda: None) for _ in range(10)]
+    for second in range(1000):
+        for timer in timers:
+            timer.set(loop.now + second + 1000)
+            timer.set(loop.now + second)
+        loop._take_timers(loop.now + second)
+    assert len(loop._timers) < 2100
+
+
 def test_timers_of_connections_that_have_gone_leave_the_heap(loop: Loop) -> None:
     kept = [Timer(loop, lambda: None) for _ in range(10)]
     for timer in kept:

@@ -260,6 +260,7 @@ def test_a_json_body_is_read_however_its_type_is_spelt(service: Service, media_t
         "application/json; charset=latin-1",
         "application/json; charset=utf-16",
         "json",
+        "\xa0application/json",
     ],
 )
 def test_a_body_of_another_media_type_is_415(service: Service, media_type: str) -> None:

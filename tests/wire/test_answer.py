@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import Problem, UpstreamBroken
 from tests.harness import message
 from tests.wire import attributes
-from wire.answer import EVENT_ENDS, MAX_HEAD_BYTES, Answer, end_of_head
+from wire.answer import EVENT_ENDS, MAX_HEAD_BYTES, MAX_HEADER_LINES, Answer, end_of_head
 from wire.chunks import Chunks, Sized, UntilClose
 
 OK = b"HTTP/1.1 200 OK"
@@ -95,6 +95,12 @@ def test_a_head_says_the_same_wherever_it_is_split(data: bytes) -> None:
     for at in range(len(data) + 1):
         assert said(data[:at], data[at:]) == whole, at
     assert said(*(data[at : at + 1] for at in range(len(data)))) == whole
+
+
+def test_a_head_may_have_two_thousand_lines() -> None:
+    assert said(message(OK, *[b"a:"] * MAX_HEADER_LINES)) is not UpstreamBroken
+    for line in (b"a:", b"a :", b"a:\r\n b"):
+        assert said(message(OK, *[line] * (MAX_HEADER_LINES + 1))) is UpstreamBroken
 
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)

@@ -119,6 +119,7 @@ def test_another_is_made_for_one_that_is_not_fit_to_be_logged(given: list[str] |
     [
         (["NTLM"], True),
         (["negotiate YII="], True),
+        (["Negotiate\tYII="], True),
         (['Basic realm="a, b"', "ntlm TlRM"], True),
         (['Basic realm="a", Negotiate'], True),
         ([], False),
