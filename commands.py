@@ -152,9 +152,11 @@ def load_settings() -> Settings:
             problems.append(f"POSTGRES_URI {wrong}")
     bundle = os.environ.get(CA_BUNDLE)
     if bundle and of("UPSTREAM_URL").lower().startswith("https:"):
-        file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
         try:
+            file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
             ssl.create_default_context(cafile=file, capath=folder)
+        except PermissionError as error:
+            problems.append(f"{CA_BUNDLE} cannot be read: {error.strerror}")
         except OSError:
             problems.append(f"{CA_BUNDLE} must be a file or a folder of certificates")
     if problems or settings is None:

@@ -23,7 +23,14 @@ from settings import (
     cpu_quotas,
     near_misses,
 )
-from tests.harness import DEAD_DATABASE, ROOT, copied, free_port, run_app
+from tests.harness import (
+    DEAD_DATABASE,
+    ROOT,
+    copied,
+    free_port,
+    run_app,
+    unprivileged,
+)
 
 REQUIRED = {
     "POSTGRES_URI": "postgresql://ann@db.example/users",
@@ -580,6 +587,21 @@ def test_certificates_that_cannot_be_read_are_named(tmp_path: Path, made: bool) 
     assert done.stdout.startswith("PORT ") and done.stdout.endswith(line)
     # Nobody reads it for an upstream without TLS.
     assert run_app("check", UPSTREAM_URL="http://127.0.0.1:1", **given).returncode == 5
+
+
+def test_certificates_that_may_not_be_read_are_told_so(checkout: Path) -> None:
+    """It was said that they were no file."""
+    (checkout / "bundle.pem").touch(mode=0)
+    done = subprocess.run(
+        [*unprivileged(), sys.executable, "app.py"],
+        cwd=checkout,
+        env=REQUIRED | {"UPSTREAM_URL": "https://127.0.0.1:1", "REQUESTS_CA_BUNDLE": "bundle.pem"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    told = "REQUESTS_CA_BUNDLE cannot be read: Permission denied\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 @pytest.fixture
