@@ -602,6 +602,11 @@ def empty_secret(folder: Path) -> str:
     return run_app(POSTGRES_URI="", POSTGRES_URI_FILE=folder / "secret").stdout
 
 
+def two_lines(folder: Path) -> str:
+    (folder / "secret").write_text("one\ntwo\n")
+    return run_app(USERS_TOKEN_FILE=folder / "secret").stdout
+
+
 def port_in_use(folder: Path) -> str:
     with socket.create_server(("127.0.0.1", 0)) as other:
         return run_app(PORT=other.getsockname()[1]).stdout
@@ -636,6 +641,13 @@ START: dict[str, Callable[[Path], str]] = {
     "POSTGRES_URI is not a URI that libpq can read: …": lambda _: (
         run_app(POSTGRES_URI="postgresql://ann:a/b@db.invalid/none").stdout
     ),
+    "POSTGRES_URI has more than one @ before the database: …": lambda _: (
+        run_app(POSTGRES_URI="postgresql://ann:p@ss@127.0.0.1/none").stdout
+    ),
+    "UPSTREAM_URL must have the host in its ASCII form, xn--…": lambda _: (
+        run_app(UPSTREAM_URL="http://bücher.example").stdout
+    ),
+    "USERS_TOKEN has more than one line: …": two_lines,
     "USERS_TOKEN is required where HOST is not loopback": lambda _: run_app(HOST="0.0.0.0").stdout,
     "cannot listen on …: …": port_in_use,
     "the workers cannot start": workers_without_descriptors,
