@@ -11,22 +11,34 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.harness import DEAD_DATABASE, call, chunked, copied, exchange, free_port, request
+from tests.harness import (
+    DEAD_DATABASE,
+    call,
+    chunked,
+    copied,
+    exchange,
+    free_port,
+    request,
+    unprivileged,
+)
 
 
 class Dev:
-    """A run in a checkout; `lines` are those of its output up to the last thing to try."""
+    """A run in a checkout; `lines` are those of its output up to the last thing to try. `within` is a
+    command that runs it."""
 
-    def __init__(self, checkout: Path, port: int, **settings: str) -> None:
+    def __init__(
+        self, checkout: Path, port: int, within: Sequence[str] = (), **settings: str
+    ) -> None:
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "app.py", "--dev"],
+            [*within, sys.executable, "app.py", "--dev"],
             cwd=checkout,
             env=environ | {"PORT": str(port)} | settings,
             stdout=subprocess.PIPE,
@@ -58,6 +70,7 @@ def checkout() -> Iterator[Path]:
     """A copy at a path with a space, too long for a Unix socket in it; no process survives."""
     # Not pytest's tmp_path: as root PostgreSQL runs as a user of its own, who must get in there.
     folder = Path(tempfile.mkdtemp(prefix="gatehouse-dev-"))
+    folder.chmod(0o755)
     copy = folder / ("a long path " + "x" * 100)
     copy.mkdir()
     yield copied(copy)
@@ -192,3 +205,77 @@ def test_a_database_that_was_named_is_the_one_that_is_used(checkout: Path, form:
         "the migrations could not be applied; without POSTGRES_URI a database is started here"
     )
     assert not (checkout / ".data").exists()
+
+
+@pytest.fixture
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root runs PostgreSQL as another user")
+
+
+def refused(run: Dev) -> str:
+    """The one line with which a run ends that cannot begin."""
+    assert run.process.wait(30) == 1
+    (line,) = run.lines
+    return line
+
+
+def test_root_opens_no_folder_to_others(as_root: None, checkout: Path) -> None:
+    """Every folder up to `/` could be read by everybody after a run, /root too."""
+    folder = checkout.parent
+    folder.chmod(0o700)
+    told = refused(Dev(checkout, free_port()))
+    assert told.startswith(
+        f"root's PostgreSQL runs as pgserver, who may not enter or read {folder}: "
+    )
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert not (checkout / ".data").exists()
+
+    folder.chmod(0o711)
+    run = Dev(checkout, free_port())
+    assert run.to_try
+    assert run.end(signal.SIGTERM) == 0
+    assert folder.stat().st_mode & 0o777 == 0o711
+
+
+@pytest.mark.parametrize("closed", [".venv", ".venv/pg/lib/libpq.so"])
+def test_root_is_told_how_to_let_others_read_the_programs(checkout: Path, closed: str) -> None:
+    """`make install` under umask 077."""
+    library = checkout / ".venv/pg/lib/libpq.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    asked = "import dev, pathlib; dev.check_root(pathlib.Path('.venv/pg').resolve())"
+
+    def said() -> str:
+        command = [sys.executable, "-c", asked]
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True).stderr
+
+    assert said() == ""
+    (checkout / closed).chmod(0o700 if closed == ".venv" else 0o600)
+    assert f" {checkout / closed}: chmod -R go+rX .venv\n" in said()
+
+
+def test_root_leaves_another_users_data_alone(as_root: None, checkout: Path) -> None:
+    """It took the folder, and that user could never use it again."""
+    data = checkout / ".data"
+    data.mkdir()
+    os.chown(data, 12345, 12345)
+    told = f"{data} belongs to user 12345: run `make run` as that user"
+    assert refused(Dev(checkout, free_port())) == told
+    assert not [*data.iterdir()]
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(checkout: Path) -> None:
+    data = checkout / ".data"
+    data.mkdir(mode=0o555)
+    told = refused(Dev(checkout, free_port(), unprivileged()))
+    assert told.startswith(f"{data} belongs to ") and "cannot be written: remove it, or " in told
+    data.rmdir()
+    data.touch()
+    told = refused(Dev(checkout, free_port()))
+    assert told == f"{data} cannot be used as a folder: File exists"
+    data.unlink()
+    checkout.chmod(0o555)
+    told = refused(Dev(checkout, free_port(), unprivileged()))
+    checkout.chmod(0o755)
+    assert told == f"{data} cannot be made: Permission denied"
