@@ -221,9 +221,8 @@ class Session:
             ) from None
         programs = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION].resolve()
         root = os.geteuid() == 0
-        if root:
-            # This is known before anything is changed.
-            check_root(programs.parent)
+        if root and DATA.is_dir() and DATA.stat().st_uid:
+            raise Failed(f"{DATA} belongs to {owner(DATA)}: run `make run` as that user")
         lock = self.cleanup.enter_context(locked(DATA))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,6 +234,7 @@ class Session:
         try:
             if root:  # PostgreSQL refuses to run as root.
                 ensure_user_exists(USER)
+                let_in(programs.parent)
                 options = {"user": USER, "group": USER, "extra_groups": []}
                 DATA.chmod(0o755)
             if not data.exists():
@@ -272,30 +272,19 @@ class Session:
         return uri
 
 
-def check_root(install: Path) -> None:
-    """Raises Failed if root's run would spoil an ordinary user's data, or if PostgreSQL, which does
-    not run as root, could not read what is in `install` or enter the folder of its data."""
-    if DATA.is_dir() and DATA.stat().st_uid:
-        raise Failed(f"{DATA} belongs to {owner(DATA)}: run `make run` as that user")
-    closed = closed_to_others({*install.parents, *DATA.resolve().parents}, install)
-    if closed is None:
-        return
-    todo = "run it as an ordinary user, or move the project to where others may enter, such as /srv"
-    if (ROOT / ".venv").resolve() in (closed, *closed.parents):
-        todo = "chmod -R go+rX .venv"
-    raise Failed(f"root's PostgreSQL runs as {USER}, who may not enter or read {closed}: {todo}")
-
-
-def closed_to_others(folders: set[Path], tree: Path) -> Path | None:
-    """The first of these folders that others may not enter, or what they may not read in `tree`."""
-    for folder in sorted(folders):  # the outermost first
-        if not folder.stat().st_mode & stat.S_IXOTH:
-            return folder
-    for path in (tree, *tree.rglob("*")):
-        needed = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
-        if path.stat().st_mode & needed != needed:
-            return path
-    return None
+def let_in(install: Path) -> None:
+    """Let others read PostgreSQL's programs in `install`, and enter, but not list, the folders above
+    these and above its data: it does not run as root."""
+    for folder in sorted({*install.parents, *DATA.resolve().parents}):  # the outermost first
+        mode = folder.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            folder.chmod(mode | stat.S_IXOTH)
+            print(f"Others may enter {folder} from now on: as root PostgreSQL runs as {USER}")
+    for path in (install, *install.rglob("*")):
+        mode = path.stat().st_mode
+        needed = stat.S_IROTH | (stat.S_IXOTH if mode & stat.S_IXUSR else 0)
+        if mode & needed != needed:
+            path.chmod(mode | needed)
 
 
 def locked(data: Path) -> IO[str]:

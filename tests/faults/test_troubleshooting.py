@@ -692,7 +692,9 @@ DEV = {
     "….data belongs to …: run … as that user": "test_root_leaves_another_users_data_alone",
     "….data belongs to …, and cannot be written: …": "test_a_folder_that_may_not_be_written_is_one_line",
     "….data cannot be made: …": "test_a_folder_that_may_not_be_written_is_one_line",
-    "… runs as pgserver, who may not enter or read …: …": "test_root_opens_no_folder_to_others",
+    "Others may enter … from now on: as root PostgreSQL runs as pgserver": (
+        "test_root_lets_others_enter_and_see_nothing_else"
+    ),
 }
 
 

