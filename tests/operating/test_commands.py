@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -294,3 +295,36 @@ def test_an_argument_that_is_not_known_is_2() -> None:
         "usage: app.py [check | health [live | ready] | --dev | --version | --help]:"
         " unrecognized arguments: --serve\n"
     )
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["--help"], ["--version"], ["health"]])
+@pytest.mark.parametrize(
+    ("output", "code", "told"),
+    [
+        (">&{pipe}", 141, ""),
+        (">/dev/full", 1, "standard output cannot be written: No space left on device\n"),
+        (">&-", 1, "standard output cannot be written: Bad file descriptor\n"),
+        ("</dev/null >&0", 1, "standard output cannot be written: Bad file descriptor\n"),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(
+    start: Callable[..., Service], arguments: list[str], output: str, code: int, told: str
+) -> None:
+    """A pipe that nobody reads ends the command without a word, as it ends `cat`."""
+    if "full" in output and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    given = {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
+    reader, pipe = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$@" {output.format(pipe=pipe)}', "bash"]
+        + [sys.executable, "app.py", *arguments],
+        cwd=checkout(),
+        env=given | {"PATH": os.environ["PATH"], "PORT": str(start().port)},
+        pass_fds=[pipe],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=30,
+    )
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (code, told)

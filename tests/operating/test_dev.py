@@ -11,22 +11,34 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.harness import DEAD_DATABASE, call, chunked, copied, exchange, free_port, request
+from tests.harness import (
+    DEAD_DATABASE,
+    call,
+    chunked,
+    copied,
+    exchange,
+    free_port,
+    request,
+    unprivileged,
+)
 
 
 class Dev:
-    """A run in a checkout; `lines` are those of its output up to the last thing to try."""
+    """A run in a checkout; `lines` are those of its output up to the last thing to try. `within` is a
+    command that runs it."""
 
-    def __init__(self, checkout: Path, port: int, **settings: str) -> None:
+    def __init__(
+        self, checkout: Path, port: int, within: Sequence[str] = (), **settings: str
+    ) -> None:
         environ = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "app.py", "--dev"],
+            [*within, sys.executable, "app.py", "--dev"],
             cwd=checkout,
             env=environ | {"PORT": str(port)} | settings,
             stdout=subprocess.PIPE,
@@ -58,6 +70,7 @@ def checkout() -> Iterator[Path]:
     """A copy at a path with a space, too long for a Unix socket in it; no process survives."""
     # Not pytest's tmp_path: as root PostgreSQL runs as a user of its own, who must get in there.
     folder = Path(tempfile.mkdtemp(prefix="gatehouse-dev-"))
+    folder.chmod(0o755)
     copy = folder / ("a long path " + "x" * 100)
     copy.mkdir()
     yield copied(copy)
@@ -192,3 +205,66 @@ def test_a_database_that_was_named_is_the_one_that_is_used(checkout: Path, form:
         "the migrations could not be applied; without POSTGRES_URI a database is started here"
     )
     assert not (checkout / ".data").exists()
+
+
+@pytest.fixture
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root runs PostgreSQL as another user")
+
+
+def refused(run: Dev) -> str:
+    """The one line with which a run ends that cannot begin."""
+    assert run.process.wait(30) == 1
+    (line,) = run.lines
+    return line
+
+
+def test_root_lets_others_enter_and_see_nothing_else(as_root: None, checkout: Path) -> None:
+    """Every folder up to `/` could be read by everybody after a run, /root too."""
+    for mode, then in ((0o700, 0o701), (0o711, 0o711), (0o755, 0o755)):
+        checkout.parent.chmod(mode)
+        run = Dev(checkout, free_port())
+        told = [line for line in run.lines if line.startswith("Others may enter ")]
+        assert told == [
+            f"Others may enter {checkout.parent} from now on: as root PostgreSQL runs as pgserver"
+        ] * (mode != then)
+        assert run.to_try
+        assert run.end(signal.SIGTERM) == 0
+        assert checkout.parent.stat().st_mode & 0o777 == then
+
+
+def test_root_lets_others_read_the_programs(as_root: None, checkout: Path) -> None:
+    """`make install` under umask 077."""
+    library = checkout / "pg/lib/libpq.so"
+    library.parent.mkdir(parents=True)
+    library.touch(0o600)
+    asked = "import dev, pathlib; dev.let_in(pathlib.Path('pg').resolve())"
+    subprocess.run([sys.executable, "-c", asked], cwd=checkout, check=True)
+    assert library.stat().st_mode & 0o777 == 0o604
+
+
+def test_root_leaves_another_users_data_alone(as_root: None, checkout: Path) -> None:
+    """It took the folder, and that user could never use it again."""
+    data = checkout / ".data"
+    data.mkdir()
+    os.chown(data, 12345, 12345)
+    told = f"{data} belongs to user 12345: run `make run` as that user"
+    assert refused(Dev(checkout, free_port())) == told
+    assert not [*data.iterdir()]
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(checkout: Path) -> None:
+    data = checkout / ".data"
+    data.mkdir(mode=0o555)
+    told = refused(Dev(checkout, free_port(), unprivileged()))
+    assert told.startswith(f"{data} belongs to ") and "cannot be written: remove it, or " in told
+    data.rmdir()
+    data.touch()
+    told = refused(Dev(checkout, free_port()))
+    assert told == f"{data} cannot be used as a folder: File exists"
+    data.unlink()
+    checkout.chmod(0o555)
+    told = refused(Dev(checkout, free_port(), unprivileged()))
+    checkout.chmod(0o755)
+    assert told == f"{data} cannot be made: Permission denied"

@@ -123,7 +123,6 @@ DATABASES = {
     "refused": f"postgresql://rolemarker:{PASSWORD}@127.0.0.1:1/none",
     "unknown host": f"postgresql://rolemarker:{PASSWORD}@hostmarker.invalid/none",
     "wrong password": f"postgresql://rolemarker:{PASSWORD}@127.0.0.1:%d/none",
-    "at sign in the password": f"postgresql://rolemarker:first@{PASSWORD}@127.0.0.1:1/none",
     "password as a parameter": f"postgresql://127.0.0.1:1/none?user=rolemarker&password={PASSWORD}",
 }
 
@@ -214,6 +213,7 @@ BAD_SETTINGS = [
     {"POSTGRES_URI": f"postgresql://u:{PASSWORD}%zz@h/d"},
     {"POSTGRES_URI": f"postgresql://u:%00{PASSWORD}@h/d"},
     {"POSTGRES_URI": f"postgresql://u:{PASSWORD}@[::1/d"},
+    {"POSTGRES_URI": f"postgresql://u:first@{PASSWORD}@h/d"},
     {"POSTGRES_URI": f"postgresql://u:{PASSWORD}@h/d?{PASSWORD}=1"},
     {"POSTGRES_URI": f"postgresql://u:{PASSWORD}@h/d?sslmode"},
     {"POSTGRES_URI": f"postgresql://u:{PASSWORD}@h:70000/d", "PORT": "x"},
@@ -224,6 +224,7 @@ BAD_SETTINGS = [
     {"UPSTREAM_URL": f"http://h/?key={PASSWORD}"},
     {"USERS_TOKEN": f"{TOKEN} {OTHER_TOKEN}"},
     {"USERS_TOKEN": f"{TOKEN},,{OTHER_TOKEN}"},
+    {"USERS_TOKEN": f"{TOKEN}\n{OTHER_TOKEN}"},
     {"USERS_TOKEN": f'"{TOKEN}"'},
     {"USERS_TOKEN": TOKEN, "POSTGRES_URI": f"postgresql://u:{PASSWORD}@h/d", "PORT": "none"},
 ]

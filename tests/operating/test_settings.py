@@ -23,7 +23,14 @@ from settings import (
     cpu_quotas,
     near_misses,
 )
-from tests.harness import DEAD_DATABASE, ROOT, copied, free_port, run_app
+from tests.harness import (
+    DEAD_DATABASE,
+    ROOT,
+    copied,
+    free_port,
+    run_app,
+    unprivileged,
+)
 
 REQUIRED = {
     "POSTGRES_URI": "postgresql://ann@db.example/users",
@@ -63,6 +70,9 @@ BAD = {
         "host=db.example dbname=users",
         "mysql://db.example/users",
         "//",
+        "postgresql://ann:p@ss@db.example/users",
+        "postgresql://ann:pass@@db.example",
+        "postgresql://ann@corp:pass@one:1,two:2?sslmode=require",
     ],
     "UPSTREAM_URL": [
         "app.example",
@@ -86,6 +96,7 @@ BAD = {
         "http://app..example",
         "http://app%zz",
         "http://app\\example",
+        "http://bücher.example",
     ],
     "HOST": [
         *("two words", "http://127.0.0.1", "a/b", "127.0.0.1:80", "999.1.1.1", "1", "a..b", "."),
@@ -107,7 +118,7 @@ BAD = {
     "DB_POOL_TIMEOUT": ["0", "-1", "soon"],
     "DB_CONNECT_TIMEOUT": ["0", "-1", "0.5", "soon"],
     "DB_STATEMENT_TIMEOUT": ["0", "-1", "soon"],
-    "USERS_TOKEN": [",", "one two", "tök", "a,,b"],
+    "USERS_TOKEN": [",", "one two", "tök", "a,,b", "one\ntwo"],
     "USERS_AUTH": ["basic", "off", "tokens"],
     "TRUSTED_PROXIES": ["proxy.example", "10.0.0.0/33", "10.0.0.256", "10.0.0.1;10.0.0.2"],
     "MAX_BODY_BYTES": ["-1", "100MB", "1e6"],
@@ -165,6 +176,21 @@ def test_a_bad_value_is_one_problem_that_names_its_variable(variable: str, value
     assert "\n" not in problem
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("POSTGRES_URI", "postgresql://ann:p@ss@127.0.0.1/d", "write %40 for @"),
+        ("UPSTREAM_URL", "http://bücher.example", "must have the host in its ASCII form, xn--…"),
+        ("USERS_TOKEN", "one\ntwo", "has more than one line"),
+    ],
+)
+def test_a_problem_says_what_to_write_instead(variable: str, value: str, told: str) -> None:
+    """The first passed, and then a host was not found that nobody had written; the others were told
+    what a host and a token are."""
+    [problem] = problems(**{variable: value})
+    assert told in problem
+
+
 def test_all_that_is_bad_or_missing_is_named_at_once() -> None:
     values = {name: bad[0] for name, bad in BAD.items()}
     with pytest.raises(SettingsError) as raised:
@@ -207,6 +233,15 @@ def test_a_problem_quotes_no_secret(variable: str, value: str, secret: str) -> N
             "postgresql://ann:p%40ss%2F@h1:1,h2:2/d?target_session_attrs=read-write&sslmode=require",
             "postgresql://ann:p%40ss%2F@h1:1,h2:2/d?target_session_attrs=read-write&sslmode=require",
         ),
+        *(
+            ("POSTGRES_URI", uri, uri)
+            for uri in (
+                "postgresql://ann@h1:1,[::1]:2/d@x",
+                "postgresql://h/d@x",
+                "postgresql://ann:p?ss@h?application_name=a@b",
+            )
+        ),
+        ("USERS_TOKEN", "one,\ntwo", ("one", "two")),
         ("UPSTREAM_URL", "https://app.example:8443/base/", "https://app.example:8443/base/"),
         ("UPSTREAM_URL", "http://[::1]:3000", "http://[::1]:3000"),
         ("UPSTREAM_URL", "HTTP://My_App.example.", "HTTP://My_App.example."),
@@ -580,6 +615,21 @@ def test_certificates_that_cannot_be_read_are_named(tmp_path: Path, made: bool) 
     assert done.stdout.startswith("PORT ") and done.stdout.endswith(line)
     # Nobody reads it for an upstream without TLS.
     assert run_app("check", UPSTREAM_URL="http://127.0.0.1:1", **given).returncode == 5
+
+
+def test_certificates_that_may_not_be_read_are_told_so(checkout: Path) -> None:
+    """It was said that they were no file."""
+    (checkout / "bundle.pem").touch(mode=0)
+    done = subprocess.run(
+        [*unprivileged(), sys.executable, "app.py"],
+        cwd=checkout,
+        env=REQUIRED | {"UPSTREAM_URL": "https://127.0.0.1:1", "REQUESTS_CA_BUNDLE": "bundle.pem"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    told = "REQUESTS_CA_BUNDLE cannot be read: Permission denied\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 @pytest.fixture
