@@ -68,7 +68,6 @@ from tests.harness import (
     checkout,
     copied,
     free_port,
-    skip_where_root_is_refused,
     wait_for,
 )
 from tests.users.test_problems import CONTRACT
@@ -510,7 +509,6 @@ def hello(port: int, folder: Path) -> Iterator[None]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_tutorial_can_be_done(tmp_path: Path) -> None:
     """All of it, in its order, but for what is done in a browser."""
-    skip_where_root_is_refused()
     port, upstream_port = free_port(), free_port()
     with contextlib.ExitStack() as stack:
         # Not pytest's folder: PostgreSQL is not run by root, and its own user has to get in there.
