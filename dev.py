@@ -273,8 +273,8 @@ class Session:
 
 
 def let_in(install: Path) -> None:
-    """Let others read PostgreSQL's programs in `install`, and enter, but not list, the folders above
-    these and above its data: it does not run as root."""
+    """Let others read PostgreSQL's programs in `install`, and enter, but not list, the folders
+    above these and above its data: it does not run as root."""
     for folder in sorted({*install.parents, *DATA.resolve().parents}):  # the outermost first
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:
