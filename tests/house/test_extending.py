@@ -139,6 +139,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     folder = extended(tmp_path)
     migrating = [
         "operating/test_migrations.py",
+        "operating/test_migration_locks.py",
         "operating/test_deploy.py::test_the_way_back_to_1_0_0_undoes_all_migrations_but_its_own",
         "faults/test_troubleshooting.py::test_what_pw_migrate_says",
     ]
