@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -357,6 +357,16 @@ def first_cells(*headings: str) -> list[str]:
     return found
 
 
+def assert_each_is_provoked(rows: list[str], known: Iterable[str], name: str) -> None:
+    """The page has the rows that `name` in this file has, in the same order."""
+    differing = sorted(set(rows) ^ set(known)) or "their order"
+    what = "the test that provokes it" if name == "ELSEWHERE" else "a function that provokes it"
+    assert rows == list(known), (
+        f"docs/troubleshooting.md and {name} in this file differ in {differing}: each row of the"
+        f" page has a line in {name}, with {what}"
+    )
+
+
 def has(line: str, text: str) -> bool:
     """Whether a text has a line as the page writes it, with `…` for what differs."""
     return re.search(".*".join(re.escape(part) for part in line.split("…")), text) is not None
@@ -364,7 +374,7 @@ def has(line: str, text: str) -> bool:
 
 def test_every_line_of_the_log_is_provoked_here_and_no_other() -> None:
     log = first_cells("What the log says", "PostgreSQL's own words in the log")
-    assert log == list(PROVOKED)
+    assert_each_is_provoked(log, PROVOKED, "PROVOKED")
 
 
 @pytest.mark.parametrize("line", [line for line in PROVOKED if PROVOKED[line] != slow_log_reader])
@@ -461,7 +471,7 @@ def cells(heading: str) -> list[str]:
 
 
 def test_everything_that_health_says_is_provoked_here() -> None:
-    assert cells("What /health says") == list(HEALTH)
+    assert_each_is_provoked(cells("What /health says"), HEALTH, "HEALTH")
 
 
 @pytest.mark.parametrize("row", HEALTH)
@@ -483,7 +493,8 @@ def test_every_problem_that_callers_get_has_its_status() -> None:
     assert told == [(real[name], name) for _, name in told]
     # What an operator can do something about: what is not the request's own fault.
     theirs = {name for name, status in real.items() if int(status) >= 500}
-    assert theirs - {name for _, name in told} == {"http-version-not-supported"}
+    missing = theirs - {name for _, name in told} - {"http-version-not-supported"}
+    assert not missing, f"below Callers get an error, docs/troubleshooting.md lacks {missing}"
 
 
 # What the other rows tell of, and the tests elsewhere that provoke it.
@@ -554,7 +565,8 @@ def test_every_other_row_is_provoked_elsewhere() -> None:
         "It is slow or stuck",
         "What make install says",
     )
-    assert [row for heading in headings for row in cells(heading)] == list(ELSEWHERE)
+    rows = [row for heading in headings for row in cells(heading)]
+    assert_each_is_provoked(rows, ELSEWHERE, "ELSEWHERE")
     for name in ELSEWHERE.values():
         file, _, test = name.partition(": ")
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), name
@@ -644,7 +656,8 @@ START: dict[str, Callable[[Path], str]] = {
 
 def test_every_line_of_a_start_is_provoked() -> None:
     """The last one is provoked by tests/operating/test_dev.py, which starts two of them."""
-    assert first_cells("It does not start") == [*START, "another … is using .data/"]
+    known = [*START, "another … is using .data/"]
+    assert_each_is_provoked(first_cells("It does not start"), known, "START")
 
 
 @pytest.mark.parametrize("line", START)
@@ -687,7 +700,7 @@ CHECK: dict[str, Callable[[House], str]] = {
 
 
 def test_every_line_of_check_is_provoked_here_and_no_other() -> None:
-    assert first_cells("What check says") == list(CHECK)
+    assert_each_is_provoked(first_cells("What check says"), CHECK, "CHECK")
 
 
 @pytest.mark.parametrize("line", CHECK)
