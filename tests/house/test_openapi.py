@@ -146,6 +146,12 @@ def test_every_problem_is_described_and_every_described_problem_exists() -> None
     assert described_problems() == here
 
 
+def test_every_response_is_one_of_an_operation() -> None:
+    text = PATH.read_text()
+    for name in DOCUMENT["components"]["responses"]:
+        assert f"'#/components/responses/{name}'" in text, f"no operation has {name}"
+
+
 def test_every_example_of_a_problem_is_one_of_its_response() -> None:
     for name, response in DOCUMENT["components"]["responses"].items():
         content = response["content"].get("application/problem+json")
