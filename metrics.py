@@ -9,6 +9,7 @@ was (its issue 568), with the gauges of the dead ones. The text format itself is
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import threading
 import time
@@ -26,9 +27,11 @@ HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE = range(8, 12)
 GAUGES: Final = 12
 # How the last forwarded request went, and when: that stays true when the worker has died.
 OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
-# Then its counters, which only grow, through its death as well. At PROBLEMS there is one for each
-# type of problem (TYPES, below), and then come those of requests.
-LINES_DROPPED, REPLACED, PROBLEMS = range(OUTCOME_AT + 1, OUTCOME_AT + 4)
+# Then its counters, which only grow, through its death as well. Each takes the next cell; another
+# one goes below the last of these.
+_counters = itertools.count(OUTCOME_AT + 1)
+LINES_DROPPED: Final = next(_counters)
+REPLACED: Final = next(_counters)
 
 OWNERS: Final = ("users", "health", "proxy")
 # Those of RFC 9110 section 9 and RFC 5789. Any other method counts as `other`: callers could make
@@ -49,6 +52,8 @@ TYPES: Final = tuple(
         if isinstance(kind, type) and issubclass(kind, problems.Problem)
     )
 )
+# Behind those, one counter for each type of problem, and then those of requests.
+PROBLEMS: Final = next(_counters)
 REQUESTS: Final = PROBLEMS + len(TYPES)
 HEADS: Final = REQUESTS + len(OWNERS) * len(METHOD_LABELS) * len(CLASSES)
 # Of each owner: its buckets, that beyond the last bound, and the sum in microseconds.

@@ -215,8 +215,7 @@ class Supervisor:
         """Be worker number `worker`, in its own process."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for descriptor in (self.lifeline[1], *self.signals):
-            os.close(descriptor)
+        os.close(self.lifeline[1])
         server = begin(self.service, worker)
         on_signals(self.service, server, supervised=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)

@@ -46,7 +46,8 @@ FRAMING: Final = frozenset({"content-length", "transfer-encoding"})
 ENDING: Final = HOP_BY_HOP | FRAMING
 # Many applications cannot tell X_Forwarded_For from X-Forwarded-For, nor Content_Length from
 # Content-Length, and for PHP X.Real.IP is X-Real-IP. So a header of one of these sets does not pass
-# with any other mark in the place of a hyphen either.
+# with any other mark in the place of a hyphen either. This is for requests only: in an answer such
+# a name is one like any other.
 OURS: Final = ENDING | SET | BELIEVED
 MARK: Final = re.compile("[^a-z0-9-]")
 # How much of a name is looked at for that. Hardly any is longer, and 64 KB of marks take five

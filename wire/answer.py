@@ -65,18 +65,16 @@ class Answer:
     def __init__(self, head: bytes, method: str) -> None:
         """Take apart a head, without its last empty line; `method` is the request's. Raises
         UpstreamBroken."""
-        if head.count(b"\n") > MAX_HEADER_LINES:
-            raise UpstreamBroken("The head of the upstream's answer has too many lines.")
         spaced = False
         first, *raw = head.split(b"\r\n")
         try:
             version, self.status, self.reason = status_of(first)
-            self.lines = lines_of(raw)
+            self.lines = read_lines(raw)
         except UpstreamBroken:
             head, spaced = mended(head)
             first, *raw = head.split(b"\n")
             version, self.status, self.reason = status_of(first)
-            self.lines = lines_of(raw)
+            self.lines = read_lines(raw)
         told: dict[str, list[str]] = {}
         for key, value, _ in self.lines:
             if key in TOLD:
@@ -173,6 +171,13 @@ def line_of(raw: bytes) -> Line:
 
 
 lines_of = remembering(line_of)
+
+
+def read_lines(raw: list[bytes]) -> list[Line]:
+    """The header lines. Raises UpstreamBroken."""
+    if len(raw) > MAX_HEADER_LINES:
+        raise UpstreamBroken("The head of the upstream's answer has too many lines.")
+    return lines_of(raw)
 
 
 def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -358,6 +358,16 @@ def first_cells(*headings: str) -> list[str]:
     return found
 
 
+def assert_each_is_provoked(rows: list[str], known: Iterable[str], name: str) -> None:
+    """The page has the rows that `name` in this file has, in the same order."""
+    differing = sorted(set(rows) ^ set(known)) or "their order"
+    what = "the test that provokes it" if name == "ELSEWHERE" else "a function that provokes it"
+    assert rows == list(known), (
+        f"docs/troubleshooting.md and {name} in this file differ in {differing}: each row of the"
+        f" page has a line in {name}, with {what}"
+    )
+
+
 def has(line: str, text: str) -> bool:
     """Whether a text has a line as the page writes it, with `…` for what differs."""
     return re.search(".*".join(re.escape(part) for part in line.split("…")), text) is not None
@@ -365,7 +375,7 @@ def has(line: str, text: str) -> bool:
 
 def test_every_line_of_the_log_is_provoked_here_and_no_other() -> None:
     log = first_cells("What the log says", "PostgreSQL's own words in the log")
-    assert log == list(PROVOKED)
+    assert_each_is_provoked(log, PROVOKED, "PROVOKED")
 
 
 @pytest.mark.parametrize("line", [line for line in PROVOKED if PROVOKED[line] != slow_log_reader])
@@ -462,7 +472,7 @@ def cells(heading: str) -> list[str]:
 
 
 def test_everything_that_health_says_is_provoked_here() -> None:
-    assert cells("What /health says") == list(HEALTH)
+    assert_each_is_provoked(cells("What /health says"), HEALTH, "HEALTH")
 
 
 @pytest.mark.parametrize("row", HEALTH)
@@ -484,7 +494,8 @@ def test_every_problem_that_callers_get_has_its_status() -> None:
     assert told == [(real[name], name) for _, name in told]
     # What an operator can do something about: what is not the request's own fault.
     theirs = {name for name, status in real.items() if int(status) >= 500}
-    assert theirs - {name for _, name in told} == {"http-version-not-supported"}
+    missing = theirs - {name for _, name in told} - {"http-version-not-supported"}
+    assert not missing, f"below Callers get an error, docs/troubleshooting.md lacks {missing}"
 
 
 # What the other rows tell of, and the tests elsewhere that provoke it.
@@ -555,7 +566,8 @@ def test_every_other_row_is_provoked_elsewhere() -> None:
         "It is slow or stuck",
         "What make install says",
     )
-    assert [row for heading in headings for row in cells(heading)] == list(ELSEWHERE)
+    rows = [row for heading in headings for row in cells(heading)]
+    assert_each_is_provoked(rows, ELSEWHERE, "ELSEWHERE")
     for name in ELSEWHERE.values():
         file, _, test = name.partition(": ")
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), name
@@ -699,7 +711,8 @@ DEV = {
 
 
 def test_every_line_of_a_start_is_provoked() -> None:
-    assert first_cells("It does not start") == [*START, *DEV]
+    known = [*START, *DEV]
+    assert_each_is_provoked(first_cells("It does not start"), known, "START or DEV")
     tests = (ROOT / "tests" / "operating" / "test_dev.py").read_text()
     assert [name for name in DEV.values() if f"def {name}(" not in tests] == []
 
@@ -761,7 +774,7 @@ CHECK: dict[str, Callable[[House], str]] = {
 
 
 def test_every_line_of_check_is_provoked_here_and_no_other() -> None:
-    assert first_cells("What check says") == list(CHECK)
+    assert_each_is_provoked(first_cells("What check says"), CHECK, "CHECK")
 
 
 @pytest.mark.parametrize("line", CHECK)
@@ -831,9 +844,9 @@ def test_what_pw_migrate_says(server: Server, template: str) -> None:
 
 def test_what_the_shell_says_of_pw_migrate_after_a_move(tmp_path: Path) -> None:
     """Its first line names a Python that is not there any more."""
-    command, programs = tmp_path / "pw_migrate", Path(sys.executable).parent
-    text = (programs / "pw_migrate").read_text()
-    command.write_text(text.replace(str(programs), "/nowhere/.venv/bin"))
+    command = tmp_path / "pw_migrate"
+    text = Path(sys.executable).with_name("pw_migrate").read_text()
+    command.write_text(re.sub(r"/.*/bin/python", "/nowhere/.venv/bin/python", text))
     command.chmod(0o755)
     done = subprocess.run(["sh", "-c", f"{command} list"], capture_output=True, text=True)
     # Shells differ in their words: these are dash's, and those of a new and an old bash.

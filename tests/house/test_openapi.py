@@ -146,6 +146,12 @@ def test_every_problem_is_described_and_every_described_problem_exists() -> None
     assert described_problems() == here
 
 
+def test_every_response_is_one_of_an_operation() -> None:
+    text = PATH.read_text()
+    for name in DOCUMENT["components"]["responses"]:
+        assert f"'#/components/responses/{name}'" in text, f"no operation has {name}"
+
+
 def test_every_example_of_a_problem_is_one_of_its_response() -> None:
     for name, response in DOCUMENT["components"]["responses"].items():
         content = response["content"].get("application/problem+json")
@@ -183,6 +189,24 @@ def test_every_response_is_under_its_own_status() -> None:
                 schema = content.get("application/problem+json", {}).get("schema")
                 if schema is not None:
                     assert str(schema["properties"]["status"]["const"]) == status, (path, method)
+
+
+def responses() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each response is described, and what is said of it."""
+    for path, item in DOCUMENT["paths"].items():
+        for method in METHODS & set(item):
+            for status, response in item[method]["responses"].items():
+                if "$ref" not in response:
+                    yield f"{status} of {method.upper()} {path}", response
+    yield from DOCUMENT["components"]["responses"].items()
+
+
+def test_every_response_has_the_headers_that_each_answer_of_gatehouse_has() -> None:
+    """schemathesis says nothing of a header that is sent and not described."""
+    own = {"X-Request-Id", "X-Content-Type-Options", "Cache-Control"}
+    for name, response in responses():
+        missing = own - set(response.get("headers", {}))
+        assert not missing, f"{name} does not have {', '.join(sorted(missing))} in its headers"
 
 
 def test_a_user_always_has_each_of_its_members() -> None:

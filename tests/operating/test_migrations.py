@@ -105,9 +105,9 @@ def test_up_down_and_up_again_gives_the_same_schema_at_every_step(empty: str) ->
     for path in FILES:
         assert pw_migrate("migrate", "--name", path.stem, uri=empty).returncode == 0
         steps.append(dump(empty))
-    for step in reversed(steps[:-1]):
+    for path, step in zip(reversed(FILES), reversed(steps[:-1]), strict=True):
         assert pw_migrate("rollback", uri=empty).returncode == 0
-        assert dump(empty) == step
+        assert dump(empty) == step, f"the rollback of {path.name} leaves a difference"
     assert pw_migrate("migrate", uri=empty).returncode == 0
     assert dump(empty) == steps[-1]
 

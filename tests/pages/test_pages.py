@@ -608,6 +608,23 @@ def test_a_conflict_is_shown_as_two_versions(
 
 
 @needs_chromium
+def test_an_empty_object_is_shown_as_nothing_and_text_that_looks_like_one_as_it_is(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    """Text that is `{}` was left out of the form, and a save then took it away."""
+    path = create_user(fresh, "ann@example.com", "{}").get("Location") or ""
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.act("Edit", "ann@example.com")
+    page.sees("#edit-title", "Edit {}")
+    assert (page.value("#field-name"), page.value("#field-metadata")) == ("{}", "")
+    page.fill("#field-email", "bea@example.com" + Keys.ENTER)
+    page.sees("#said", "{} is saved")
+    user = fresh.call("GET", path).json()
+    assert (user["email"], user["name"], user["metadata"]) == ("bea@example.com", "{}", {})
+
+
+@needs_chromium
 def test_two_tabs_see_what_the_other_has_deleted(
     fresh: Service, window: Callable[..., Browser]
 ) -> None:

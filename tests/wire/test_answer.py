@@ -99,7 +99,7 @@ def test_a_head_says_the_same_wherever_it_is_split(data: bytes) -> None:
 
 def test_a_head_may_have_two_thousand_lines() -> None:
     assert said(message(OK, *[b"a:"] * MAX_HEADER_LINES)) is not UpstreamBroken
-    for line in (b"a:", b"a :", b"a:\r\n b"):
+    for line in (b"a:", b"a :", b"a:\r\n b"):  # The last is one line, in two pieces.
         assert said(message(OK, *[line] * (MAX_HEADER_LINES + 1))) is UpstreamBroken
 
 
