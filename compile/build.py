@@ -69,7 +69,7 @@ KEPT = """\
 What was compiled before fits, and is used. It was not compiled again, for the reason above."""
 # Python runs this line at each start.
 START = f"import {PACKAGE}; {PACKAGE}.install()\n"
-PACKAGES = """\
+WHERE_TO_GET = """\
 For the Python of Debian and Ubuntu the packages are gcc and python3-dev, for that of RHEL gcc and
 python3.11-devel."""
 
@@ -190,9 +190,9 @@ def compiled(package: Path) -> None:
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if shutil.which(compiler) is None:
-        raise OSError(f"There is no C compiler: {compiler}. {PACKAGES}")
+        raise OSError(f"There is no C compiler: {compiler}. {WHERE_TO_GET}")
     if not headers.is_file():
-        raise OSError(f"Python's headers are missing: {headers}. {PACKAGES}")
+        raise OSError(f"Python's headers are missing: {headers}. {WHERE_TO_GET}")
     tools = package.parent / "tools"
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1")
     fetched = ("--no-deps", "--target", str(tools), "-r", str(HERE / "requirements.txt"))
