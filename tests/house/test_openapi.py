@@ -86,8 +86,9 @@ def test_it_is_true_of_the_service_without_a_token(
     case: schemathesis.Case[Any], guarded: Service
 ) -> None:
     response = case.call_and_validate(base_url=guarded.url)
-    if case.operation.path.startswith("/users"):
-        assert response.status_code == 401
+    if case.operation.path.startswith("/users") and response.status_code != 401:
+        # A made-up header may be malformed, which is told before anybody is asked for a token.
+        assert response.json()["type"] == "urn:gatehouse:bad-request"
 
 
 def test_it_is_true_of_one_call_after_another(
