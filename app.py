@@ -71,7 +71,7 @@ BULK_THREADS = 8
 # How many seconds an import or export may wait for one of these.
 BULK_SECONDS = 10.0
 JSON = "application/json"
-# Which kind of answer it is depends on the request's Accept.
+# The header line of an answer whose media type depends on the request's Accept.
 BY_ACCEPT = ("Vary", "Accept")
 # Media types of many users at once, for which the server has threads of their own.
 BULK_TYPES = (CSV, NDJSON)
@@ -118,12 +118,13 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
     return app
 
 
-class Answer(NamedTuple):
-    """What a handler answers: a body with its header lines, and a status. A body of several pieces
-    begins when there is the first one, which may raise a Problem instead.
+class Reply(NamedTuple):
+    """What a handler answers: a body with its header lines, and a status. If the body is an
+    iterator, the answer begins with its first piece. To make that piece may still raise a Problem,
+    which is then the answer.
 
     A handler may return whatever Bottle knows, too. But to put an answer together in Bottle's
-    `response` takes a seventh of the time of a create.
+    `response` costs more: docs/decisions/0001-waitress-parts.md says how much.
     """
 
     body: bytes | Iterator[bytes]
@@ -134,7 +135,7 @@ class Answer(NamedTuple):
 # /health
 
 
-def get_health() -> Answer:
+def get_health() -> Reply:
     if preferred(request.environ.get("HTTP_ACCEPT"), JSON, HTML) == HTML:
         return _page("health")
     return _json(json.dumps(request.app.health.report(_asked())), BY_ACCEPT)
@@ -156,7 +157,7 @@ def get_ready() -> dict[str, str]:
             raise DatabaseUnavailable
 
 
-def get_metrics() -> Answer:
+def get_metrics() -> Reply:
     health = request.app.health
     text: str = health.board.exposition(
         version=VERSION,
@@ -164,7 +165,7 @@ def get_metrics() -> Answer:
         pool_size=health.pool_size,
     )
     kind = ("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-    return Answer(text.encode(), [kind])
+    return Reply(text.encode(), [kind])
 
 
 def _asked() -> float:
@@ -176,7 +177,7 @@ def _asked() -> float:
 # /users
 
 
-def list_users() -> Answer:
+def list_users() -> Reply:
     kind = preferred(request.environ.get("HTTP_ACCEPT"), *LIST_TYPES)
     if kind == HTML:
         return _page("users")
@@ -184,7 +185,7 @@ def list_users() -> Answer:
     if kind in BULK_TYPES:
         exported = transfer.exported(kind, asked.after, asked.search)
         charset = "; charset=utf-8" if kind == CSV else ""
-        return Answer(exported, [BY_ACCEPT, ("Content-Type", kind + charset)])
+        return Reply(exported, [BY_ACCEPT, ("Content-Type", kind + charset)])
     page = search.page(asked.limit, asked.after, asked.search, count=asked.total)
     members = [f'"users": [{", ".join(page.users)}]', '"next": null']
     headers = [BY_ACCEPT]
@@ -198,39 +199,39 @@ def list_users() -> Answer:
     return _json("{" + ", ".join(members) + "}", *headers)
 
 
-def create_user() -> Answer:
+def create_user() -> Reply:
     kind = media_type(request.environ.get("CONTENT_TYPE", ""))
     if kind in BULK_TYPES:
-        return Answer(transfer.imported(kind, Lines(request.environ)), [("Content-Type", NDJSON)])
+        return Reply(transfer.imported(kind, Lines(request.environ)), [("Content-Type", NDJSON)])
     user_id, user = users.create(json_members(request.environ, JSON, *BULK_TYPES))
     return _created(user_id, user)
 
 
-def get_user(user_id: str) -> Answer:
+def get_user(user_id: str) -> Reply:
     user = users.get(_existing(user_id))
     known = tags("If-None-Match", request.environ.get("HTTP_IF_NONE_MATCH"))
     if known is not None and (known == ANY or user.version in known):
-        return Answer(b"", [_tag(user)], "304 Not Modified")
+        return Reply(b"", [_tag(user)], "304 Not Modified")
     return _user(user)
 
 
-def put_user(user_id: str) -> Answer:
+def put_user(user_id: str) -> Reply:
     user = users.put(user_id, json_members(request.environ, JSON), _condition())
     return _created(user_id.lower(), user) if user.created else _user(user)
 
 
-def patch_user(user_id: str) -> Answer:
+def patch_user(user_id: str) -> Reply:
     user_id, condition = _existing(user_id), _condition()
     members = json_members(request.environ, JSON, "application/merge-patch+json")
     return _user(users.patch(user_id, members, condition))
 
 
-def delete_user(user_id: str) -> Answer:
+def delete_user(user_id: str) -> Reply:
     users.delete(_existing(user_id), _condition())
-    return Answer(b"", [], "204 No Content")
+    return Reply(b"", [], "204 No Content")
 
 
-def _page(name: str) -> Answer:
+def _page(name: str) -> Reply:
     page: browser.BrowserPage = request.app.pages[name]
     headers = [
         BY_ACCEPT,
@@ -238,18 +239,18 @@ def _page(name: str) -> Answer:
         ("Content-Security-Policy", page.policy),
         ("Referrer-Policy", "no-referrer"),
     ]
-    return Answer(page.html, headers)
+    return Reply(page.html, headers)
 
 
-def _json(document: str, *headers: Header, status: str = "200 OK") -> Answer:
-    return Answer((document + "\n").encode(), [*headers, ("Content-Type", JSON)], status)
+def _json(document: str, *headers: Header, status: str = "200 OK") -> Reply:
+    return Reply((document + "\n").encode(), [*headers, ("Content-Type", JSON)], status)
 
 
-def _user(user: Found) -> Answer:
+def _user(user: Found) -> Reply:
     return _json(user.json, _tag(user))
 
 
-def _created(user_id: str, user: Found) -> Answer:
+def _created(user_id: str, user: Found) -> Reply:
     return _json(user.json, ("Location", f"/users/{user_id}"), _tag(user), status="201 Created")
 
 
@@ -355,7 +356,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         self.install(bottle.JSONPlugin(json_dumps=lambda value: json.dumps(value) + "\n"))
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Answer a request (PEP 3333). This is the one place that turns exceptions into answers."""
+        """Reply a request (PEP 3333). This is the one place that turns exceptions into answers."""
         given = environ.get("gatehouse.request_id")
         request_id = given or usable_id([environ.get("HTTP_X_REQUEST_ID", "")])
 
@@ -379,10 +380,10 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         return pieces
 
     def _answer(self, environ: dict[str, Any]) -> tuple[Any, list[Header], str]:
-        """What Bottle's `wsgi` does, but for an Answer that is whole: nothing about it is left to
-        be found out."""
+        """The pieces, header lines and status of an answer, as Bottle's `wsgi` finds them. Of a
+        Reply nothing has to be found out."""
         answer = self._handle(environ)
-        if not isinstance(answer, Answer):
+        if not isinstance(answer, Reply):
             pieces = self._cast(answer)
             return pieces, response.headerlist, response.status_line
         body, headers, status = answer
@@ -470,7 +471,7 @@ class Gatehouse:
         self.caller = self.rules.caller
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Answer a request that is not proxied."""
+        """Reply a request that is not proxied."""
         body: Iterable[bytes] = self.owned(environ, start_response)
         return body
 

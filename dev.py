@@ -44,7 +44,7 @@ from settings import (
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / ".data"
-# The system's user as whom PostgreSQL runs if we are root; the wheel calls it so too.
+# The system's user as whom PostgreSQL runs if we are root; the wheel has the same name for it.
 USER = "pgserver"
 INITDB = ("--auth=trust", "--encoding=UTF8")
 
@@ -220,8 +220,8 @@ class Session:
                 " is not installed: `make run` installs it"
             ) from None
         programs = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION].resolve()
-        root = os.geteuid() == 0
-        if root and DATA.is_dir() and DATA.stat().st_uid:
+        as_root = os.geteuid() == 0
+        if as_root and DATA.is_dir() and DATA.stat().st_uid:
             raise Failed(f"{DATA} belongs to {owner(DATA)}: run `make run` as that user")
         lock = self.cleanup.enter_context(locked(DATA))
         try:
@@ -232,7 +232,7 @@ class Session:
         stop_left_over(data)
         options: dict[str, Any] = {}
         try:
-            if root:  # PostgreSQL refuses to run as root.
+            if as_root:  # PostgreSQL refuses to run as root.
                 ensure_user_exists(USER)
                 let_in(programs.parent)
                 options = {"user": USER, "group": USER, "extra_groups": []}
@@ -242,7 +242,7 @@ class Session:
                 half = DATA / "initdb"
                 shutil.rmtree(half, ignore_errors=True)
                 half.mkdir()
-                if root:
+                if as_root:
                     shutil.chown(half, USER, USER)
                 command = [programs / "initdb", "-D", half, "-U", "postgres", *INITDB]
                 subprocess.run(command, check=True, capture_output=True, text=True, **options)
@@ -251,12 +251,12 @@ class Session:
             if self.stopping.is_set():
                 raise Stopped from None
             why = getattr(error, "stderr", None) or error
-            raise Failed(f"PostgreSQL's data in {data} cannot be made: {why}") from None
+            raise Failed(f"PostgreSQL's data in {data} cannot be used: {why}") from None
         # Not in .data/, because the path of a socket may have only about 100 bytes.
         sockets = tempfile.mkdtemp(prefix="gatehouse-")
         self.cleanup.callback(shutil.rmtree, sockets, ignore_errors=True)
         log = self.cleanup.enter_context((DATA / "postgres.log").open("ab"))
-        if root:
+        if as_root:
             shutil.chown(sockets, USER, USER)
         self.postgres = self.start(
             "PostgreSQL (see .data/postgres.log)",

@@ -52,7 +52,7 @@ TYPES: Final = tuple(
         if isinstance(kind, type) and issubclass(kind, problems.Problem)
     )
 )
-# Behind those, one counter for each type of problem, and then those of requests.
+# Behind the counters above, one counter for each type of problem, and then those of requests.
 PROBLEMS: Final = next(_counters)
 REQUESTS: Final = PROBLEMS + len(TYPES)
 HEADS: Final = REQUESTS + len(OWNERS) * len(METHOD_LABELS) * len(CLASSES)

@@ -400,7 +400,9 @@ def _upstream_url(text: str) -> str:
 def _tokens(text: str) -> tuple[str, ...]:
     tokens = tuple(token.strip() for token in text.split(",")) if text else ()
     if any("\n" in token for token in tokens):  # a file with a token in each line
-        raise ValueError("has more than one line: write all tokens in one, separated by commas")
+        raise ValueError(
+            "has more than one line: write them in one, separated by commas"
+        )
     if any(not TOKEN.fullmatch(token) for token in tokens):
         raise ValueError(
             "must be bearer tokens separated by commas: letters, digits and -._~+/ (RFC 6750)"

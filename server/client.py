@@ -558,8 +558,8 @@ class Client(Stream):
             self.hang_up()
 
     def leaving(self) -> None:
-        # In a tunnel the end is passed on after the bytes before it have been read. So are the
-        # requests that came before it: those that are refused at once are all answered.
+        # In a tunnel the end is passed on only after the bytes before it. Requests that came before
+        # the end are read before it counts, so that all that are refused at once are answered.
         if not (self._tunnel or self.phase is Phase.READING):
             self.ended()
 
@@ -638,7 +638,8 @@ class Client(Stream):
         """How early this connection makes room for another, and since when that is so. First are
         idle connections (0), then those whose last answer has been sent (1), then those whose head
         is arriving, and new ones that have sent nothing (2), then those that have stopped in the
-        middle of a body (3). None if the client waits for an answer, or takes one."""
+        middle of a body (3). None if the client has just sent a piece of its body, waits for an
+        answer, or takes one."""
         if self.phase is Phase.LINGERING:
             return 1, self._linger_until - LINGER_SECONDS
         if self.phase is not Phase.READING:

@@ -59,7 +59,7 @@ class Timer:
 
     def __init__(self, loop: Loop, action: Callable[[], None] | None = None) -> None:
         self._loop = loop
-        self.queued = NEVER  # the time of its entry in the loop's heap; an earlier one is of no use
+        self.queued = NEVER  # the time of its one valid entry in the loop's heap
         self.when = NEVER
         self.action = action
         self.dropped = False
@@ -69,7 +69,7 @@ class Timer:
         self.when = when
         if when < self.queued:
             if self.queued < NEVER:
-                self._loop.entry_dropped()
+                self._loop.entry_outdated()
             self.queued = when
             self._loop.queue_timer(when, self)
 
@@ -81,7 +81,7 @@ class Timer:
         """The timer is not used any more: it keeps nothing alive, and leaves the heap in time."""
         self.when, self.action, self.dropped = NEVER, None, True
         if self.queued < NEVER:
-            self._loop.entry_dropped()
+            self._loop.entry_outdated()
 
     def due(self, queued: float, now: float) -> None:
         """An entry of this timer has come up in the loop's heap: that of the time `queued`."""
@@ -110,7 +110,7 @@ class Loop:
         self._watched: dict[int, Watched] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sequence = 0
-        self._dropped = 0  # entries of the heap that were dropped since it was last swept
+        self._outdated = 0  # entries of the heap that became outdated since it was last swept
         self._calls: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
         self._soon: list[Callable[[], None]] = []
         self._closing: list[Any] = []
@@ -159,18 +159,18 @@ class Loop:
         self._sequence += 1
         heapq.heappush(self._timers, (when, self._sequence, timer))
 
-    def entry_dropped(self) -> None:
+    def entry_outdated(self) -> None:
         """An entry of the heap is of no use any more. It would stay until its time comes, which may
         be minutes, and connections come and go by the thousand. So sweep the heap now and then."""
-        self._dropped += 1
-        if self._dropped > 1000 and self._dropped * 2 > len(self._timers):
+        self._outdated += 1
+        if self._outdated > 1000 and self._outdated * 2 > len(self._timers):
             self._timers = [
                 entry
                 for entry in self._timers
                 if entry[0] == entry[2].queued and not entry[2].dropped
             ]
             heapq.heapify(self._timers)
-            self._dropped = 0
+            self._outdated = 0
 
     # Calls.
 

@@ -142,7 +142,7 @@ class Server:
         self._spare_until = 0.0  # until when what was found is used
         self.upstream = Upstream(
             self.loop,
-            Lane(self.loop, "upstream", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
+            Lane(self.loop, "connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
             UpstreamConnector(options.upstream_url, options.ca_bundle),
             limit=min(options.limit or most, most),
             connect_timeout=options.connect_timeout,
@@ -160,7 +160,7 @@ class Server:
         stream = getattr(next(iter(logging.root.handlers), None), "stream", None)
         outputs = {"access log": self._log, "log": stream}
         self._outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
-        # By output: how many lines have been dropped of which the log does not tell yet.
+        # By output: how many dropped lines the log has not told of yet.
         self._untold = dict.fromkeys(self._outputs, 0)
         self._lines: list[str] = []
         self._again = Timer(self.loop, self._accept)
@@ -410,7 +410,7 @@ class Server:
             log.warning("%d lines of the %s were dropped, for nobody took them", number, name)
             teller = self._outputs.get("log")
             lost = teller.dropped() if teller is not None else 0
-            if lost:  # This very line is among them: it is no loss of its own, and is said again.
+            if lost:  # The warning itself was dropped. It is written again at the next look.
                 self._count_dropped("log", lost - 1)
                 return
             self._untold[name] = 0

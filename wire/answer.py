@@ -69,12 +69,12 @@ class Answer:
         first, *raw = head.split(b"\r\n")
         try:
             version, self.status, self.reason = status_of(first)
-            self.lines = read_lines(raw)
+            self.lines = limited_lines(raw)
         except UpstreamBroken:
             head, spaced = mended(head)
             first, *raw = head.split(b"\n")
             version, self.status, self.reason = status_of(first)
-            self.lines = read_lines(raw)
+            self.lines = limited_lines(raw)
         told: dict[str, list[str]] = {}
         for key, value, _ in self.lines:
             if key in TOLD:
@@ -173,8 +173,8 @@ def line_of(raw: bytes) -> Line:
 lines_of = remembering(line_of)
 
 
-def read_lines(raw: list[bytes]) -> list[Line]:
-    """The header lines. Raises UpstreamBroken."""
+def limited_lines(raw: list[bytes]) -> list[Line]:
+    """The header lines, of which there may be MAX_HEADER_LINES. Raises UpstreamBroken."""
     if len(raw) > MAX_HEADER_LINES:
         raise UpstreamBroken("The head of the upstream's answer has too many lines.")
     return lines_of(raw)

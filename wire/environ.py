@@ -16,7 +16,7 @@ FIXED: Final[dict[str, Any]] = {
     "wsgi.version": (1, 0),
     "wsgi.url_scheme": "http",
     "wsgi.multithread": True,
-    "wsgi.multiprocess": False,
+    "wsgi.multiprocess": True,  # There may be several workers.
     "wsgi.run_once": False,
     "wsgi.input_terminated": True,  # The body ends where `wsgi.input` does.
 }
@@ -25,8 +25,8 @@ BARE: Final = frozenset({"content-length", "content-type"})
 
 
 def environ_of(head: Head, peer: str, body: Any) -> dict[str, Any]:
-    """The environ of a request with this head, from the address `peer`, whose `body` is a binary
-    stream."""
+    """The environ of a request: its `head`, the address of its client (`peer`), and its `body`, a
+    binary stream."""
     environ = FIXED.copy()
     environ["REMOTE_ADDR"] = peer
     environ["REQUEST_METHOD"] = head.method

@@ -30,7 +30,7 @@ class Clock:
         self._sequence += 1
         heapq.heappush(self._timers, (when, self._sequence, timer))
 
-    def entry_dropped(self) -> None:
+    def entry_outdated(self) -> None:
         pass
 
     def soon(self, function: Any) -> None:
