@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -81,6 +81,8 @@ OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
 # What a WSGI environ calls the headers that decide who may use /users.
 KEYS = {name: f"HTTP_{name.upper().replace('-', '_')}" for name in HEADERS}
+BODILESS = {"204", "304"}  # RFC 9110 section 6.4.1
+HEADER_VALUES = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
 UNROUTABLE = re.compile(r"[^!-~]")
 ROUTED_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -121,14 +123,14 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
 class Reply(NamedTuple):
     """What a handler answers: a body with its header lines, and a status. If the body is an
     iterator, the answer begins with its first piece. To make that piece may still raise a Problem,
-    which is then the answer.
+    which is then the answer. Header lines that are set on Bottle's `response` are added.
 
     A handler may return whatever Bottle knows, too. But to put an answer together in Bottle's
     `response` costs more: docs/decisions/0001-waitress-parts.md says how much.
     """
 
     body: bytes | Iterator[bytes]
-    headers: list[Header]
+    headers: Sequence[Header]
     status: str = "200 OK"
 
 
@@ -373,7 +375,7 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             status, headers, body = refusal(problem, request_id)
             pieces = [body]
         start_response(status, headers + own_headers(request_id))
-        if environ["REQUEST_METHOD"] == "HEAD" or status.startswith(("204", "304")):
+        if environ["REQUEST_METHOD"] == "HEAD" or status[:3] in BODILESS:
             if hasattr(pieces, "close"):
                 pieces.close()
             return []
@@ -386,12 +388,19 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         if not isinstance(answer, Reply):
             pieces = self._cast(answer)
             return pieces, response.headerlist, response.status_line
-        body, headers, status = answer
-        if not isinstance(body, bytes):
-            return self._cast(body), headers, status
-        if body:
-            headers.append(("Content-Length", str(len(body))))
-        return [body], headers, status
+        body, given, status = answer
+        headers = [*given]
+        # Hooks and plugins may have set some. (`response.headers` is a new object at each use.)
+        if response._headers or response._cookies:
+            names = {name.lower() for name, _ in given} | {"content-type"}
+            headers += [one for one in response.headerlist if one[0].lower() not in names]
+        values = "".join([value for _, value in headers])
+        if not (values.isascii() and values.isprintable()) and not HEADER_VALUES.fullmatch(values):
+            raise ValueError("a header of the answer has a character that no header may have")
+        pieces = [body] if isinstance(body, bytes) else self._cast(body) or [b""]
+        if isinstance(pieces, list) and status[:3] not in BODILESS:
+            headers.append(("Content-Length", str(len(pieces[0]))))
+        return pieces, headers, status
 
     def _guard(self, environ: dict[str, Any]) -> None:
         path = environ.get("PATH_INFO", "")

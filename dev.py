@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
+import pwd
 import secrets
 import shutil
 import signal
@@ -235,7 +236,8 @@ class Session:
             if as_root:  # PostgreSQL refuses to run as root.
                 ensure_user_exists(USER)
                 let_in(programs.parent)
-                options = {"user": USER, "group": USER, "extra_groups": []}
+                group = pwd.getpwnam(USER).pw_gid
+                options = {"user": USER, "group": group, "extra_groups": []}
                 DATA.chmod(0o755)
             if not data.exists():
                 # It is made under another name, because an initdb that is killed leaves half of it.
@@ -243,9 +245,11 @@ class Session:
                 shutil.rmtree(half, ignore_errors=True)
                 half.mkdir()
                 if as_root:
-                    shutil.chown(half, USER, USER)
+                    shutil.chown(half, USER, group)
                 command = [programs / "initdb", "-D", half, "-U", "postgres", *INITDB]
-                subprocess.run(command, check=True, capture_output=True, text=True, **options)
+                subprocess.run(
+                    command, cwd=ROOT, check=True, capture_output=True, text=True, **options
+                )
                 half.rename(data)
         except (subprocess.CalledProcessError, OSError) as error:
             if self.stopping.is_set():
@@ -257,7 +261,7 @@ class Session:
         self.cleanup.callback(shutil.rmtree, sockets, ignore_errors=True)
         log = self.cleanup.enter_context((DATA / "postgres.log").open("ab"))
         if as_root:
-            shutil.chown(sockets, USER, USER)
+            shutil.chown(sockets, USER, group)
         self.postgres = self.start(
             "PostgreSQL (see .data/postgres.log)",
             [programs / "postgres", "-D", data, "-k", sockets, "-c", "listen_addresses="],

@@ -363,7 +363,7 @@ def postgres_uri(text: str) -> str:
     # name. It ends the hosts at / or ?, after which an @ is an ordinary mark.
     if re.match(r"[^/@]*@[^/?]*@", rest):
         raise ValueError(
-            "has more than one @ before the database: in a name or password write %40 for @,"
+            "has more than one @ before the database: in a name, password or host write %40 for @,"
             " %2F for / and %25 for %"
         )
     return f"postgresql://{rest}"
@@ -400,9 +400,7 @@ def _upstream_url(text: str) -> str:
 def _tokens(text: str) -> tuple[str, ...]:
     tokens = tuple(token.strip() for token in text.split(",")) if text else ()
     if any("\n" in token for token in tokens):  # a file with a token in each line
-        raise ValueError(
-            "has more than one line: write them in one, separated by commas"
-        )
+        raise ValueError("has more than one line: write them in one, separated by commas")
     if any(not TOKEN.fullmatch(token) for token in tokens):
         raise ValueError(
             "must be bearer tokens separated by commas: letters, digits and -._~+/ (RFC 6750)"

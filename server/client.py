@@ -305,6 +305,7 @@ class Client(Stream):
         """Send the 100 that a client may wait for before it sends a body."""
         if self.head is not None and self.head.expects:
             self.head.expects = False
+            self._began = self.loop.now  # Until now it had nothing to send.
             self.interim("100 Continue", b"")
 
     def interim(self, status: str, lines: bytes) -> None:
@@ -643,9 +644,11 @@ class Client(Stream):
         if self.phase is Phase.LINGERING:
             return 1, self._linger_until - LINGER_SECONDS
         if self.phase is not Phase.READING:
-            responder = self.responder
-            sends = responder is not None and responder.hurries_client and not self.status
-            still = sends and not self.paused and self._began + STILL_SECONDS < self.loop.now
+            head, responder = self.head, self.responder
+            if head is None or responder is None or not responder.hurries_client:
+                return None
+            waits = head.expects or self.paused or self.status
+            still = not waits and self._began + STILL_SECONDS < self.loop.now
             return (3, self._began) if still else None
         if self._began:
             return 2, self._began

@@ -553,6 +553,20 @@ def test_a_client_that_stops_in_the_middle_of_a_body_makes_room_last(
     assert client.spare is None, "it waits for its answer"
 
 
+def test_a_client_that_waits_to_be_asked_for_its_body_makes_no_room(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    client, _ = let_in()
+    expects = (b"Content-Length: 3", b"Expect: 100-continue")
+    client.received(request(b"POST / HTTP/1.1", *expects))
+    desk.pass_time(STILL_SECONDS + 0.1)
+    assert client.spare is None
+    client.ask_for_body()
+    assert client.spare is None
+    desk.pass_time(STILL_SECONDS + 0.1)
+    assert client.spare is not None
+
+
 def test_a_client_that_leaves_while_its_requests_wait_their_turn_is_gone(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from webtest import TestApp, TestRequest, TestResponse
 
-from app import create_app
+from app import Reply, create_app
 from models import database as users_database
 from settings import Settings
 from tests.harness import DEAD_DATABASE, new_email
@@ -317,9 +317,44 @@ def test_another_plugin_and_bottles_own_means_work() -> None:
         return wrapped
 
     application.install(plugin)
+
+    def tell(name: str, value: str) -> None:
+        bottle.response.set_header(name, value)
+
+    application.add_hook("before_request", lambda: bottle.response.set_cookie("seen", "1"))
+    application.add_hook("after_request", lambda: tell("Access-Control-Allow-Origin", "x"))
     test = TestApp(application)
-    assert test.get("/health/more").body == b'{"more": 1}\n'
+    more = test.get("/health/more")
+    assert more.body == b'{"more": 1}\n'
     assert seen == ["/health/more"]
+    for reply in (more, test.get("/health"), test.get("/users", headers={"Accept": "text/html"})):
+        assert reply.headers["Access-Control-Allow-Origin"] == "x"
+        assert reply.headers["Set-Cookie"] == "seen=1"
+        assert len(reply.headers.getall("Content-Type")) == 1
     problem(test.get("/health/none", status=404), "not-found")
     problem(test.get("/health/odd", status=500), "internal-error")
     problem(test.get("/health/wrong", status=500), "internal-error")
+
+
+def test_a_reply_is_sent_as_it_is_however_often() -> None:
+    application = made(DEAD_DATABASE).app
+    plain = [("Content-Type", "text/plain")]
+    replies = {
+        "/health/same": Reply(b"same", plain),
+        "/health/empty": Reply(b"", plain, "202 Accepted"),
+        "/health/none": Reply(b"", (), "204 No Content"),
+        "/health/nothing": Reply(iter(()), plain),
+        "/health/split": Reply(b"x", [("X-A", "a\r\nb")]),
+        "/health/wide": Reply(b"x", [("X-A", "\u017e")]),
+    }
+    for path, reply in replies.items():
+        application.route(path, "GET", lambda reply=reply: reply)
+    test = TestApp(application)
+    for _ in range(2):
+        assert test.get("/health/same").headers.getall("Content-Length") == ["4"]
+        assert test.head("/health/same").headers["Content-Length"] == "4"
+        assert test.get("/health/empty", status=202).headers["Content-Length"] == "0"
+        assert "Content-Length" not in test.get("/health/none", status=204).headers
+        assert test.get("/health/nothing").headers["Content-Length"] == "0"
+        problem(test.get("/health/split", status=500), "internal-error")
+        problem(test.get("/health/wide", status=500), "internal-error")
