@@ -358,10 +358,9 @@ class Application(bottle.Bottle):  # type: ignore[misc]
         self.install(bottle.JSONPlugin(json_dumps=lambda value: json.dumps(value) + "\n"))
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Reply a request (PEP 3333). This is the one place that turns exceptions into answers."""
+        """Answer a request (PEP 3333). This is the one place that turns exceptions into answers."""
         given = environ.get("gatehouse.request_id")
         request_id = given or usable_id([environ.get("HTTP_X_REQUEST_ID", "")])
-
         try:
             self._guard(environ)
             pieces, headers, status = self._answer(environ)
