@@ -479,7 +479,7 @@ class Gatehouse:
         self.caller = self.rules.caller
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Reply a request that is not proxied."""
+        """Answer a request that is not proxied."""
         body: Iterable[bytes] = self.owned(environ, start_response)
         return body
 
