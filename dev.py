@@ -327,7 +327,8 @@ def stop_left_over(data: Path) -> None:
 
     def ours() -> bool:
         try:
-            return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == data
+            running = process.status() != psutil.STATUS_ZOMBIE
+            return running and Path(process.cwd()) == data.resolve()  # .data may be a link.
         except psutil.Error:
             return False
 

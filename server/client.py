@@ -647,7 +647,8 @@ class Client(Stream):
             head, responder = self.head, self.responder
             if head is None or responder is None or not responder.hurries_client:
                 return None
-            waits = head.expects or self.paused or self.status
+            takes = self.status and (self.queued or not self._complete)
+            waits = head.expects or self.paused or takes
             still = not waits and self._began + STILL_SECONDS < self.loop.now
             return (3, self._began) if still else None
         if self._began:

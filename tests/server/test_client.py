@@ -553,6 +553,21 @@ def test_a_client_that_stops_in_the_middle_of_a_body_makes_room_last(
     assert client.spare is None, "it waits for its answer"
 
 
+def test_a_client_that_has_its_answer_and_stops_in_its_body_makes_room(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    client, _ = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 3", body=b"x"))
+    client.begin("200 OK", b"Content-Length: 2\r\n", length=2, dated=True)
+    desk.pass_time(STILL_SECONDS + 0.1)
+    assert client.spare is None, "it takes an answer"
+    client.write(b"ok")
+    client.finish(more=True)
+    assert client.spare is None
+    desk.pass_time(STILL_SECONDS + 0.1)
+    assert client.spare is not None
+
+
 def test_a_client_that_waits_to_be_asked_for_its_body_makes_no_room(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:
