@@ -55,14 +55,13 @@ class Timer:
     `when` is the time at which `action` is called, in seconds on the monotonic clock, or NEVER.
     """
 
-    __slots__ = ("_loop", "action", "dropped", "queued", "when")
+    __slots__ = ("_loop", "action", "queued", "when")
 
     def __init__(self, loop: Loop, action: Callable[[], None] | None = None) -> None:
         self._loop = loop
         self.queued = NEVER  # the time of its one valid entry in the loop's heap
         self.when = NEVER
         self.action = action
-        self.dropped = False
 
     def set(self, when: float) -> None:
         """Move the deadline."""
@@ -79,8 +78,9 @@ class Timer:
 
     def drop(self) -> None:
         """The timer is not used any more: it keeps nothing alive, and leaves the heap in time."""
-        self.when, self.action, self.dropped = NEVER, None, True
+        self.when, self.action = NEVER, None
         if self.queued < NEVER:
+            self.queued = NEVER
             self._loop.entry_outdated()
 
     def due(self, queued: float, now: float) -> None:
@@ -164,11 +164,7 @@ class Loop:
         be minutes, and connections come and go by the thousand. So sweep the heap now and then."""
         self._outdated += 1
         if self._outdated > 1000 and self._outdated * 2 > len(self._timers):
-            self._timers = [
-                entry
-                for entry in self._timers
-                if entry[0] == entry[2].queued and not entry[2].dropped
-            ]
+            self._timers = [entry for entry in self._timers if entry[0] == entry[2].queued]
             heapq.heapify(self._timers)
             self._outdated = 0
 
