@@ -8,58 +8,46 @@ the rules by which all other requests are forwarded. `main` is the command line.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlencode, urlsplit
 
-import bottle
-from bottle import request, response
+from bottle import request
 
 import commands
+from application import BULK_TYPES, HTML, JSON, LIST_TYPES, OWNED, Application, Reply, users_lane
 from metrics import STOPPING, Board
 from models import database
 from postgres import schema
 from postgres.table import Found
 from problems import (
-    BadRequest,
     DatabaseUnavailable,
-    InvalidQuery,
-    MethodNotAllowed,
     NoSuchUser,
-    NotFound,
-    Problem,
     SchemaNotMigrated,
-    UnsupportedMediaType,
 )
 from server import workers
 from server.exchange import Patience
 from server.server import Options, Server
 from server.systemd import Notifier
-from services import browser, search, transfer, users
-from services.access import HEADERS, Access
+from services import browser, query, search, transfer, users
 from services.fields import valid_id
 from services.health import Health
 from services.proxy import Proxy
 from settings import Settings
 from wire.body import MAX_BYTES, json_members
 from wire.headers import Header
-from wire.ids import request_id as usable_id
 from wire.media_types import media_type, preferred
-from wire.refusal import own_headers, refusal
 from wire.request import Head
 from wire.rows import CSV, NDJSON, Lines
 from wire.tags import ANY, tags
 
 VERSION = "2.0.0"
-
-log = logging.getLogger("gatehouse")
 
 # Threads that answer /health; each may have to wait for the one measurement that is shared.
 HEALTH_THREADS = 64
@@ -70,21 +58,9 @@ LIVE_THREADS = 64
 BULK_THREADS = 8
 # How many seconds an import or export may wait for one of these.
 BULK_SECONDS = 10.0
-JSON = "application/json"
 # The header line of an answer whose media type depends on the request's Accept.
 BY_ACCEPT = ("Vary", "Accept")
-# Media types of many users at once, for which the server has threads of their own.
-BULK_TYPES = (CSV, NDJSON)
-HTML = "text/html"
-LIST_TYPES = (JSON, *BULK_TYPES, HTML)
-OWNED = re.compile(r"/(users|health)(?:/.*)?", re.DOTALL)
 LIVE = re.compile(r"/health/live/?")
-# What a WSGI environ calls the headers that decide who may use /users.
-KEYS = {name: f"HTTP_{name.upper().replace('-', '_')}" for name in HEADERS}
-BODILESS = {"204", "304"}  # RFC 9110 section 6.4.1
-HEADER_VALUES = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
-UNROUTABLE = re.compile(r"[^!-~]")
-ROUTED_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 def create_app(settings: Settings, board: Board | None = None) -> Application:
@@ -118,20 +94,6 @@ def create_app(settings: Settings, board: Board | None = None) -> Application:
     app.route("/users/<user_id>", "PATCH", patch_user)
     app.route("/users/<user_id>", "DELETE", delete_user)
     return app
-
-
-class Reply(NamedTuple):
-    """What a handler answers: a body with its header lines, and a status. If the body is an
-    iterator, the answer begins with its first piece. To make that piece may still raise a Problem,
-    which is then the answer. Header lines that are set on Bottle's `response` are added.
-
-    A handler may return whatever Bottle knows, too. But to put an answer together in Bottle's
-    `response` costs more: docs/decisions/0001-waitress-parts.md says how much.
-    """
-
-    body: bytes | Iterator[bytes]
-    headers: Sequence[Header]
-    status: str = "200 OK"
 
 
 # /health
@@ -183,7 +145,7 @@ def list_users() -> Reply:
     kind = preferred(request.environ.get("HTTP_ACCEPT"), *LIST_TYPES)
     if kind == HTML:
         return _page("users")
-    asked = _page_query(request.query_string, kind)
+    asked = query.read(request.query_string, export=kind in BULK_TYPES)
     if kind in BULK_TYPES:
         exported = transfer.exported(kind, asked.after, asked.search)
         charset = "; charset=utf-8" if kind == CSV else ""
@@ -272,192 +234,6 @@ def _condition() -> users.Condition:
         tags("If-Match", request.environ.get("HTTP_IF_MATCH")),
         tags("If-None-Match", request.environ.get("HTTP_IF_NONE_MATCH")),
     )
-
-
-class PageQuery(NamedTuple):
-    """Which page of users is asked for. `given` are the parameters that the link to the next page
-    repeats."""
-
-    limit: int
-    after: str | None
-    search: search.Search
-    total: bool
-    given: dict[str, str]
-
-
-def _page_query(query: str, kind: str) -> PageQuery:
-    """Reads the query of GET /users, whose answer has the media type `kind`. Raises InvalidQuery,
-    which names every bad parameter, up to 20 of them."""
-    given: dict[str, str] = {}
-    errors: list[tuple[str, str]] = []
-    # Octets that should have been percent-encoded are read as if they were.
-    query = query.encode("latin-1").decode("utf-8", errors="replace")
-    for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
-        check = PARAMETERS.get(name)
-        try:
-            if name in given:
-                raise ValueError("is given more than once")
-            given[name] = value
-            if check is None or (kind in BULK_TYPES and name in PAGE_PARAMETERS):
-                raise ValueError("is not a parameter of this call")
-            check(value)
-        except ValueError as error:
-            errors.append((name[:100], str(error)))
-    if errors:
-        raise InvalidQuery(errors=errors)
-    after = given.pop("after", None)
-    return PageQuery(
-        limit=int(given.pop("limit", search.DEFAULT_PAGE)),
-        after=after and valid_id(after),
-        search=search.Search(given.get("email"), given.get("q")),
-        total=given.get("count") == "true",
-        given=given,
-    )
-
-
-def _limit(value: str) -> None:
-    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= search.MAX_PAGE:
-        raise ValueError(f"must be a whole number from 1 to {search.MAX_PAGE}")
-
-
-def _switch(value: str) -> None:
-    if value not in ("true", "false"):
-        raise ValueError("must be true or false")
-
-
-# Parameters of a page, which an export does not have.
-PAGE_PARAMETERS = {"limit", "count"}
-# The parameters of GET /users, each with its check, which raises ValueError for a wrong value.
-PARAMETERS: dict[str, Callable[[str], object]] = {
-    "limit": _limit,
-    "after": valid_id,
-    "email": str,
-    "q": str,
-    "count": _switch,
-}
-
-
-class Application(bottle.Bottle):  # type: ignore[misc]
-    """A Bottle application with one place for all errors. `_guard` runs before Bottle, and decides
-    what Bottle would guess at: see the comments there.
-
-    A server may put into the environ `gatehouse.request_id`; `gatehouse.arrived`, when the request
-    was complete, in seconds on the monotonic clock; and `gatehouse.lane`, if it has asked
-    `Gatehouse.admit`, so that access is not checked again. A ConnectionError that `wsgi.input`
-    raises says that the client has left; it is not answered.
-    """
-
-    def __init__(self, settings: Settings, health: Health) -> None:
-        super().__init__()
-        self.health = health
-        self.pages = {name: browser.load(name) for name in ("users", "health")}
-        self.access = Access(settings.users_token, everyone=settings.users_auth == "none")
-        self.patience = settings.db_pool_timeout
-        self.config["catchall"] = False  # Exceptions come to __call__.
-        self.uninstall(True)
-        self.install(bottle.JSONPlugin(json_dumps=lambda value: json.dumps(value) + "\n"))
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Answer a request (PEP 3333). This is the one place that turns exceptions into answers."""
-        given = environ.get("gatehouse.request_id")
-        request_id = given or usable_id([environ.get("HTTP_X_REQUEST_ID", "")])
-        try:
-            self._guard(environ)
-            pieces, headers, status = self._answer(environ)
-        except ConnectionError:
-            raise
-        except Exception as error:
-            problem = error if isinstance(error, Problem) else Problem()
-            if problem is not error:
-                log.exception("%s request_id=%s", environ["REQUEST_METHOD"], request_id)
-            self.health.board.problem(problem.name)
-            status, headers, body = refusal(problem, request_id)
-            pieces = [body]
-        start_response(status, headers + own_headers(request_id))
-        if environ["REQUEST_METHOD"] == "HEAD" or status[:3] in BODILESS:
-            if hasattr(pieces, "close"):
-                pieces.close()
-            return []
-        return pieces
-
-    def _answer(self, environ: dict[str, Any]) -> tuple[Any, list[Header], str]:
-        """The pieces, header lines and status of an answer, as Bottle's `wsgi` finds them. Of a
-        Reply nothing has to be found out."""
-        answer = self._handle(environ)
-        if not isinstance(answer, Reply):
-            pieces = self._cast(answer)
-            return pieces, response.headerlist, response.status_line
-        body, given, status = answer
-        headers = [*given]
-        # Hooks and plugins may have set some. (`response.headers` is a new object at each use.)
-        if response._headers or response._cookies:
-            names = {name.lower() for name, _ in given} | {"content-type"}
-            headers += [one for one in response.headerlist if one[0].lower() not in names]
-        values = "".join([value for _, value in headers])
-        if not (values.isascii() and values.isprintable()) and not HEADER_VALUES.fullmatch(values):
-            raise ValueError("a header of the answer has a character that no header may have")
-        pieces = [body] if isinstance(body, bytes) else self._cast(body) or [b""]
-        if isinstance(pieces, list) and status[:3] not in BODILESS:
-            headers.append(("Content-Length", str(len(pieces[0]))))
-        return pieces, headers, status
-
-    def _guard(self, environ: dict[str, Any]) -> None:
-        path = environ.get("PATH_INFO", "")
-        owner = OWNED.fullmatch(path)
-        if owner is None:
-            raise NotFound("This path is not Gatehouse's; only its own server forwards requests.")
-        if owner[1] == "users":
-            lane = environ.get("gatehouse.lane")
-            if lane is None:
-                headers = (environ.get(name) for name in ("CONTENT_TYPE", "HTTP_ACCEPT"))
-                lane = users_lane(path, environ["REQUEST_METHOD"], *headers)
-                if lane != "live":
-                    given = {name: [environ[key]] for name, key in KEYS.items() if key in environ}
-                    peer = environ.get("REMOTE_ADDR", "")
-                    self.access.check(given, environ.get("HTTP_HOST", ""), peer)
-            if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
-                raise UnsupportedMediaType("Send the body as it is, without a Content-Encoding.")
-            waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
-            if waited > self.patience and lane == "users":
-                raise DatabaseUnavailable("Too many requests wait for the database.")
-        # Bottle drops octets of a path that are not UTF-8 (bottle.py:981: `/us%FFers` would be
-        # `/users`). Its expressions ignore a line feed at the end (:441). It takes a method in any
-        # case (:459), and gives the methods PROXY and ANY a meaning of its own. One trailing slash
-        # is ignored.
-        environ["PATH_INFO"] = UNROUTABLE.sub("?", path).removesuffix("/")
-        if environ["REQUEST_METHOD"] not in ROUTED_METHODS:
-            environ["REQUEST_METHOD"] = "OTHER"
-
-    def default_error_handler(self, error: Any) -> str:
-        """Turn Bottle's own refusals into problems. Bottle calls this while it makes the answer."""
-        match error.status_code:
-            case 400:
-                raise BadRequest(error.body)
-            case 404:
-                raise NotFound
-            case 405:
-                methods = {*error.get_header("Allow").split(","), "OPTIONS"}
-                allow = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-                if request.method == "OPTIONS":
-                    response.status = 204
-                    response.set_header("Allow", allow)
-                    return ""
-                raise MethodNotAllowed(headers=[("Allow", allow)])
-        raise RuntimeError(f"{error.status_line}: {error.body}") from error.exception
-
-
-def users_lane(path: str, method: str, content_type: str | None, accept: str | None) -> str:
-    """The lane of a request below /users: `live` for the browser's page, which holds nobody's data
-    and waits for nothing; `bulk` for an import or export; `users` for anything else."""
-    kind = ""
-    if path.removesuffix("/") == "/users":
-        if method == "POST":
-            kind = media_type(content_type or "")
-        elif method in ("GET", "HEAD"):
-            kind = preferred(accept, *LIST_TYPES)
-            if kind == HTML:
-                return "live"
-    return "bulk" if kind in BULK_TYPES else "users"
 
 
 class Gatehouse:

@@ -205,8 +205,9 @@ class Client(Stream):
             # could keep its answer, and the upstream, for ever with a byte a minute.
             self._took = min(self.loop.now, self._took + len(data) / MIN_BYTES_PER_SECOND)
             self._began = self.loop.now
+            waited = self.head is not None and self.head.expects
             data = responder.from_client(data)
-            if self.phase is Phase.ANSWERING and not responder.wants_body:
+            if self.phase is Phase.ANSWERING and (waited or not responder.wants_body):
                 self._timer.set(self._next_look())
         self._received += len(data)
         if not data or self._unread or self.phase is Phase.CLOSED:
@@ -306,6 +307,7 @@ class Client(Stream):
         if self.head is not None and self.head.expects:
             self.head.expects = False
             self._began = self.loop.now  # Until now it had nothing to send.
+            self._timer.set(min(self._timer.when, self._next_look()))
             self.interim("100 Continue", b"")
 
     def interim(self, status: str, lines: bytes) -> None:
@@ -592,9 +594,15 @@ class Client(Stream):
             if self._began:
                 until = self._began + HEAD_SECONDS + self._received / MIN_BYTES_PER_SECOND
             when = min(when, until)
-        elif self.responder is not None and self.responder.hurries_client and not self.paused:
+        elif self.responder is not None and self.responder.hurries_client and not self._waits:
             when = min(when, self._began + SENDER_SECONDS)
         return when
+
+    @property
+    def _waits(self) -> bool:
+        """Whether it is not the client's fault that nothing comes of its body: it is made to wait,
+        or waits to be asked."""
+        return self.paused or (self.head is not None and self.head.expects)
 
     def _look(self) -> None:
         """Close the connection of a client that has used up its time."""
@@ -648,8 +656,7 @@ class Client(Stream):
             if head is None or responder is None or not responder.hurries_client:
                 return None
             takes = self.status and (self.queued or not self._complete)
-            waits = head.expects or self.paused or takes
-            still = not waits and self._began + STILL_SECONDS < self.loop.now
+            still = not (self._waits or takes) and self._began + STILL_SECONDS < self.loop.now
             return (3, self._began) if still else None
         if self._began:
             return 2, self._began

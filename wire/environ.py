@@ -40,6 +40,8 @@ def environ_of(head: Head, peer: str, body: Any) -> dict[str, Any]:
         # A name with an underscore is dropped: its variable is that of the name with a hyphen.
         if "_" not in name:
             environ[variable(name)] = ("; " if name == "cookie" else ", ").join(values)
+    if head.length is not None:
+        environ["CONTENT_LENGTH"] = str(head.length)  # A client may write zeros before it.
     return environ
 
 

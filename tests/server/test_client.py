@@ -54,6 +54,8 @@ class Responder:
             self.data += data
             return b""
         assert self.body is not None
+        if data:
+            self.head.expects = False
         piece, rest = self.body.feed(data)
         self.data += piece
         return rest
@@ -580,6 +582,30 @@ def test_a_client_that_waits_to_be_asked_for_its_body_makes_no_room(
     assert client.spare is None
     desk.pass_time(STILL_SECONDS + 0.1)
     assert client.spare is not None
+
+
+def test_a_client_may_wait_to_be_asked_for_its_body_for_as_long_as_that_takes(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """It was cut after SENDER_SECONDS, while a refused upstream was still tried again."""
+    client, _ = let_in()
+    expects = (b"Content-Length: 3", b"Expect: 100-continue")
+    client.received(request(b"POST / HTTP/1.1", *expects))
+    desk.pass_time(2 * SENDER_SECONDS)
+    assert desk.gone == []
+    client.ask_for_body()
+    has_a_whole_time(desk, client)
+
+
+def test_a_client_that_does_not_wait_to_be_asked_has_its_clock_too(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    client, _ = let_in()
+    expects = (b"Content-Length: 3", b"Expect: 100-continue")
+    client.received(request(b"POST / HTTP/1.1", *expects))
+    desk.pass_time(2 * SENDER_SECONDS)
+    client.received(b"x")
+    has_a_whole_time(desk, client)
 
 
 def test_a_client_that_leaves_while_its_requests_wait_their_turn_is_gone(

@@ -390,6 +390,14 @@ def test_a_length_of_thousands_of_digits_is_refused(service: Service, kind: str)
     problem(service.exchange(request(b"POST /users HTTP/1.1", *fields)), 413, "body-too-large")
 
 
+def test_a_length_may_begin_with_zeros(service: Service) -> None:
+    """The application took more than 18 digits for no length; the server counts without zeros."""
+    body = json.dumps({"email": new_email(), "name": "Ann"}).encode()
+    length = b"Content-Length: " + str(len(body)).zfill(24).encode()
+    kind = b"Content-Type: application/json"
+    assert service.exchange(request(b"POST /users HTTP/1.1", kind, length, body=body)).status == 201
+
+
 @pytest.mark.parametrize("count", [0, 1, 500, 1000])
 def test_an_export_is_all_users(alone: Service, count: int) -> None:
     some_users(alone, count) if count else None
