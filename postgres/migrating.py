@@ -119,11 +119,11 @@ def losses(database: Migrating, directory: Path | str, undone: Sequence[str]) ->
         for table, parts in before.items():
             if table not in after:
                 count = _count(database, table, "true")
-                found += [f"{count} {table}"] if count else []
+                found += [_counted(count, table)] if count else []
                 continue
             for column in _columns(parts) - _columns(after[table]):
                 count = _count(database, table, _was_given(database, table, column))
-                found += [f"the {column} of {count} {table}"] if count else []
+                found += [f"the {column} of {_counted(count, table)}"] if count else []
     return found
 
 
@@ -153,6 +153,10 @@ def _count(database: Migrating, table: str, condition: str) -> int:
     condition = condition.replace("%", "%%")
     [count] = database.execute_sql(f"SELECT count(*) FROM {name} WHERE {condition}", ()).fetchone()
     return int(count)
+
+
+def _counted(count: int, table: str) -> str:
+    return f"{count} {table.removesuffix('s') if count == 1 else table}"
 
 
 def advice(error: BaseException) -> list[str]:

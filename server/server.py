@@ -200,7 +200,8 @@ class Server:
             if self.stopping and not self.closing:
                 self._drain()
         if under_way := sum(client.head is not None for client in self._clients):
-            log.warning("%d requests cut: SHUTDOWN_TIMEOUT is over", under_way)
+            requests = "request" if under_way == 1 else "requests"
+            log.warning("%d %s cut: SHUTDOWN_TIMEOUT is over", under_way, requests)
         for client in list(self._clients):
             self.loop.attempt(client.abandon)  # An answer that is cut here must not look whole.
         self.upstream.close()
@@ -407,7 +408,8 @@ class Server:
         for name, number in self._untold.items():
             if not number:
                 continue
-            log.warning("%d lines of the %s were dropped, for nobody took them", number, name)
+            were = "%d line of the %s was" if number == 1 else "%d lines of the %s were"
+            log.warning(were + " dropped, for nobody took them", number, name)
             teller = self._outputs.get("log")
             lost = teller.dropped() if teller is not None else 0
             if lost:  # The warning itself was dropped. It is written again at the next look.

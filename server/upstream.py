@@ -193,8 +193,9 @@ class Upstream:
             if self.loop.now - self._said >= SAY_SECONDS:
                 self._said = self.loop.now
                 log.warning(
-                    "%d requests are with the upstream, which is the limit: others are told 503",
+                    "%d %s with the upstream, which is the limit: others are told 503",
                     self.limit,
+                    "request is" if self.limit == 1 else "requests are",
                 )
             raise UpstreamBusy
         self.in_flight += 1

@@ -328,7 +328,7 @@ PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "no connection was free in time": busy_pool,
     "refused by the database: …, constraint …": forbidden_name,
     "the role may not do all of SELECT, INSERT, UPDATE and DELETE in users": role_without_permission,
-    "… requests are with the upstream, which is the limit: others are told 503": full_upstream,
+    "… with the upstream, which is the limit: others are told 503": full_upstream,
     "… cut: …": body_that_ends_too_soon,
     "worker … ended (…)": killed_worker,
     "… lines of the … were dropped, for nobody took them": slow_log_reader,

@@ -33,7 +33,7 @@ from tests.harness import (
 
 Run = Callable[..., tuple[subprocess.Popen[bytes], int]]
 # As docs/troubleshooting.md explains it.
-LINES_DROPPED = rb"(\d+) lines of the access log were dropped, for nobody took them"
+LINES_DROPPED = rb"(\d+) lines? of the access log (?:was|were) dropped, for nobody took them"
 
 
 @pytest.fixture

@@ -400,11 +400,11 @@ def test_a_rollback_that_would_delete_a_column_s_values_says_how_many_and_refuse
     assert pw_migrate("migrate", uri=uri).returncode == 0
     insert_users(uri, 5)
     execute(uri, "UPDATE users SET \"the plan\" = '{\"a\": 1}' WHERE email < '4'")
-    execute(uri, "INSERT INTO plans VALUES (1), (2)")
+    execute(uri, "INSERT INTO plans VALUES (1)")
     done = pw_migrate("rollback", uri=uri)
     assert done.returncode == 1
     assert f"rolling back {NEXT}_plan would delete " in done.stderr
-    assert "2 plans and the the plan of 3 users" in done.stderr
+    assert "1 plan and the the plan of 3 users" in done.stderr
     execute(uri, "UPDATE users SET \"the plan\" = '{}'; DELETE FROM plans")
     assert pw_migrate("rollback", uri=uri).returncode == 0
 
