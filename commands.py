@@ -183,6 +183,10 @@ def load_settings() -> Settings:
         raise SettingsError(problems)
     return settings
 
+    try:
+        schema.names(MIGRATIONS)
+    except OSError as error:
+        problems.append(f"{MIGRATIONS} cannot be read: {error.strerror}")
 
 def check(settings: Settings, *, verbose: bool = False) -> int:
     """Say how the configuration, the database, the schema and the upstream are, in a line each. If

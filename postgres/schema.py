@@ -80,8 +80,8 @@ def unsuitable(connection: Connection) -> str | None:
 
 
 def names(directory: Path | str) -> list[str]:
-    """The names of the migrations in `directory`, in order."""
-    files = (path.stem for path in Path(directory).glob("*.py"))
+    """The names of the migrations in `directory`, in order. Raises OSError if it cannot be read."""
+    files = (path.stem for path in Path(directory).iterdir() if path.suffix == ".py")
     return sorted(name for name in files if re.fullmatch(r"[0-9]{3}_[^.]+", name))
 
 

@@ -452,6 +452,23 @@ def test_a_near_miss_in_the_environment_is_left_alone(checkout: Path) -> None:
     assert done.stdout.splitlines()[0] == "configuration: ok"
 
 
+@pytest.mark.parametrize("mode", [0, 0o111])
+def test_migrations_that_cannot_be_read_are_told(checkout: Path, mode: int) -> None:
+    """It started, and /health knew of no migration."""
+    (checkout / "migrations").chmod(mode)
+    for arguments in ([], ["check"]):
+        done = subprocess.run(
+            [*unprivileged(), sys.executable, "app.py", *arguments],
+            cwd=checkout,
+            env=REQUIRED,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        told = f"{checkout / 'migrations'} cannot be read: Permission denied\n"
+        assert (done.returncode, done.stderr) == (2, told)
+
+
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_a_value_is_read_from_a_file(tmp_path: Path, end: str) -> None:
     uri, token = tmp_path / "uri", tmp_path / "token"
