@@ -38,14 +38,17 @@ from settings import (
     environment,
     host_and_port,
     is_loopback,
+    leads_here,
     near_misses,
     postgres_uri,
+    upstream,
     value_of,
 )
 
 ROOT = Path(__file__).resolve().parent
 MIGRATIONS = ROOT / "migrations"
 CA_BUNDLE = "REQUESTS_CA_BUNDLE"
+LEADS_HERE = "UPSTREAM_URL is Gatehouse's own address: set it to that of your application"
 
 log = logging.getLogger("gatehouse")
 
@@ -179,14 +182,14 @@ def load_settings() -> Settings:
             problems.append(f"{CA_BUNDLE} cannot be read: {error.strerror}")
         except OSError:
             problems.append(f"{CA_BUNDLE} must be a file or a folder of certificates")
-    if problems or settings is None:
-        raise SettingsError(problems)
-    return settings
-
     try:
         schema.names(MIGRATIONS)
     except OSError as error:
         problems.append(f"{MIGRATIONS} cannot be read: {error.strerror}")
+    if problems or settings is None:
+        raise SettingsError(problems)
+    return settings
+
 
 def check(settings: Settings, *, verbose: bool = False) -> int:
     """Say how the configuration, the database, the schema and the upstream are, in a line each. If
@@ -194,22 +197,36 @@ def check(settings: Settings, *, verbose: bool = False) -> int:
 
     Returns the exit code of the first that is not as it should be.
     """
-    say("configuration: ok", *(means(settings) if verbose else ()))
-    code, database, shape = schema.verdict(
+    code, configuration = 0, "ok"
+    try:
+        # At any port: a Gatehouse that runs has PORT.
+        bind(settings.host, 0).close()
+    except OSError as error:
+        code, configuration = 2, cannot_listen(settings, error)
+    say(f"configuration: {configuration}", *(means(settings) if verbose else ()))
+    of_database, database, shape = schema.verdict(
         settings.postgres_uri,
         MIGRATIONS,
         connect_timeout=settings.db_connect_timeout,
         statement_timeout=settings.db_statement_timeout,
     )
     say(f"database: {database}", f"schema: {shape}")
+    reached = reach(settings)
+    say(f"upstream: {reached}")
+    return code or of_database or (0 if reached == "ok" else 6)
+
+
+def reach(settings: Settings) -> str:
+    """Connect to the upstream; `ok`, or why it cannot be used."""
+    if leads_here(settings.upstream_url, settings.host, settings.port):
+        return LEADS_HERE
     connector = UpstreamConnector(settings.upstream_url, os.environ.get(CA_BUNDLE))
     try:
         connector.connect(settings.upstream_connect_timeout).close()
-        say("upstream: ok")
     except Problem as problem:
-        code = code or 6
-        say(f"upstream: unreachable: {upstream_address(settings)}: {cause(problem)}")
-    return code
+        where = host_and_port(*upstream(settings.upstream_url))
+        return f"unreachable: {where}: {cause(problem)}"
+    return "ok"
 
 
 def means(settings: Settings) -> list[str]:
@@ -231,13 +248,6 @@ def means(settings: Settings) -> list[str]:
 def counted(number: int, noun: str) -> str:
     """A number and what it counts."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def upstream_address(settings: Settings) -> str:
-    """Host and port of the upstream."""
-    url = urlsplit(settings.upstream_url)
-    port = url.port or (443 if url.scheme == "https" else 80)
-    return host_and_port(url.hostname or "", port)
 
 
 def cause(problem: BaseException) -> str:
@@ -308,9 +318,7 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
     try:
         listener = given or bind(settings.host, settings.port)
     except OSError as error:
-        reason = error.strerror or str(error)
-        where = host_and_port(settings.host, settings.port)
-        print(f"cannot listen on {where}: {reason}", file=sys.stderr)
+        print(cannot_listen(settings, error), file=sys.stderr)
         return 1
     host, port = listener.getsockname()[:2]
     log.info(
@@ -321,7 +329,14 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
         "" if given is None else ", handed over,",
         counted(settings.workers, "worker"),
     )
+    if leads_here(settings.upstream_url, host, port):
+        log.warning(LEADS_HERE)
     return serve(settings, listener, given is not None)
+
+
+def cannot_listen(settings: Settings, error: OSError) -> str:
+    where = host_and_port(settings.host, settings.port)
+    return f"cannot listen on {where}: {error.strerror or error}"
 
 
 def how_it_runs() -> str:

@@ -223,6 +223,30 @@ def address_to_ask(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
+# What else an upstream may be called if it is what listens on a HOST.
+ALSO_CALLED: dict[str, set[str]] = {
+    "0.0.0.0": {"127.0.0.1", "localhost"},
+    "::": {"127.0.0.1", "::1", "localhost"},
+    "127.0.0.1": {"localhost"},
+    "::1": {"localhost"},
+    "localhost": {"127.0.0.1", "::1"},
+}
+
+
+def leads_here(upstream_url: str, host: str, port: int) -> bool:
+    """Whether the upstream is Gatehouse itself, which listens on `host` and `port`. No name is
+    looked up for that."""
+    name, upstream_port = upstream(upstream_url)
+    host = host.lower()
+    return upstream_port == port and name in {host, *ALSO_CALLED.get(host, ())}
+
+
+def upstream(upstream_url: str) -> tuple[str, int]:
+    """Host and port of an upstream."""
+    url = urlsplit(upstream_url)
+    return url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+
+
 def host_and_port(host: str, port: int) -> str:
     """Both as a URL has them, in which an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

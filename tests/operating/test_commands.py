@@ -17,6 +17,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
+from settings import host_and_port
 from tests.harness import (
     DEAD_DATABASE,
     ROOT,
@@ -151,6 +152,52 @@ def test_an_upstream_without_tls_is_told(database: str) -> None:
     assert code == 6
     todo = "it speaks no TLS: write http:// in UPSTREAM_URL"
     assert lines[-1] == f"upstream: unreachable: {address}: {todo}"
+
+
+@pytest.mark.parametrize(
+    ("host", "upstream"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "localhost"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("Localhost", "127.0.0.1"),
+    ],
+)
+def test_an_upstream_that_is_gatehouse_itself_is_told(
+    start: Callable[..., Service], host: str, upstream: str
+) -> None:
+    """It takes connections, and every forwarded request is 508."""
+    port = free_port()
+    given = {"HOST": host, "USERS_AUTH": "none", "UPSTREAM_URL": f"http://{upstream}:{port}/base"}
+    service = start(PORT=port, **given)
+    told = "UPSTREAM_URL is Gatehouse's own address: set it to that of your application"
+    assert told in service.log
+    run = run_app("check", PORT=port, **given)
+    assert run.returncode == 5
+    assert [run.stdout.splitlines()[at] for at in (0, -1)] == (
+        ["configuration: ok", f"upstream: {told}"]
+    )
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+def test_another_address_at_the_same_port_is_an_upstream(database: str, host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as other:
+        port = other.getsockname()[1]
+        url = f"http://{host_and_port(host, port)}"
+        code, lines = check(POSTGRES_URI=database, PORT=str(port), UPSTREAM_URL=url)
+    assert (code, lines[-1]) == (0, "upstream: ok")
+
+
+def test_a_host_on_which_nobody_can_listen_is_told(
+    database: str, upstream: ScriptedUpstream
+) -> None:
+    given = {"HOST": "192.0.2.1", "USERS_AUTH": "none", "PORT": str(free_port())}
+    code, lines = check(POSTGRES_URI=database, UPSTREAM_URL=upstream.url, **given)
+    told = f"cannot listen on 192.0.2.1:{given['PORT']}: Cannot assign requested address"
+    assert (code, lines[0], lines[3]) == (2, f"configuration: {told}", "upstream: ok")
+    assert run_app(**given).stdout == f"{told}\n"
 
 
 def test_check_says_on_a_terminal_what_the_configuration_comes_to(
