@@ -34,6 +34,7 @@ from settings import (
     SettingsError,
     address_to_ask,
     available_cpus,
+    doubtful,
     env_file,
     environment,
     host_and_port,
@@ -191,6 +192,11 @@ def load_settings() -> Settings:
     return settings
 
 
+def doubts() -> list[str]:
+    """A warning for each name in the environment or in `.env` that is probably misspelt."""
+    return doubtful(os.environ | env_file(ROOT / ".env", parse_stream))
+
+
 def check(settings: Settings, *, verbose: bool = False) -> int:
     """Say how the configuration, the database, the schema and the upstream are, in a line each. If
     `verbose`, say also what the settings come to.
@@ -203,7 +209,8 @@ def check(settings: Settings, *, verbose: bool = False) -> int:
         bind(settings.host, 0).close()
     except OSError as error:
         code, configuration = 2, cannot_listen(settings, error)
-    say(f"configuration: {configuration}", *(means(settings) if verbose else ()))
+    warnings = [f"warning: {line}" for line in doubts()]
+    say(f"configuration: {configuration}", *warnings, *(means(settings) if verbose else ()))
     of_database, database, shape = schema.verdict(
         settings.postgres_uri,
         MIGRATIONS,
@@ -331,6 +338,8 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
     )
     if leads_here(settings.upstream_url, host, port):
         log.warning(LEADS_HERE)
+    for line in doubts():
+        log.warning(line)
     return serve(settings, listener, given is not None)
 
 

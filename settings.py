@@ -181,18 +181,39 @@ def near_misses(names: Iterable[str]) -> list[str]:
     the order or the plural of its words: WORKER, users_token, TRUSTED_PROXY. Any other name is left
     to another program that shares the file.
     """
-    settings = [*VARIABLES, *FILE_VARIABLES]
+    return [
+        f"{name} in .env is no setting: write {meant}, or take the line out"
+        for name in names
+        if (meant := _nearest(name))
+    ]
+
+
+def doubtful(names: Iterable[str]) -> list[str]:
+    """A warning for each of `names` that was probably meant for a setting. In the environment are
+    the names of the whole system, and to refuse one of these would be worse than to overlook one.
+
+    So only names that begin with a word that is hardly another program's count: those that are
+    close to a setting's, as above, or that have only some of its words, as UPSTREAM_TIMEOUT has.
+    """
     found = []
     for name in names:
-        if name in settings:
-            continue
-        upper = name.upper().replace("-", "_")
-        distance, meant = min(
-            (0 if _words(upper) == _words(one) else _distance(upper, one), one) for one in settings
-        )
-        if distance <= (1 if len(meant) <= 7 else 2):
-            found.append(f"{name} in .env is no setting: write {meant}, or take the line out")
+        nearest, words = _nearest(name), set(_words(name))
+        meant = [nearest] if nearest else [one for one in VARIABLES if words < set(_words(one))]
+        if meant and name.startswith(OWN_WORDS):
+            found.append(f"{name} is no setting, and has no effect. There is {', '.join(meant)}")
     return found
+
+
+def _nearest(name: str) -> str | None:
+    """The setting whose name is so close to `name`, which is not one, that it must be meant."""
+    settings = [*VARIABLES, *FILE_VARIABLES]
+    if name in settings:
+        return None
+    upper = name.upper().replace("-", "_")
+    distance, meant = min(
+        (0 if _words(upper) == _words(one) else _distance(upper, one), one) for one in settings
+    )
+    return meant if distance <= (1 if len(meant) <= 7 else 2) else None
 
 
 def _words(name: str) -> list[str]:
@@ -478,3 +499,5 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
 # or systemd's.
 FROM_FILE = ("POSTGRES_URI", "USERS_TOKEN")
 FILE_VARIABLES = tuple(f"{name}_FILE" for name in FROM_FILE)
+# Names with POSTGRES_, DB_, MAX_ and the like are other programs' too: POSTGRES_URL, DB_POOL.
+OWN_WORDS = ("UPSTREAM_", "USERS_", "TRUSTED_", "SHUTDOWN_", "DRAIN_")

@@ -16,16 +16,19 @@ import pytest
 from dotenv import dotenv_values
 
 from settings import (
+    FILE_VARIABLES,
     VARIABLES,
     Settings,
     SettingsError,
     available_cpus,
     cpu_quotas,
+    doubtful,
     near_misses,
 )
 from tests.harness import (
     DEAD_DATABASE,
     ROOT,
+    Service,
     copied,
     free_port,
     run_app,
@@ -445,11 +448,50 @@ def test_a_near_miss_in_the_env_file_is_told_beside_the_other_problems(checkout:
     assert named(run_there(checkout, **REQUIRED)) == ["PORT", "USERS_TOKENS", "WORKER"]
 
 
-def test_a_near_miss_in_the_environment_is_left_alone(checkout: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("USERS_TOKENS", "USERS_TOKEN"),
+        ("UPSTREAM_URI", "UPSTREAM_URL"),
+        ("TRUSTED_PROXY", "TRUSTED_PROXIES"),
+        (
+            "UPSTREAM_TIMEOUT",
+            "UPSTREAM_CONNECT_TIMEOUT, UPSTREAM_READ_TIMEOUT, UPSTREAM_STREAM_TIMEOUT,"
+            " UPSTREAM_KEEPALIVE_TIMEOUT",
+        ),
+        # Those of other programs, which are common in an environment or in a file that is shared.
+        ("POSTGRES_URL", None),
+        ("DATABASE_URL", None),
+        ("DB_POOL", None),
+        ("POOL_SIZE", None),
+        ("MAX_BODY_SIZE", None),
+        ("TOKEN", None),
+        ("PORTS", None),
+        ("UPSTREAM_PORT", None),
+        ("UPSTREAM_SERVICE_HOST", None),
+        ("USERS_PORT_80_TCP_ADDR", None),
+    ],
+)
+def test_a_name_that_may_be_meant_for_a_setting_is_a_warning(name: str, meant: str | None) -> None:
+    told = [f"{name} is no setting, and has no effect. There is {meant}"] if meant else []
+    assert doubtful([name, *VARIABLES, *FILE_VARIABLES]) == told
+
+
+def test_a_doubtful_name_in_the_environment_or_the_env_file_is_told_and_no_error(
+    checkout: Path,
+) -> None:
     """The environment is shared with the whole system, which has names of its own."""
+    (checkout / ".env").write_text("UPSTREAM_MAX=4\n")
     given = {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
-    done = run_there(checkout, "check", **given, WORKER="4")
-    assert done.stdout.splitlines()[0] == "configuration: ok"
+    given |= {"WORKER": "4", "USERS_TOKENS": "one"}
+    warnings = [
+        "USERS_TOKENS is no setting, and has no effect. There is USERS_TOKEN",
+        "UPSTREAM_MAX is no setting, and has no effect. There is UPSTREAM_MAX_IN_FLIGHT",
+    ]
+    said = run_there(checkout, "check", **given).stdout.splitlines()
+    assert said[:3] == ["configuration: ok", *(f"warning: {line}" for line in warnings)]
+    with Service(folder=checkout, ACCESS_LOG="off", **given) as service:
+        assert re.findall(r"(?m) WARNING (.* is no setting.*)$", service.log) == warnings
 
 
 @pytest.mark.parametrize("mode", [0, 0o111])
