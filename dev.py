@@ -197,7 +197,11 @@ class Session:
         self.wait_until(lambda: child.process.poll() is not None)
         self.children.remove(child)
         if child.process.returncode:
-            hint = "" if self.postgres else "; without POSTGRES_URI a database is started here"
+            hint = ""
+            if not self.postgres:
+                name = "POSTGRES_URI" if "POSTGRES_URI" in self.environ else "POSTGRES_URI_FILE"
+                where = "the environment" if os.environ.get(name) else ".env"
+                hint = f"; without {name} in {where} a database is started here"
             raise Failed(f"the migrations could not be applied{hint}")
 
     def start_postgres(self) -> str:

@@ -202,8 +202,13 @@ def test_a_database_that_was_named_is_the_one_that_is_used(checkout: Path, form:
     run = Dev(checkout, free_port(), **{form: given})
     assert run.process.wait(30) == 1
     assert run.lines[-1] == (
-        "the migrations could not be applied; without POSTGRES_URI a database is started here"
+        f"the migrations could not be applied; without {form} in the environment a database is"
+        " started here"
     )
+    (checkout / ".env").write_text(f"{form}={given}\n")
+    run = Dev(checkout, free_port())
+    assert run.process.wait(30) == 1
+    assert run.lines[-1].endswith(f"; without {form} in .env a database is started here")
     assert not (checkout / ".data").exists()
 
 
