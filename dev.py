@@ -152,7 +152,11 @@ class Session:
         if not own_upstream:
             self.environ["UPSTREAM_URL"] = demo.start()
             print(f"The demo upstream is {self.environ['UPSTREAM_URL']}", flush=True)
-        self.start("Gatehouse", [sys.executable, "app.py"], env=self.environ)
+        gatehouse = self.start("Gatehouse", [sys.executable, "app.py"], env=self.environ)
+        # If this process is killed, its end of the pipe is closed. Otherwise Gatehouse would go on,
+        # and keep the port.
+        watch: list[str | Path] = ["sh", "-c", f"read _; kill {gatehouse.process.pid}"]
+        self.start("what watches Gatehouse", watch, stdin=subprocess.PIPE)
         # This is called before Gatehouse is asked to stop, which would wait for an endless stream.
         self.cleanup.callback(demo.Demo.stopping.set)
 

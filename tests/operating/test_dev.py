@@ -26,6 +26,7 @@ from tests.harness import (
     free_port,
     request,
     unprivileged,
+    wait_for,
 )
 
 
@@ -133,11 +134,16 @@ def test_all_parts_start_work_and_stop(checkout: Path) -> None:
 def test_a_killed_run_is_no_trouble_for_the_next(checkout: Path) -> None:
     # It is no setting, so that it has no effect here either.
     (checkout / ".env").write_text("PGOPTIONS=--no-such-option=1\n")
-    run = Dev(checkout, free_port())
-    left = [process for process in run.children() if process.name() == "postgres"]
-    run.end(signal.SIGKILL)
     run = Dev(checkout, port := free_port())
-    assert left and gone(left)
+    children = run.children()
+    left = [process for process in children if process.name() == "postgres"]
+    others = [process for process in children if process not in left]
+    run.end(signal.SIGKILL)
+    # Gatehouse kept the port.
+    wait_for(lambda: gone(others), what="the end of Gatehouse")
+    assert left and not gone(left)
+    run = Dev(checkout, port)
+    assert gone(left)
     assert call(port, "GET", "/health").json()["database"]["status"] == "up"
     assert run.end(signal.SIGTERM) == 0
     # A machine that was restarted may have given the number to another process.
