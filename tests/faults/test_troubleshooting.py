@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 import psutil
 import psycopg2
 import pytest
+import trustme
 
 from postgres.migrating import LOCK
 from tests.faults.test_database_faults import filled
@@ -633,6 +635,17 @@ def code_of_root_alone(folder: Path) -> str:
     return said()
 
 
+def no_migrations(folder: Path) -> str:
+    project = copied(folder)
+    shutil.rmtree(project / "migrations")
+    command = [sys.executable, "app.py"]
+    environ = os.environ | {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://127.0.0.1:1"}
+    done = subprocess.run(
+        command, cwd=project, env=environ, capture_output=True, text=True, timeout=30
+    )
+    return done.stderr
+
+
 def set_twice(folder: Path) -> str:
     (folder / "secret").write_text("postgresql:///")
     return run_app(POSTGRES_URI_FILE=folder / "secret").stdout
@@ -695,6 +708,7 @@ START: dict[str, Callable[[Path], str]] = {
     "the workers cannot start": workers_without_descriptors,
     "ModuleNotFoundError: No module named 'bottle'": without_packages,
     "PermissionError: … Permission denied: '….py'": code_of_root_alone,
+    "…migrations cannot be read: …": no_migrations,
 }
 
 
@@ -704,6 +718,10 @@ DEV = {
     "….data belongs to …: run … as that user": "test_root_leaves_another_users_data_alone",
     "….data belongs to …, and cannot be written: …": "test_a_folder_that_may_not_be_written_is_one_line",
     "….data cannot be made: …": "test_a_folder_that_may_not_be_written_is_one_line",
+    "the migrations could not be applied; without … a database is started here": (
+        "test_a_database_that_was_named_is_the_one_that_is_used"
+    ),
+    "Gatehouse ended by itself, with exit code …": "test_a_killed_run_is_no_trouble_for_the_next",
     "Others may enter … from now on: as root PostgreSQL runs as pgserver": (
         "test_root_lets_others_enter_and_see_nothing_else"
     ),
@@ -754,6 +772,15 @@ def changed_by_hand(house: House) -> str:
     return house.server.uri(house.database)
 
 
+def without_rights(house: House) -> str:
+    return house.server.uri(house.database, ROLE, "right")
+
+
+def on_a_standby(house: House) -> str:
+    house.sql(f"ALTER DATABASE {house.database} SET default_transaction_read_only = on")
+    return house.server.uri(house.database)
+
+
 # What check is to say: makes the fault, and returns the database's URI.
 CHECK: dict[str, Callable[[House], str]] = {
     "database does not exist": lambda house: house.server.uri("nowhere"),
@@ -770,11 +797,79 @@ CHECK: dict[str, Callable[[House], str]] = {
     "server does not support SSL": lambda house: house.server.uri() + "?sslmode=require",
     "migrations pending: …": lambda house: house.server.uri(house.server.create("template1")),
     "not what the migrations make: …": changed_by_hand,
+    "cannot be read: permission denied …": without_rights,
+    "cannot be compared: … read-only transaction: …": on_a_standby,
+}
+
+
+def encrypted(house: House, pem: trustme.Blob) -> str:
+    """The URL of an upstream with that key and certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with pem.tempfile() as file:
+        context.load_cert_chain(file)
+    upstream = ScriptedUpstream(tls=context)
+    house.stack.callback(upstream.close)
+    return upstream.url
+
+
+def self_signed(house: House) -> dict[str, Any]:
+    own = trustme.CA()
+    pem = trustme.Blob(own.private_key_pem.bytes() + own.cert_pem.bytes())
+    return {"UPSTREAM_URL": encrypted(house, pem)}
+
+
+def unknown_authority(house: House) -> dict[str, Any]:
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    return {"UPSTREAM_URL": encrypted(house, issued.private_key_and_cert_chain_pem)}
+
+
+def another_name(house: House) -> dict[str, Any]:
+    authority = trustme.CA()
+    bundle = house.stack.enter_context(authority.cert_pem.tempfile())
+    issued = authority.issue_cert("other.example")
+    url = encrypted(house, issued.private_key_and_cert_chain_pem)
+    return {"UPSTREAM_URL": url, "REQUESTS_CA_BUNDLE": bundle}
+
+
+def without_tls(house: House) -> dict[str, Any]:
+    def answer() -> None:
+        client, _ = listener.accept()
+        with client:
+            client.recv(65536)
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    listener = house.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    house.stack.enter_context(ThreadPoolExecutor(1)).submit(answer)
+    return {"UPSTREAM_URL": f"https://127.0.0.1:{listener.getsockname()[1]}"}
+
+
+def unanswered(house: House) -> dict[str, Any]:
+    port = house.stack.enter_context(unanswered_port())
+    return {"UPSTREAM_URL": f"http://127.0.0.1:{port}", "UPSTREAM_CONNECT_TIMEOUT": 0.5}
+
+
+# What check is to say of other things than the database: makes the fault, and returns settings.
+OTHERS: dict[str, Callable[[House], dict[str, Any]]] = {
+    "upstream: unreachable: …: Connection refused": lambda _: {},
+    "did not accept a connection in time": unanswered,
+    "it speaks no TLS: …": without_tls,
+    "self-signed certificate": self_signed,
+    "unable to get local issuer certificate": unknown_authority,
+    "certificate is not valid for …": another_name,
+    "UPSTREAM_URL is Gatehouse's own address: …": lambda _: {"PORT": 1},
+    "warning: … is no setting, and has no effect. There is …": lambda _: {"UPSTREAM_TIMEOUT": 9},
 }
 
 
 def test_every_line_of_check_is_provoked_here_and_no_other() -> None:
-    assert_each_is_provoked(first_cells("What check says"), CHECK, "CHECK")
+    told = [line for cell in cells("What check says") for line in re.findall("`([^`]+)`", cell)]
+    assert_each_is_provoked(told, [*CHECK, *OTHERS], "CHECK or OTHERS")
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_check_says_of_other_things_what_the_page_has(house: House, line: str) -> None:
+    said = run_app("check", **OTHERS[line](house)).stdout
+    assert has(line, said), said
 
 
 @pytest.mark.parametrize("line", CHECK)
@@ -795,6 +890,7 @@ def test_what_pw_migrate_says(server: Server, template: str) -> None:
     )
     said = [
         pw_migrate("migrate", uri=DEAD_DATABASE).stderr,
+        pw_migrate("migrate", "--directory", "/nowhere", uri=DEAD_DATABASE).stderr,
         pw_migrate("rollback", "--count", str(MIGRATIONS), uri=uri).stderr,
     ]
     server.sql(
