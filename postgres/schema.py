@@ -122,7 +122,7 @@ def differences(database: Comparing, directory: Path | str, *, rights: bool = Fa
         # Since PostgreSQL 18 pg_get_expr waits for the lock of a reader.
         cursor.execute(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
         with database.savepoint() as temporary:
-            expected, _ = _expected(database, cursor, directory)
+            expected, _ = _expected(database, cursor, directory, names(directory))
             temporary.rollback()
         live = {table: _parts(cursor, table) for table in expected}
         lines = [line for table in expected for line in _elsewhere(cursor, table)]
@@ -220,10 +220,11 @@ def _expected(
     database: peewee.PostgresqlDatabase,
     cursor: Cursor,
     directory: Path | str,
+    done: Sequence[str],
     undone: Sequence[str] = (),
 ) -> tuple[dict[str, Parts], dict[str, Parts]]:
-    """The parts of each table that the migrations make, and of what is left when those in `undone`
-    are rolled back; leaves the transaction to be undone."""
+    """The parts of each table that the migrations `done` make, and of what is left when those in
+    `undone` are rolled back; leaves the transaction to be undone."""
     # It is imported here because that is slow, and the service itself does not need it.
     from peewee_migrate import Router
 
@@ -231,7 +232,7 @@ def _expected(
     cursor.execute("SET LOCAL search_path TO pg_temp")
     router = Router(database, migrate_dir=Path(directory))
     migrator = router.migrator_class(database)
-    for name in names(directory):
+    for name in done:
         migrate, _ = router.read(name)
         migrate(migrator, database, fake=False)
         migrator()
@@ -254,15 +255,18 @@ def _tables(cursor: Cursor) -> dict[str, Parts]:
 def replayed(
     database: Direct, directory: Path | str, undone: Sequence[str]
 ) -> tuple[dict[str, Parts], dict[str, Parts]]:
-    """The tables that all migrations in `directory` make, and those that are left when the last
-    ones, `undone`, are rolled back; found on temporary tables, which changes nothing."""
+    """The tables that those migrations in `directory` make which are applied, and the tables that
+    are left when the last ones, `undone`, are rolled back; found on temporary tables, which changes
+    nothing. A pending one does not count: it may have dropped what is there."""
+    known = applied(database.connection())
+    done = [name for name in names(directory) if name in known]
     comparing: peewee.PostgresqlDatabase = Comparing(database.connector)
     with (
         comparing.connection_context(),
         comparing.connection().cursor() as cursor,
         comparing.transaction() as transaction,
     ):
-        found = _expected(comparing, cursor, directory, undone)
+        found = _expected(comparing, cursor, directory, done, undone)
         transaction.rollback(begin=False)
     return found
 

@@ -111,7 +111,8 @@ def valid_metadata(value: Any) -> str:
     level: list[Any] = [value]
     depth = 0  # how many objects and arrays are around the values of this level
     while level:
-        if depth > MAX_DEPTH:
+        # An empty object or array is a level as well, although there is nothing in it.
+        if depth >= MAX_DEPTH and any(isinstance(whole, dict | list) for whole in level):
             raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
         kept += sum(_spaces(whole) for whole in level)
         level = [part for whole in level for part in _parts(whole)]

@@ -409,6 +409,29 @@ def test_a_rollback_that_would_delete_a_column_s_values_says_how_many_and_refuse
     assert pw_migrate("rollback", uri=uri).returncode == 0
 
 
+@pytest.mark.parametrize("drop", ["DROP plan", "DROP IF EXISTS plan"])
+def test_a_rollback_looks_at_what_is_applied_and_not_at_what_is_pending(
+    databases: Databases, scratch: Callable[[str, str], None], drop: str
+) -> None:
+    """A later migration, not applied, was taken for applied. Where it dropped the column, the rollback
+    of the one that made the column failed, or deleted its values without a word."""
+    uri = databases.create()
+    adds = "migrator.sql('ALTER TABLE users ADD plan text')"
+    drops = f"migrator.sql('ALTER TABLE users {drop}')"
+    one = "def migrate(migrator, database, *, fake=False):\n    "
+    back = "\ndef rollback(migrator, database, *, fake=False):\n    "
+    scratch(f"{NEXT}_plan", one + adds + back + drops)
+    assert pw_migrate("migrate", uri=uri).returncode == 0
+    scratch(f"{len(FILES) + 2:03}_no_plan", one + drops + back + adds)
+    insert_users(uri, 3)
+    execute(uri, "UPDATE users SET plan = 'pro'")
+    done = pw_migrate("rollback", uri=uri)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "would delete the plan of 3 users: " in done.stderr
+    assert pw_migrate("rollback", uri=uri, ROLLBACK_DELETES_DATA="yes").returncode == 0
+    assert differences(uri, MIGRATIONS) == []
+
+
 FAILURES = {
     "'ALTER TABLE users ADD COLUMN name text'": (
         'column "name" of relation "users" already exists (SQLSTATE 42701); its transaction was'

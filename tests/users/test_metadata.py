@@ -333,6 +333,9 @@ def test_a_hundred_levels_are_taken_and_one_more_is_not(
 
     assert raw(service, nested(100)).status == 201
     problem(raw(service, nested(101)), 422, "invalid-user")
+    for innermost in ("{}", "[]"):
+        assert raw(service, nested(99).replace("1", innermost)).status == 201
+        problem(raw(service, nested(100).replace("1", innermost)), 422, "invalid-user")
 
 
 def test_hostile_text_in_it_comes_back(service: Service) -> None:
