@@ -285,6 +285,8 @@ class Client(Stream):
             self._began = self.loop.now
             self._timer.set(self._next_look())
             self.received(self.take_ahead())  # Even if it is empty: the responder may begin now.
+            if responder.wants_body:
+                head.fold()
         elif self.phase is Phase.ANSWERING and len(self._ahead) > AHEAD_BYTES:
             self.pause()  # The end of the answer before has resumed it.
         return True

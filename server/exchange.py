@@ -25,7 +25,7 @@ from server.tunnel import Talker, Tunnel
 from server.upstream import Connection, Upstream
 from wire.answer import EVENT_ENDS, Answer, end_of_head
 from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk
-from wire.headers import authenticates_connection
+from wire.headers import answers_credentials, authenticates_connection
 from wire.request import Head
 
 log = logging.getLogger("gatehouse")
@@ -77,6 +77,9 @@ class ExchangeClient(Talker, Protocol):
 
 class Rules(Protocol):
     """What the proxy does to heads."""
+
+    def trusts(self, peer: str) -> bool:
+        """Whether `peer` is a trusted proxy, whose connection carries requests of many clients."""
 
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
         """The head to send to the upstream. `length` frames a body that came in chunks and has been
@@ -313,6 +316,7 @@ class Exchange:
         if not whole:
             self._gathered, self._partly_sent = b"", True
         connection.send(self._rules.request_head(head, self._peer, length) + body)
+        head.fold()  # It is only needed again if the request has to be sent once more.
         self._asked()
         if not whole:
             self._nudge_at = self.loop.now + CONTINUE_SECONDS if head.expects else NEVER
@@ -422,6 +426,7 @@ class Exchange:
         first, self._head_arrived = self._head_arrived, b""
         tunnel = Tunnel(self.client, connection, self._upstream, self._patience.stream)
         self.client.switch(status, self._rules.answer_lines(answer, head), tunnel)
+        head.forget()
         tunnel.begin(first)
 
     def _begin_answer(self, answer: Answer, status: str, head: Head) -> None:
@@ -433,12 +438,16 @@ class Exchange:
             self._upstream.count_streams(1)
         connection = self._connection
         assert connection is not None
-        if answer.status == 401 and authenticates_connection(
-            value for key, value, _ in answer.lines if key == "www-authenticate"
-        ):
+        challenges: list[str] = []
+        if answer.status == 401:
+            challenges = [value for key, value, _ in answer.lines if key == "www-authenticate"]
+        if authenticates_connection(challenges):
             # From here on the upstream takes all requests on this connection for this client's. And
             # the log-in can only go on here: its next request means nothing elsewhere.
             connection.client = self.client
+        if connection.client is not None and not answers_credentials(challenges):
+            # The log-in is over. The next request of a trusted proxy may be another client's.
+            answer.reusable = answer.reusable and not self._rules.trusts(self._peer)
         unsent = self.body is not None and not self.body.complete
         self.client.begin(
             status,
@@ -448,6 +457,7 @@ class Exchange:
             close=unsent,
         )
         answer.lines = []
+        head.forget()
         if not unsent:
             self._head = None  # It is not needed any more, and a stream may last long.
             self._gathered = b""

@@ -321,6 +321,8 @@ class Server:
         with."""
         lane, largest = self.served.admit(head)
         client.lane = lane
+        if self._log is not None:
+            head.caller = self.served.caller(head, client.peer[0])
         most = largest or ABSURD_BYTES - 1
         if head.length is not None and head.length > most:
             raise BodyTooLarge(f"The body is larger than {most} bytes.")
@@ -360,7 +362,7 @@ class Server:
         if client.sent > LARGE_ANSWER_BYTES and client.lane != "proxy":
             self._was_large = True
         if self._log is not None:
-            caller = self.served.caller(head, client.peer[0])
+            caller = head.caller or self.served.caller(head, client.peer[0])
             milliseconds = (time.monotonic() - client.arrived) * 1000
             self._lines.append(access_line(head, client.status, client.sent, milliseconds, caller))
 

@@ -229,10 +229,6 @@ class Upstream:
             del self._own[client]
             own.used = True
             return own
-        while self._own and self.in_flight + len(self._own) > self.limit:
-            # Anybody may send a header that gives a client a connection of its own. These count as
-            # if they carried requests, or they could take all that the upstream has.
-            self.discard(next(iter(self._own.values())))
         while self._idle:
             connection = next(reversed(self._idle))
             idle = self.loop.now - connection.idle_since
@@ -250,7 +246,13 @@ class Upstream:
         return None
 
     def connect(self, exchange: Waiting) -> None:
-        """Make a connection for an exchange, whose `connected` or `unconnected` is called then."""
+        """Make a connection for an exchange, whose `connected` or `unconnected` is called then.
+
+        Those that are kept count too: there are never more than `limit`. Anybody may send a header
+        that gives a client a connection of its own, and these could take all that there are."""
+        while self.in_flight + len(self._idle) + len(self._own) > self.limit:
+            if not (self.drop_one() or self.drop_one(own=True)):
+                break
         self.make_room()
         self._lane.add(lambda: self._connect(exchange))
 
@@ -268,6 +270,11 @@ class Upstream:
     def _connected(self, sock: Any, exchange: Waiting) -> None:
         connection = Connection(self.loop, sock, self)
         self._connections.add(connection)
+        oldest = next(iter(self._idle), None)
+        if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
+            # It takes the place of one that its request might not use. Otherwise a few requests a
+            # second that must not be sent twice took all connections that the upstream has.
+            self.discard(oldest)
         self.loop.attempt(exchange.connected, connection)
 
     @property

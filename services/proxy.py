@@ -98,16 +98,16 @@ class Proxy:
         self.name = name
         self.preserve_host = preserve_host
         self.trusted = trusted
+        # This instance in Via (RFC 9110 section 7.6.3): a protocol and the name.
+        self._passed = re.compile(rf"(?:\A|,)[ \t]*+[^ \t,]++[ \t]++{re.escape(name)}(?![^ \t,])")
         self.trusts = lru_cache(1024)(self._trusts)
 
     def admit(self, head: Head) -> None:
         """Refuse what can never be forwarded. Raises MethodNotAllowed or LoopDetected."""
         if head.method == "CONNECT":
             raise MethodNotAllowed("CONNECT is for forward proxies.", headers=[("Allow", ALLOW)])
-        for line in head.values.get("via", ()):
-            # Only a line that has the name somewhere is taken apart: there may be 64 KB of commas.
-            if self.name in line and any(self.name in hop.split()[1:2] for hop in listed([line])):
-                raise LoopDetected
+        if any(self._passed.search(line) for line in head.values.get("via", ())):
+            raise LoopDetected
 
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
         """The head that is sent to the upstream. It has Host, the client's lines in their order
@@ -118,8 +118,13 @@ class Proxy:
         values = head.values
         ending = ENDING
         if "connection" in values:
-            # Connection may name more headers that end here.
-            ending = ending.union(option.lower() for option in listed(values["connection"]))
+            # Connection may name more headers that end here, but not what a trusted proxy says of
+            # its client: many proxies pass on the Connection of that client.
+            ending = ending.union(
+                option
+                for option in map(str.lower, listed(values["connection"]))
+                if option not in BELIEVED and not option.startswith(FORWARDED)
+            )
         # Whether a name has another mark than a hyphen. Hardly any head has such a name. To look at
         # all of its names together costs each request much less than to look at one after another.
         marked = not "".join(values).replace("-", "").isalnum()

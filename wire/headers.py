@@ -20,6 +20,11 @@ OF_CONNECTIONS: Final = re.compile(
     r"(?:\A|,)[ \t]*+(?:negotiate|ntlm)(?:[ \t]|,|\Z)", re.IGNORECASE
 )
 
+# The same with what the server answers to the client's first credentials: a log-in that goes on.
+GOING_ON: Final = re.compile(
+    r"(?:\A|,)[ \t]*+(?:negotiate|ntlm)[ \t]++[A-Za-z0-9+/]", re.IGNORECASE
+)
+
 T = TypeVar("T", bytes, str)
 R = TypeVar("R")
 
@@ -72,6 +77,11 @@ def listed(values: Iterable[str]) -> list[str]:
 def authenticates_connection(values: Iterable[str]) -> bool:
     """Whether one of these headers, of challenges or of credentials, has such a scheme."""
     return any(OF_CONNECTIONS.search(value) for value in values)
+
+
+def answers_credentials(challenges: Iterable[str]) -> bool:
+    """Whether one of these challenges goes on with a log-in of such a scheme."""
+    return any(GOING_ON.search(value) for value in challenges)
 
 
 @lru_cache(1024)

@@ -35,6 +35,8 @@ DIGITS: Final = re.compile(r"[0-9]+")
 # How much of a path is decoded. Who answers is decided by its beginning, and no path of Gatehouse's
 # own is so long. To decode 64 KB of percent signs takes twenty milliseconds.
 DECODED_BYTES: Final = 1024
+# How many characters of a target are kept for the log, which cuts what is longer.
+MOST_TOLD: Final = 4096
 # A Content-Length of 19 digits or more counts as this. No body is so large.
 ABSURD_BYTES: Final = 1 << 60
 
@@ -51,16 +53,19 @@ class Head:
     sends the body. `problem` is what is wrong, if anything; after such a head nobody can tell a
     body from the next request.
 
-    `id` is the request's id, which the server sets.
+    `id` is the request's id, and `caller` the client's address for the log; the server sets both.
     """
 
     __slots__ = (
+        "_lines",
+        "_raw",
+        "_values",
+        "caller",
         "chunked",
         "expects",
         "host",
         "id",
         "length",
-        "lines",
         "method",
         "origin",
         "path",
@@ -68,16 +73,17 @@ class Head:
         "problem",
         "query",
         "target",
-        "values",
         "version",
     )
 
     def __init__(self, head: bytes) -> None:
         """Take apart a head, without its last empty line."""
-        self.method = self.target = self.origin = self.path = self.query = self.host = self.id = ""
+        self.method = self.target = self.origin = self.path = self.query = self.host = ""
+        self.id = self.caller = ""
         self.version = "1.1"
-        self.lines: list[Line] = []
-        self.values: dict[str, list[str]] = {}
+        self._raw = head
+        self._lines: list[Line] | None = []
+        self._values: dict[str, list[str]] | None = {}
         self.length: int | None = None
         self.chunked = self.persistent = self.expects = False
         self.problem: Problem | None = None
@@ -100,13 +106,8 @@ class Head:
         del raw[0]
         if len(raw) > MAX_HEADER_LINES:
             raise BadRequest(f"There are more than {MAX_HEADER_LINES} header lines.")
-        lines = self.lines = lines_of(raw)
-        values = self.values
-        for key, value, _ in lines:
-            if key in values:
-                values[key].append(value)
-            else:
-                values[key] = [value]
+        lines = self._lines = lines_of(raw)
+        values = self._values = by_name(lines)
         hosts = values.get("host", [])
         if len(hosts) > 1 or (not hosts and self.version == "1.1"):
             raise BadRequest("There must be one Host header.")
@@ -116,6 +117,34 @@ class Head:
         self._target()
         self._connection()
         self._framing()
+
+    @property
+    def lines(self) -> list[Line]:
+        if self._lines is None:
+            self._lines = lines_of(self._raw.split(b"\r\n")[1:])
+        return self._lines
+
+    @property
+    def values(self) -> dict[str, list[str]]:
+        if self._values is None:
+            self._values = by_name(self.lines)
+        return self._values
+
+    def fold(self) -> None:
+        """Keep `lines` and `values` only as the bytes that came: they are read anew if they are
+        asked for. Two hundred lines are 400 objects, which the garbage collector looks through
+        again and again: five thousand clients whose body was still to come stopped the loop for two
+        seconds."""
+        self._lines = self._values = None
+
+    def forget(self) -> None:
+        """Keep what the log tells of the request, and how it goes on. A stream may last for
+        days."""
+        self._raw = b""
+        self.fold()
+        self.origin = self.path = self.query = self.host = ""
+        if self.target.startswith("/"):  # In another one the log leaves out the user's name.
+            self.target = self.target[:MOST_TOLD]
 
     def _target(self) -> None:
         target = self.target
@@ -207,6 +236,17 @@ class Head:
         if self.chunked:
             return Chunks(exact=True)
         return Sized(self.length) if self.length else None
+
+
+def by_name(lines: list[Line]) -> dict[str, list[str]]:
+    """The values of header lines, by name."""
+    values: dict[str, list[str]] = {}
+    for key, value, _ in lines:
+        if key in values:
+            values[key].append(value)
+        else:
+            values[key] = [value]
+    return values
 
 
 def line_of(raw: bytes) -> Line:

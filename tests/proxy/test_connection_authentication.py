@@ -127,3 +127,27 @@ def test_other_schemes_bind_nothing(
         bob.send(asked(b"/bob"))
         assert bob.reply().status == 401
     assert upstream.seen[0].connection == upstream.seen[1].connection
+
+
+def test_behind_a_trusted_proxy_a_connection_is_one_log_ins(
+    start: Callable[..., Service], upstream: ScriptedUpstream
+) -> None:
+    """The proxy sends requests of many clients on one connection: the next one was taken for the
+    client who had logged in."""
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=1, TRUSTED_PROXIES="127.0.0.1")
+    log_in = [
+        (b"Authorization: NTLM TlRMTVNTUAABAAAA", challenged(b"NTLM TlRMTVNTUAACAAAA"), 401),
+        (b"Authorization: NTLM TlRMTVNTUAADAAAA", ok, 200),
+        (b"X-Forwarded-For: 192.0.2.2", ok, 200),
+        (b"Authorization: Negotiate YII=", challenged(b"Negotiate"), 401),
+        (b"X-Forwarded-For: 192.0.2.2", ok, 200),
+    ]
+    upstream.script(ok)
+    with service.client() as proxy:
+        for line, answer, status in log_in:
+            upstream.answer = answer
+            proxy.send(asked(b"/", line))
+            assert proxy.reply().status == status
+    first, second, other, negotiating, last = [seen.connection for seen in upstream.seen]
+    assert first == second
+    assert len({second, other, negotiating, last}) > 2 and negotiating != last != second != other

@@ -357,6 +357,19 @@ def test_forwarding_headers_of_a_trusted_proxy_are_extended(
     assert seen.all("X-Real-IP") == ["6.6.6.6"]
 
 
+def test_a_client_cannot_name_away_what_a_trusted_proxy_says_of_it(
+    trusting: Service, upstream: ScriptedUpstream
+) -> None:
+    """Many proxies pass the client's Connection on. Without these lines an application takes the
+    proxy's own address, and lets in who comes from there (CVE-2022-31813 was one of that kind)."""
+    said = {"X-Real-IP": "6.6.6.6", "X-Forwarded-User": "bob", "Forwarded": "for=6.6.6.6"}
+    lines = [f"{name}: {value}".encode() for name, value in said.items()]
+    named = b"Connection: close, X-Hop, " + ", ".join(said).encode()
+    seen, _ = forward(trusting, upstream, request(b"GET / HTTP/1.1", b"X-Hop: 1", *lines, named))
+    assert {name: seen.get(name) for name in said} == said
+    assert seen.get("X-Hop") is None
+
+
 def test_a_trusted_proxy_that_says_nothing_is_taken_for_the_client(
     trusting: Service, upstream: ScriptedUpstream
 ) -> None:

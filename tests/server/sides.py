@@ -137,6 +137,7 @@ class Connection:
 
     tls = False
     straight = False
+    client: Any = None
 
     def __init__(self, *, used: bool = False) -> None:
         self.used = used
@@ -207,6 +208,9 @@ class Upstream:
 
 
 class Rules:
+    def trusts(self, peer: str) -> bool:
+        return False
+
     def request_head(self, head: Head, peer: str, length: int | None) -> bytes:
         return f"[{head.method} {length}]".encode()
 

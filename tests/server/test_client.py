@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -606,6 +607,23 @@ def test_a_client_that_does_not_wait_to_be_asked_has_its_clock_too(
     desk.pass_time(2 * SENDER_SECONDS)
     client.received(b"x")
     has_a_whole_time(desk, client)
+
+
+def test_clients_that_are_yet_to_send_a_body_are_few_objects(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """Five thousand of them, with 190 header lines each, stopped the loop for two seconds: the
+    garbage collector looks through all objects."""
+    lines = [b"A%d: b" % number for number in range(190)]
+    head = request(b"POST / HTTP/1.1", b"Content-Length: 1", *lines)
+    clients = [let_in()[0] for _ in range(20)]
+    gc.collect()
+    before = len(gc.get_objects())
+    for client in clients:
+        client.received(head)
+    gc.collect()
+    assert len(desk.responders) == 20
+    assert len(gc.get_objects()) - before < 20 * 10
 
 
 def test_a_client_that_leaves_while_its_requests_wait_their_turn_is_gone(

@@ -247,6 +247,29 @@ def test_what_must_not_be_sent_twice_goes_on_a_fresh_one_only(place: Place) -> N
     assert place.take(repeatable=False) is connection
 
 
+def test_a_new_one_takes_the_place_of_one_that_it_was_not_sent_on(place: Place) -> None:
+    """Each such request made one more, and all were kept: a few of them every second took all the
+    connections that the upstream has."""
+    for _ in range(4):
+        place.loop.now += FRESH_SECONDS + 0.1
+        assert place.take(repeatable=False) is None
+        place.keep()
+        assert place.upstream.open == 1
+
+
+def test_those_that_are_kept_count_to_the_limit(place: Place) -> None:
+    assert place.upstream.limit == 2
+    kept = [place.connect() for _ in range(2)]
+    for _, connection, _ in kept:
+        connection.release(keep=True)
+    place.upstream.enter()
+    place.connect()
+    assert place.upstream.open == 2
+    place.upstream.enter()
+    place.connect()
+    assert place.upstream.open == 2 and not place.upstream.drop_one()
+
+
 def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:

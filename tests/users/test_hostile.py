@@ -308,6 +308,21 @@ def test_no_head_takes_long_to_decide_who_answers(name: str, piece: str) -> None
         assert min(decide(target) for _ in range(5)) < 0.004
 
 
+def test_a_via_that_has_the_instance_s_name_in_every_line_is_read_fast() -> None:
+    """It was taken apart at each comma, in fourteen milliseconds."""
+    environ = {"POSTGRES_URI": "postgresql:///", "UPSTREAM_URL": "http://a"}
+    gatehouse = Gatehouse(Settings.from_env(environ))
+    line = f"\r\nVia: {gatehouse.rules.name}" + "," * 270 + "a b" * 10
+    head = Head(f"GET / HTTP/1.1\r\nHost: a{line * 195}".encode())
+
+    def seconds() -> float:
+        began = time.thread_time()
+        gatehouse.admit(head)
+        return time.thread_time() - began
+
+    assert min(seconds() for _ in range(5)) < 0.004
+
+
 HARD_TO_READ = {
     "percent signs": ("/" + "%" * 65000, ""),
     "percent signs in an owned path": ("/users/" + "%" * 65000, ""),

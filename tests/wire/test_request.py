@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
+from server.logs import asked
 from tests.harness import request
 from tests.wire import attributes
 from wire.chunks import Chunks, Sized
@@ -238,6 +241,31 @@ def test_a_length_is_a_number_however_it_is_spelled(digits: bytes, length: int) 
 def test_a_length_beyond_all_numbers_is_not_small() -> None:
     head = Head(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 5000)
     assert head.problem is None and head.length is not None and head.length >= 1 << 60
+
+
+def test_a_folded_head_says_the_same_and_is_a_few_objects() -> None:
+    """Two hundred lines were 400 objects for the garbage collector, for as long as a body took."""
+    text = b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"A%d: b\r\n" % n for n in range(190))
+    head = Head(text[:-2])
+    lines, values = head.lines, head.values
+    assert len(lines) == len(values) == 191
+    head.fold()
+    assert sum(isinstance(one, list | dict) for one in gc.get_referents(head)) == 0
+    assert (head.lines, head.values) == (lines, values)
+
+
+def test_of_a_forgotten_head_there_is_what_the_log_tells() -> None:
+    head = Head(b"GET /a?" + b"b" * 60000 + b" HTTP/1.1\r\nHost: a\r\nCookie: " + b"c" * 4000)
+    told = asked(head)
+    head.forget()
+    assert (head.lines, head.values, head.origin) == ([], {}, "")
+    assert len(head.target) < 5000 and asked(head) == told
+
+
+def test_the_user_name_in_a_long_target_is_not_told_after_that_either() -> None:
+    head = Head(b"GET http://ann:" + b"x" * 9000 + b"@a/b HTTP/1.1\r\nHost: a")
+    head.forget()
+    assert asked(head) == 'GET "http://a/b"'
 
 
 def test_what_takes_the_body_apart() -> None:
