@@ -146,10 +146,10 @@ class Application(bottle.Bottle):  # type: ignore[misc]
             waited = time.monotonic() - environ.get("gatehouse.arrived", time.monotonic())
             if waited > self.patience and lane == "users":
                 raise DatabaseUnavailable("Too many requests wait for the database.")
-        # Bottle drops octets of a path that are not UTF-8 (bottle.py:981: `/us%FFers` would be
-        # `/users`). Its expressions ignore a line feed at the end (:441). It takes a method in any
-        # case (:459), and gives the methods PROXY and ANY a meaning of its own. One trailing slash
-        # is ignored.
+        # Bottle drops octets of a path that are not UTF-8 (`_handle`: `/us%FFers` would be
+        # `/users`). Its expressions ignore a line feed at the end (`Router._compile`). It takes a
+        # method in any case, and gives the methods PROXY and ANY a meaning of its own
+        # (`Router.match`). One trailing slash is ignored.
         environ["PATH_INFO"] = UNROUTABLE.sub("?", path).removesuffix("/")
         if environ["REQUEST_METHOD"] not in ROUTED_METHODS:
             environ["REQUEST_METHOD"] = "OTHER"

@@ -85,7 +85,8 @@ class Table:
         self.columns = columns
         kinds = {column.name: column.kind for column in columns}
         self.types = {**PARAMETERS, **parameters, **kinds}
-        assert len(self.types) == len(PARAMETERS) + len(parameters) + len(kinds), "a name twice"
+        taken = kinds.keys() & (PARAMETERS.keys() | parameters.keys())
+        assert not taken, f"statements have a parameter of this name, so no column can: {taken}"
         self.json = self._json()
         self.version = in_rfc_3339(model.updated_at)
         self._database: Statements = model._meta.database.statements

@@ -257,6 +257,6 @@ class Job:
         self._taken = taken = self._taken or threading.Event()
         taken.clear()
         self.tell(self.give_piece, piece)
-        taken.wait()
+        taken.wait()  # A client that takes nothing is cut, and then it is `settled` that ends this.
         if self.over:
             raise Left

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
@@ -23,26 +23,34 @@ class PageQuery(NamedTuple):
     given: dict[str, str]
 
 
-def read(query: str, *, export: bool) -> PageQuery:
-    """Reads the query of GET /users, as it came; `export` says whether the answer is one. Raises
-    InvalidQuery, which names every bad parameter, up to 20 of them."""
+def checked(query: str, checks: Mapping[str, Callable[[str], object]]) -> dict[str, str]:
+    """The parameters in the query of a call, as it came. `checks` has a function for each that the
+    call knows, which raises ValueError for a wrong value. Raises InvalidQuery, which names every
+    bad parameter, up to 20 of them."""
     given: dict[str, str] = {}
     errors: list[tuple[str, str]] = []
     # Octets that should have been percent-encoded are read as if they were.
     query = query.encode("latin-1").decode("utf-8", errors="replace")
     for name, value in parse_qsl(query, keep_blank_values=True, errors="replace"):
-        check = PARAMETERS.get(name)
+        check = checks.get(name)
         try:
             if name in given:
                 raise ValueError("is given more than once")
             given[name] = value
-            if check is None or (export and name in PAGE_PARAMETERS):
+            if check is None:
                 raise ValueError("is not a parameter of this call")
             check(value)
         except ValueError as error:
             errors.append((name[:100], str(error)))
     if errors:
         raise InvalidQuery(errors=errors)
+    return given
+
+
+def read(query: str, *, export: bool) -> PageQuery:
+    """Reads the query of GET /users; `export` says whether the answer is one. Raises
+    InvalidQuery."""
+    given = checked(query, OF_AN_EXPORT if export else OF_A_PAGE)
     after = given.pop("after", None)
     return PageQuery(
         limit=int(given.pop("limit", DEFAULT_PAGE)),
@@ -63,13 +71,6 @@ def _switch(value: str) -> None:
         raise ValueError("must be true or false")
 
 
-# Parameters of a page, which an export does not have.
-PAGE_PARAMETERS = {"limit", "count"}
-# The parameters of GET /users, each with its check, which raises ValueError for a wrong value.
-PARAMETERS: dict[str, Callable[[str], object]] = {
-    "limit": _limit,
-    "after": valid_id,
-    "email": str,
-    "q": str,
-    "count": _switch,
-}
+# The parameters of GET /users, each with its check.
+OF_AN_EXPORT: dict[str, Callable[[str], object]] = {"after": valid_id, "email": str, "q": str}
+OF_A_PAGE = OF_AN_EXPORT | {"limit": _limit, "count": _switch}

@@ -127,6 +127,7 @@ def page(limit: int, after: str | None, search: Search, *, count: bool = False) 
     lines = joined.split("\n") if joined else []
     if len(lines) <= limit:
         return Page(lines, None, *(total or [None]))
-    # It is cut out, because no reader of JSON takes all that somebody may have put into metadata.
+    # The id is cut out of the text, because no reader of JSON takes all that somebody may have put
+    # into metadata.
     last = lines[limit - 1].removeprefix('{"id": "')[:36]
     return Page(lines[:limit], last, *(total or [None]))

@@ -42,7 +42,7 @@ class Condition:
 
     def why_not(self, absent: Problem | None) -> Callable[[list[Any]], Problem | None]:
         """A function that takes the rows of `TABLE.get`, and returns the Problem that is in the way
-        of a write, or None. If there are no rows, that is `absent`."""
+        of a write, or None; `absent` is what it returns if there is no such user."""
 
         def told(rows: list[Any]) -> Problem | None:
             if not rows:
@@ -163,7 +163,7 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
     values = {name: or_default(NAMES[name], value) for name, value in changes.items()}
     values |= {"id": user_id, **condition.values()}
     merged = [one.name for one in FIELDS if one.merged and members.get(one.name) is not None]
-    statements = TABLE.patch(frozenset(changes), frozenset(merged))
+    patching = TABLE.patch(frozenset(changes), frozenset(merged))
 
     def why_not(rows: list[Any]) -> Problem | None:
         too_large = dict(zip(merged, rows[0][2:], strict=True)) if rows else {}
@@ -177,10 +177,10 @@ def patch(user_id: str, members: Mapping[str, Any], condition: Condition) -> Fou
         )
 
     try:
-        rows, _ = TABLE.write(statements.update, values, statements.look, why_not)
+        rows, _ = TABLE.write(patching.update, values, patching.look, why_not)
     except Lost:
-        return TABLE.done_before(statements.same, values)
-    return Found(*rows[0]) if rows else TABLE.done_before(statements.same, values)
+        return TABLE.done_before(patching.same, values)
+    return Found(*rows[0]) if rows else TABLE.done_before(patching.same, values)
 
 
 def delete(user_id: str, condition: Condition) -> None:

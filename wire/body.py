@@ -40,7 +40,7 @@ def length_of(environ: Mapping[str, Any]) -> int | None:
 
 def _whole(environ: Mapping[str, Any]) -> bytes:
     # Bottle's own `request.body` would decode chunks that the server has decoded already
-    # (bottle.py:1346), and it keeps a large body in a file.
+    # (`BaseRequest._body`), and it keeps a large body in a file.
     length = length_of(environ)
     body, left = b"", MAX_BYTES + 1 if length is None else length
     if length is not None and length > MAX_BYTES:

@@ -497,11 +497,11 @@ def test_a_migration_that_is_not_there_is_one_line(empty: str) -> None:
 
 CONCURRENT = """
 def migrate(migrator, database, *, fake=False):
-    migrator.sql("DROP INDEX CONCURRENTLY IF EXISTS users_by_name")
-    migrator.sql("CREATE INDEX CONCURRENTLY users_by_name ON users (name)")
+    migrator.sql("DROP INDEX CONCURRENTLY IF EXISTS users_slowly")
+    migrator.sql("CREATE INDEX CONCURRENTLY users_slowly ON users (name)")
 
 def rollback(migrator, database, *, fake=False):
-    migrator.sql("DROP INDEX CONCURRENTLY IF EXISTS users_by_name")
+    migrator.sql("DROP INDEX CONCURRENTLY IF EXISTS users_slowly")
 """
 
 
