@@ -24,7 +24,7 @@ from dotenv.parser import parse_stream
 
 from postgres import connect, schema
 from problems import Problem
-from server.connector import UpstreamConnector
+from server.connector import Attempt, UpstreamConnector
 from server.listener import bind, most_streams
 from server.logs import Output
 from server.systemd import handed_over
@@ -230,7 +230,7 @@ def reach(settings: Settings) -> str:
         return LEADS_HERE
     connector = UpstreamConnector(settings.upstream_url, os.environ.get(CA_BUNDLE))
     try:
-        connector.connect(settings.upstream_connect_timeout).close()
+        connector.connect(settings.upstream_connect_timeout, Attempt()).close()
     except Problem as problem:
         where = host_and_port(*upstream(settings.upstream_url))
         return f"unreachable: {where}: {cause(problem)}"

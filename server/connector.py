@@ -9,24 +9,57 @@ malformed line, and takes a body that was cut inside its chunks for a complete o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import ssl
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+from urllib3.exceptions import HTTPError
 from urllib3.util.connection import allowed_gai_family
 
 from problems import Problem, UpstreamTimeout, UpstreamUnreachable
 
 # An address is tried for this many seconds at least.
 LEAST_SECONDS = 0.05
-# An address as numbers, with its scope if it has one.
-NUMBERS = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+
+
+class Attempt:
+    """A connection that is being made on one thread, which another one may give up. If a name is
+    just being looked up, that goes on to its end."""
+
+    def __init__(self) -> None:
+        self.given_up = False
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+
+    def give_up(self) -> None:
+        """End it: whoever waits for its socket is told of an error."""
+        with self._lock:
+            self.given_up = True
+            if self._sock is not None:
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def using(self, sock: socket.socket) -> Iterator[None]:
+        """While this lasts, the attempt is that of `sock`."""
+        # Of a duplicate of it: TLS takes the descriptor out of a socket, and urllib3 may close it.
+        with sock.dup() as own:
+            with self._lock:
+                self._sock = own
+            try:
+                if self.given_up:
+                    raise ConnectionAbortedError(errno.ECONNABORTED, "given up")
+                yield
+            finally:
+                with self._lock:
+                    self._sock = None
 
 
 class UpstreamConnector(HTTPAdapter):
@@ -43,7 +76,7 @@ class UpstreamConnector(HTTPAdapter):
         self._pool: Any = self.get_connection_with_tls_context(request, verify)
         self.cert_verify(self._pool, base_url, verify, None)  # type: ignore[no-untyped-call]
 
-    def connect(self, seconds: float) -> Any:
+    def connect(self, seconds: float, attempt: Attempt) -> Any:
         """A connected socket that does not block. Raises UpstreamUnreachable, or UpstreamTimeout
         after `seconds`.
 
@@ -54,12 +87,12 @@ class UpstreamConnector(HTTPAdapter):
         host, port = self._pool.host, self._pool.port
         try:
             found = socket.getaddrinfo(host, port, allowed_gai_family(), socket.SOCK_STREAM)
-            addresses = [socket.getnameinfo(one[4], NUMBERS)[0] for one in found]
         except (OSError, ValueError) as error:
             raise UpstreamUnreachable from error
-        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        for left, (family, *_, address) in zip(range(len(found), 0, -1), found, strict=True):
+            share = (until - time.monotonic()) / left
             try:
-                connection = self._connected(address, (until - time.monotonic()) / left)
+                connection = self._connected(family, address, max(share, LEAST_SECONDS), attempt)
                 break
             except Problem:
                 if left == 1:
@@ -75,19 +108,22 @@ class UpstreamConnector(HTTPAdapter):
         sock.setblocking(False)
         return sock
 
-    def _connected(self, address: str, seconds: float) -> Any:
-        """A connection to one address, within `seconds`."""
+    def _connected(self, family: int, address: Any, seconds: float, attempt: Attempt) -> Any:
+        """A connection to one address, within `seconds`. TLS checks that it is the name's."""
         connection = self._pool._new_conn()
-        if isinstance(connection, HTTPSConnection):
-            # TLS asks for the name all the same: for SNI, and to check the certificate.
-            connection.server_hostname = connection.server_hostname or connection.host
-        connection._dns_host = address
-        connection.timeout = max(seconds, LEAST_SECONDS)
+        connection.timeout = seconds
         try:
-            connection.connect()
-        except NewConnectionError as error:  # It is a ConnectTimeoutError too.
-            raise UpstreamUnreachable from error
-        except (ConnectTimeoutError, TimeoutError):
+            with contextlib.ExitStack() as unless_made:
+                sock = unless_made.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                for option in connection.socket_options or ():
+                    sock.setsockopt(*option)
+                sock.settimeout(seconds)
+                with attempt.using(sock):
+                    sock.connect(address)
+                    connection._new_conn = lambda: sock  # urllib3's own would look the name up.
+                    connection.connect()
+                unless_made.pop_all()
+        except TimeoutError:
             raise UpstreamTimeout("The upstream did not accept a connection in time.") from None
         except (HTTPError, OSError, ValueError) as error:
             raise UpstreamUnreachable from error

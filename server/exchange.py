@@ -19,6 +19,7 @@ from problems import (
     UpstreamBroken,
     UpstreamTimeout,
 )
+from server.connector import Attempt
 from server.loop import NEVER
 from server.stream import HIGH_WATER, SPLICES, WAIT, Stream
 from server.tunnel import Talker, Tunnel
@@ -124,6 +125,7 @@ class Exchange:
 
     __slots__ = (
         "_answer",
+        "_attempt",
         "_connection",
         "_deadline",
         "_counted",
@@ -178,6 +180,7 @@ class Exchange:
         self._upgrades = head.upgrade
         self._gathered = b""  # the part of the body that the upstream does not have yet
         self._partly_sent = False  # whether a part of the body has been sent and is not kept
+        self._attempt: Attempt | None = None  # the connection that is being made
         self._connection: Connection | None = None
         self._counted = False  # whether it counts as a request that is with the upstream
         self._is_stream = False  # whether it counts as a stream
@@ -278,10 +281,11 @@ class Exchange:
         self.state = State.CONNECTING
         self._deadline = self.loop.now + self._upstream.connect_timeout
         self._wait()
-        self._upstream.connect(self)
+        self._attempt = self._upstream.connect(self)
 
     def unconnected(self, problem: Problem, refused: bool) -> None:
         """No connection could be made, and why; `refused` says that nobody listened."""
+        self._attempt = None
         if self.state is not State.CONNECTING:
             return
         now = self.loop.now
@@ -296,6 +300,7 @@ class Exchange:
 
     def connected(self, connection: Connection) -> None:
         """Here is a connection: send the part of the request that has arrived."""
+        self._attempt = None
         if self.over:
             connection.release(keep=True)
             return
@@ -637,14 +642,17 @@ class Exchange:
         self.client.cut(why)
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer the client with a problem, and end. A connection that is just being made is not
-        waited for."""
+        """Answer the client with a problem, and end."""
         self._let_go()
         self.state = State.FAILED
         self.client.refuse(problem)
 
     def _let_go(self, *, keep: bool = False) -> None:
-        """Close the connection to the upstream, or keep it for another request."""
+        """Close the connection to the upstream, or keep it for another request. One that is just
+        being made is given up."""
+        if self._attempt is not None:
+            self._attempt.give_up()
+            self._attempt = None
         connection, self._connection = self._connection, None
         self._timer.cancel()
         if connection is not None:

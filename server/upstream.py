@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from metrics import IN_FLIGHT, STREAMS, Board
 from problems import Problem, UpstreamBusy
-from server.connector import UpstreamConnector, was_refused
+from server.connector import Attempt, UpstreamConnector, was_refused
 from server.lanes import Lane
 from server.loop import NEVER, Loop, Timer
 from server.stream import Stream
@@ -25,11 +25,7 @@ SAY_SECONDS: Final = 10.0
 
 
 class Waiting(Protocol):
-    """An exchange that waits for a connection. `over` says that it has ended; a helper thread may
-    look at that too."""
-
-    @property
-    def over(self) -> bool: ...
+    """An exchange that waits for a connection."""
 
     def connected(self, connection: Connection) -> None:
         """The connection that was asked for."""
@@ -245,7 +241,7 @@ class Upstream:
             return connection
         return None
 
-    def connect(self, exchange: Waiting) -> None:
+    def connect(self, exchange: Waiting) -> Attempt:
         """Make a connection for an exchange, whose `connected` or `unconnected` is called then.
 
         Those that are kept count too: there are never more than `limit`. Anybody may send a header
@@ -254,14 +250,16 @@ class Upstream:
             if not (self.drop_one() or self.drop_one(own=True)):
                 break
         self.make_room()
-        self._lane.add(lambda: self._connect(exchange))
+        attempt = Attempt()
+        self._lane.add(lambda: self._connect(exchange, attempt))
+        return attempt
 
-    def _connect(self, exchange: Waiting) -> None:
+    def _connect(self, exchange: Waiting, attempt: Attempt) -> None:
         """On a helper thread: give the loop a connected socket, or the reason why there is none."""
-        if exchange.over:
+        if attempt.given_up:
             return
         try:
-            sock = self._connector.connect(self.connect_timeout)
+            sock = self._connector.connect(self.connect_timeout, attempt)
         except Problem as problem:
             self.loop.call(exchange.unconnected, problem, was_refused(problem))
             return

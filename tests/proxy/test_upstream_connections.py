@@ -272,6 +272,12 @@ def mute_port() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
+def towards(service: Service, port: int) -> list[str]:
+    """The states of the service's connections to this port."""
+    connections = psutil.Process(service.process.pid).net_connections("tcp")
+    return [one.status for one in connections if one.raddr and one.raddr.port == port]
+
+
 def leave(client: RawClient, how: str) -> None:
     if how == "half-close":
         client.sock.shutdown(socket.SHUT_WR)
@@ -312,6 +318,27 @@ def test_a_client_that_leaves_while_its_connection_is_made_frees_its_place(
                 wait_for(lambda: in_flight(service) == 1, 5, "the request to be under way")
                 leave(client, leaving)
                 wait_for(lambda: in_flight(service) == 0, 1, "its place")
+                wait_for(lambda: not towards(service, port), 1, "its connection")
+        assert "Traceback" not in service.log
+
+
+def test_a_client_that_leaves_during_a_tls_handshake_frees_its_connection(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        service = start(
+            UPSTREAM_URL=f"https://127.0.0.1:{port}", UPSTREAM_CONNECT_TIMEOUT=30, WORKERS=1
+        )
+        with service.client() as client:
+            client.send(request(b"GET /a HTTP/1.1"))
+            made, _ = listener.accept()
+            with made:
+                made.settimeout(5)
+                assert made.recv(4096)  # the first message of the handshake, which gets no answer
+                leave(client, "close")
+                left = time.monotonic()
+                assert made.recv(4096) == b""
+                assert time.monotonic() - left < 1
+        wait_for(lambda: in_flight(service) == 0, 1, "its place")
         assert "Traceback" not in service.log
 
 

@@ -183,6 +183,7 @@ class Upstream:
         self.kept: list[Connection] = []
         self.asked: list[bool] = []  # by each that took a kept one, whether it may be sent twice
         self.connecting = 0
+        self.given_up = 0
         self.outcomes: list[bool] = []
 
     def enter(self) -> None:
@@ -203,8 +204,12 @@ class Upstream:
         self.asked.append(repeatable)
         return self.kept.pop() if self.kept else None
 
-    def connect(self, exchange: Any) -> None:
+    def connect(self, exchange: Any) -> Any:
         self.connecting += 1
+        return self
+
+    def give_up(self) -> None:
+        self.given_up += 1
 
 
 class Rules:

@@ -13,7 +13,7 @@ import pytest
 
 from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
-from server.connector import UpstreamConnector, was_refused
+from server.connector import Attempt, UpstreamConnector, was_refused
 from server.loop import Loop
 from server.upstream import FRESH_SECONDS, Connection, Upstream
 from tests.harness.servers import unanswered_port
@@ -88,7 +88,9 @@ class Place:
     def attempt(self, exchange: Exchange) -> None:
         """Ask for a connection, and do what a helper thread does."""
         anything: Any = exchange
-        self.upstream.connect(anything)
+        attempt = self.upstream.connect(anything)
+        if exchange.over:
+            attempt.give_up()
         for job in self.lane.jobs:
             job()
         self.lane.jobs.clear()
@@ -320,7 +322,7 @@ def test_no_connection_with_something_on_it_is_kept(place: Place) -> None:
         far.close()
 
 
-def test_no_thread_connects_for_an_exchange_that_is_over(place: Place) -> None:
+def test_no_thread_connects_for_an_exchange_that_has_given_up(place: Place) -> None:
     exchange = Exchange()
     exchange.over = True
     place.attempt(exchange)
@@ -369,7 +371,7 @@ def test_a_connection_that_is_made_to_itself_is_a_refused_one() -> None:
     connector = UpstreamConnector(f"http://127.0.0.1:{port}")
     connector._pool.conn_kw["source_address"] = ("127.0.0.1", port)
     with pytest.raises(UpstreamUnreachable) as caught:
-        connector.connect(5.0)
+        connector.connect(5.0, Attempt())
     assert was_refused(caught.value)
 
 
@@ -390,9 +392,9 @@ def test_each_address_of_a_name_has_its_share_of_the_time(
         monkeypatch.setattr(socket, "getaddrinfo", two_addresses)
         with unanswered_port("127.0.0.2", port):
             began = time.monotonic()
-            sock = UpstreamConnector(f"http://two.example:{port}").connect(1.0)
+            sock = UpstreamConnector(f"http://two.example:{port}").connect(1.0, Attempt())
             assert time.monotonic() - began < 1
             assert sock.getpeername() == ("127.0.0.1", port)
             sock.close()
             with pytest.raises(UpstreamTimeout):
-                UpstreamConnector(f"http://127.0.0.2:{port}").connect(0.3)
+                UpstreamConnector(f"http://127.0.0.2:{port}").connect(0.3, Attempt())
