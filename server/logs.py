@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import stat
 import threading
@@ -13,7 +12,7 @@ from functools import lru_cache
 from json.encoder import encode_basestring_ascii as json_string
 from typing import Final
 
-from wire.request import Head
+from wire.request import USERINFO, Head
 
 # At most this many bytes wait for a slow reader. Lines beyond that are dropped.
 PENDING_BYTES: Final = 1 << 20
@@ -23,7 +22,6 @@ PENDING_BYTES: Final = 1 << 20
 LONGEST_METHOD: Final = 100
 LONGEST_TARGET: Final = 3000
 LONGEST_ESCAPED: Final = 3500
-USERINFO: Final = re.compile(r"//[^/?#]*@")
 
 
 class Output:

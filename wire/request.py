@@ -30,6 +30,8 @@ HOST: Final = re.compile(
     r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})++)(?::[0-9]*)?"
 )
 ABSOLUTE_FORM: Final = re.compile(r"https?://([^/?#]+)", re.IGNORECASE)
+# The user name and password that a target in absolute form may have.
+USERINFO: Final = re.compile(r"//[^/?#]*@")
 LONE_LINE_FEED: Final = re.compile(rb"(?<!\r)\n")
 DIGITS: Final = re.compile(r"[0-9]+")
 # How much of a path is decoded. Who answers is decided by its beginning, and no path of Gatehouse's
@@ -143,8 +145,9 @@ class Head:
         self._raw = b""
         self.fold()
         self.origin = self.path = self.query = self.host = ""
-        if self.target.startswith("/"):  # In another one the log leaves out the user's name.
-            self.target = self.target[:MOST_TOLD]
+        if not self.target.startswith("/"):
+            self.target = USERINFO.sub("//", self.target)
+        self.target = self.target[:MOST_TOLD]
 
     def _target(self) -> None:
         target = self.target
