@@ -431,7 +431,7 @@ class Exchange:
         first, self._head_arrived = self._head_arrived, b""
         tunnel = Tunnel(self.client, connection, self._upstream, self._patience.stream)
         self.client.switch(status, self._rules.answer_lines(answer, head), tunnel)
-        head.forget()
+        head.forget(lasting=True)
         tunnel.begin(first)
 
     def _begin_answer(self, answer: Answer, status: str, head: Head) -> None:
@@ -462,7 +462,7 @@ class Exchange:
             close=unsent,
         )
         answer.lines = []
-        head.forget()
+        head.forget(lasting=answer.events)
         if not unsent:
             self._head = None  # It is not needed any more, and a stream may last long.
             self._gathered = b""
