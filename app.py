@@ -151,16 +151,17 @@ def list_users() -> Reply:
         charset = "; charset=utf-8" if kind == CSV else ""
         return Reply(exported, [BY_ACCEPT, ("Content-Type", kind + charset)])
     page = search.page(asked.limit, asked.after, asked.search, count=asked.total)
-    members = [f'"users": [{", ".join(page.users)}]', '"next": null']
-    headers = [BY_ACCEPT]
+    members = ['"next": null']
+    headers = [BY_ACCEPT, ("Content-Type", JSON)]
     if page.last is not None:
         given = urlencode(asked.given) + "&" if asked.given else ""
         target = f"/users?{given}limit={asked.limit}&after={page.last}"
         headers.append(("Link", f'<{target}>; rel="next"'))
-        members[1] = f'"next": {json.dumps(target)}'
+        members[0] = f'"next": {json.dumps(target)}'
     if page.total is not None:
         members.append(f'"total": {page.total}')
-    return _json("{" + ", ".join(members) + "}", *headers)
+    rest = ", ".join(members).encode()
+    return Reply(b'{"users": [%b], %b}\n' % (b", ".join(page.users), rest), headers)
 
 
 def create_user() -> Reply:

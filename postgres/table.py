@@ -242,11 +242,17 @@ class Table:
         this, differs = id_ == given["id"], self._differs(given)
         update = self.model.update(self._changed(given)).from_(rows)
         changed = update.where(this & differs & self._untouched()).returning(id_)
+        # The rows are locked in one order first. Otherwise two statements that change the same rows
+        # in another order wait for each other.
+        locked = self.model.select(id_).from_(self.model, rows).where(this & differs)
+        locked = locked.order_by(id_).for_update("FOR NO KEY UPDATE", of=self.model)
+        changed = changed.where(SQL("(SELECT count(*) FROM locked) >= 0"))
         was_changed = NodeList((id_, SQL("IN (SELECT id FROM changed)")))
         told = (as_text, was_changed, ~differs, self._created_lately())
         found = self.model.select(*told).from_(self.model, rows).where(this)
         self.replace_many = Statement(
             f"WITH given AS (SELECT * FROM {self.rows_given()}),"
+            f" locked AS MATERIALIZED ({sql_of(locked)}),"
             f" changed AS ({sql_of(changed)}) {sql_of(found)}",
             self.arrays | {"untouched": self.types["untouched"]},
             prepared=False,

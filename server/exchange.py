@@ -671,6 +671,7 @@ class Exchange:
         self._let_go()
         self._timer.action = None
         self._head = None
+        self._gathered = b""  # It may still be in the queue of those for whom a connection is made.
         if self._is_stream:
             self._is_stream = False
             self._upstream.count_streams(-1)

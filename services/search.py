@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from services.users import AT_ADDRESS, TABLE
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
+# How many bytes of users a statement is to read, as far as those before tell how large they
+# are. Thirty megabytes at once held the interpreter, and all forwarded requests, for seconds.
+PART_BYTES = 1 << 20
 # A searched text of at least this many characters is cut into pieces: see _pattern.
 LONG = 9
 PIECES = re.compile(r".{3}(?=.{3})|.+", re.DOTALL)
@@ -104,16 +108,40 @@ def _page(after: bool, email: bool, text: bool, count: bool, default: bool) -> S
 
 
 class Page(NamedTuple):
-    """Users as JSON; in `last` the id after which the next page starts, None on the last page; in
-    `total` how many users match in all, None if that was not asked for."""
+    """Users as JSON, each as bytes: a text with one emoji would take four for each character. In
+    `last` is the id after which the next page starts, None on the last page; in `total` how many
+    users match in all, None if that was not asked for."""
 
-    users: list[str]
+    users: list[bytes]
     last: str | None
     total: int | None
 
 
 def page(limit: int, after: str | None, search: Search, *, count: bool = False) -> Page:
     """At most `limit` users, by id, after the id `after`. Raises DatabaseUnavailable."""
+    read = list(parts(limit, after, search, count=count))
+    return Page([user for part in read for user in part.users], read[-1].last, read[0].total)
+
+
+def parts(most: int, after: str | None, search: Search, *, count: bool = False) -> Iterator[Page]:
+    """The same part by part, each by a statement of its own. Only the first has a total."""
+    rows = min(most, DEFAULT_PAGE)
+    while True:
+        part = _read(rows, after, search, count)
+        yield part
+        most -= len(part.users)
+        if part.last is None or not most:
+            return
+        after, count = part.last, False
+        rows = min(most, fitting(rows, sum(map(len, part.users))))
+
+
+def fitting(rows: int, size: int) -> int:
+    """How many rows the next statement reads, if the last `rows` had `size` bytes."""
+    return max(1, min(MAX_PAGE, rows * PART_BYTES // max(1, size)))
+
+
+def _read(limit: int, after: str | None, search: Search, count: bool) -> Page:
     email, text = search.email is not None, search.text is not None
     sql = _page(after is not None, email, text, count, limit == DEFAULT_PAGE)
     values = {"limit": limit + 1, "after": after} | search.values()
@@ -125,9 +153,10 @@ def page(limit: int, after: str | None, search: Search, *, count: bool = False) 
             raise DatabaseUnavailable(TOO_SLOW) from None
         raise
     lines = joined.split("\n") if joined else []
+    found = [line.encode() for line in lines[:limit]]
     if len(lines) <= limit:
-        return Page(lines, None, *(total or [None]))
+        return Page(found, None, *(total or [None]))
     # The id is cut out of the text, because no reader of JSON takes all that somebody may have put
     # into metadata.
     last = lines[limit - 1].removeprefix('{"id": "')[:36]
-    return Page(lines[:limit], last, *(total or [None]))
+    return Page(found, last, *(total or [None]))

@@ -11,6 +11,7 @@ import csv
 import functools
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from postgres.table import TIMES, in_rfc_3339
 from problems import DatabaseUnavailable, EmailTaken, InvalidUser, Problem
 from services import users
 from services.fields import FIELDS, NAMES, valid, valid_id
-from services.search import MAX_PAGE, Search, matching, page
+from services.search import DEFAULT_PAGE, Search, fitting, matching, parts
 from services.users import TABLE
 from wire.ids import new_id
 from wire.rows import NDJSON, Columns, Lines, Row, rows_of
@@ -46,33 +47,33 @@ def _rows(after: bool, email: bool, text: bool) -> Statement:
     columns = [Cast(getattr(User, name), "text") for name in ("id", *NAMES)]
     columns += [in_rfc_3339(getattr(User, name)) for name in TIMES]
     found = matching(User.select(*columns), after=after, email=email, text=text)
-    found = found.order_by(User.id).limit(SQL(str(BATCH_ROWS)))
+    found = found.order_by(User.id).limit(SQL("%(limit)s"))
     return TABLE.statement(found, prepared=not text)
 
 
 def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
     """All users that match, by id, after the id `after`, in the media type `kind`.
 
-    Each batch is a statement of its own. A user that exists from the beginning to the end is
+    Each part is a statement of its own. A user that exists from the beginning to the end is
     exported once, whatever happens to others meanwhile. Raises DatabaseUnavailable; in the middle
     of an export this means that the answer ends too early.
     """
     if kind == NDJSON:
-        more = True
-        while more:
-            found = page(MAX_PAGE, after, search)
-            if found.users:
-                yield ("\n".join(found.users) + "\n").encode()
-            after, more = found.last, found.last is not None
+        for part in parts(sys.maxsize, after, search):
+            if part.users:
+                yield b"\n".join(part.users) + b"\n"
         return
     header: list[Any] = [COLUMNS.names]
+    limit = DEFAULT_PAGE
     while header or after is not None:
         sql = _rows(after is not None, search.email is not None, search.text is not None)
-        rows = statements.read(sql, {"after": after} | search.values())
+        rows = statements.read(sql, {"limit": limit, "after": after} | search.values())
         buffer = io.StringIO(newline="")
         csv.writer(buffer).writerows([*header, *rows])
-        yield buffer.getvalue().encode()
-        header, after = [], rows[-1][0] if len(rows) == BATCH_ROWS else None
+        piece = buffer.getvalue().encode()
+        yield piece
+        header, after = [], rows[-1][0] if len(rows) == limit else None
+        limit = fitting(limit, len(piece))
 
 
 # Import

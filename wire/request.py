@@ -124,15 +124,17 @@ class Head:
 
     @property
     def lines(self) -> list[Line]:
-        if self._lines is None:
-            self._lines = lines_of(self._raw.split(b"\r\n")[1:])
-        return self._lines
+        lines = self._lines
+        if lines is None:
+            lines = self._lines = lines_of(self._raw.split(b"\r\n")[1:])
+        return lines
 
     @property
     def values(self) -> dict[str, list[str]]:
-        if self._values is None:
-            self._values = by_name(self.lines)
-        return self._values
+        values = self._values
+        if values is None:
+            values = self._values = by_name(self.lines)
+        return values  # Not what `_values` is now: a thread may read, and the loop fold.
 
     def fold(self) -> None:
         """Keep `lines` and `values` only as the bytes that came: they are read anew if they are
