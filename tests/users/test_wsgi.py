@@ -17,6 +17,7 @@ from webtest import TestApp, TestRequest, TestResponse
 
 from app import Reply, create_app
 from models import database as users_database
+from services import search
 from settings import Settings
 from tests.harness import DEAD_DATABASE, new_email
 
@@ -70,6 +71,28 @@ def test_a_user_is_created_read_changed_and_deleted(application: TestApp) -> Non
     gone = application.delete(path, status=204)
     assert gone.body == b""
     problem(application.get(path, status=404), "no-such-user")
+
+
+def test_users_that_are_read_in_parts_are_all_there_and_in_order(
+    application: TestApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones are: five hundred of the largest were one text of 120 MB."""
+    monkeypatch.setattr(search, "PART_BYTES", 2000)
+    name = uuid.uuid4().hex
+    for _ in range(130):
+        application.post("/users", json.dumps({"email": new_email(), "name": name}), headers=JSON)
+    page = application.get(f"/users?limit=500&count=true&q={name}").json
+    ids = [user["id"] for user in page["users"]]
+    assert len(ids) == 130 and ids == sorted(ids)
+    assert (page["total"], page["next"]) == (130, None)
+    first = application.get(f"/users?limit=100&q={name}").json
+    second = application.get(first["next"]).json
+    assert [user["id"] for user in first["users"] + second["users"]] == ids
+    assert len(first["users"]) == 100
+    for kind, header in (("text/csv", 1), ("application/x-ndjson", 0)):
+        lines = application.get(f"/users?q={name}", headers={"Accept": kind}).text.splitlines()
+        assert [line for line in lines[header:] if name in line] == lines[header:]
+        assert len(lines) == 130 + header
 
 
 @pytest.mark.parametrize(
