@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import socket
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg2
 import pytest
 
 from services.fields import NAMES, Field
@@ -24,6 +27,7 @@ from tests.harness import (
     new_email,
     problem,
     request,
+    wait_for,
 )
 from wire.rows import MAX_LINE, READ_BYTES, Columns, Lines, rows_of
 
@@ -464,6 +468,41 @@ def test_a_constraint_of_the_operators_own_refuses_one_row(
     )
     lines, _ = told(send(alone, body))
     assert [line["status"] for line in lines] == [201, 201, 201, 409, 201]
+
+
+def test_rows_that_are_replaced_are_locked_in_one_order(alone: Service) -> None:
+    """Two imports of one list, one of them reversed, waited for each other."""
+    uri = alone.environ["POSTGRES_URI"]
+    kept = sorted(str(uuid.uuid4()) for _ in range(10))
+    emails = {user: new_email() for user in kept}
+    for user in reversed(kept):  # PostgreSQL may go through them as they are on the disk, too.
+        body = {"email": emails[user], "name": "Ann"}
+        assert alone.call("PUT", f"/users/{user}", body).status == 201
+    rows = [
+        json.dumps({"id": user, "email": emails[user], "name": "Bea"}) for user in reversed(kept)
+    ]
+    lock = "SELECT FROM users WHERE id = %s FOR UPDATE NOWAIT"
+    with (
+        contextlib.closing(psycopg2.connect(uri)) as holder,
+        contextlib.closing(psycopg2.connect(uri)) as other,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        holder.cursor().execute(lock, kept[:1])
+        sent = threads.submit(send, alone, "\n".join(rows) + "\n", NDJSON)
+        waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        watch = other.cursor()
+
+        def waits() -> bool:
+            watch.execute(waiting)
+            other.rollback()
+            return watch.rowcount == 1
+
+        wait_for(waits, 5, "the import to wait for the first")
+        for user in kept[1:]:
+            watch.execute(lock, [user])  # Raises LockNotAvailable if the import has it already.
+        other.rollback()
+        holder.rollback()
+        assert told(sent.result())[1] == (10, 0, 10, 0, 0)
 
 
 def test_a_client_without_a_token_imports_nothing(start: Any, database: str) -> None:
