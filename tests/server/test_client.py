@@ -26,6 +26,9 @@ from server.loop import Loop
 from tests.harness import request
 from wire.request import Head, end_of_head
 
+# A client that waits to be asked for its body.
+EXPECTING = request(b"POST / HTTP/1.1", b"Content-Length: 3", b"Expect: 100-continue")
+
 
 class Responder:
     """Whoever answers: what it is told is remembered, and the test answers."""
@@ -575,8 +578,7 @@ def test_a_client_that_waits_to_be_asked_for_its_body_makes_no_room(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:
     client, _ = let_in()
-    expects = (b"Content-Length: 3", b"Expect: 100-continue")
-    client.received(request(b"POST / HTTP/1.1", *expects))
+    client.received(EXPECTING)
     desk.pass_time(STILL_SECONDS + 0.1)
     assert client.spare is None
     client.ask_for_body()
@@ -590,8 +592,7 @@ def test_a_client_may_wait_to_be_asked_for_its_body_for_as_long_as_that_takes(
 ) -> None:
     """It was cut after SENDER_SECONDS, while a refused upstream was still tried again."""
     client, _ = let_in()
-    expects = (b"Content-Length: 3", b"Expect: 100-continue")
-    client.received(request(b"POST / HTTP/1.1", *expects))
+    client.received(EXPECTING)
     desk.pass_time(2 * SENDER_SECONDS)
     assert desk.gone == []
     client.ask_for_body()
@@ -602,8 +603,7 @@ def test_a_client_that_does_not_wait_to_be_asked_has_its_clock_too(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:
     client, _ = let_in()
-    expects = (b"Content-Length: 3", b"Expect: 100-continue")
-    client.received(request(b"POST / HTTP/1.1", *expects))
+    client.received(EXPECTING)
     desk.pass_time(2 * SENDER_SECONDS)
     client.received(b"x")
     has_a_whole_time(desk, client)
