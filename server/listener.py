@@ -9,6 +9,8 @@ import socket
 import struct
 import sys
 
+# How many clients may wait to be accepted.
+BACKLOG = 1024
 SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
 # Descriptors that are neither client connections nor connections to the upstream: those of the
 # database, the logs, and of what libraries open for a moment.
@@ -18,8 +20,8 @@ MOST_DESCRIPTORS = 1 << 20
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound. A worker makes it listen when it is ready, and until then clients are
-    refused. Raises OSError."""
+    """A socket that listens: clients that come before a worker is ready wait for it. Raises
+    OSError."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -27,6 +29,8 @@ def bind(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
     try:
         sock.bind(address)
+        # Two processes may bind to one address, and only one of them may listen.
+        sock.listen(BACKLOG)
         return sock
     except OSError:
         sock.close()

@@ -32,7 +32,6 @@ from wire.request import ABSURD_BYTES, Head
 
 log = logging.getLogger("gatehouse")
 
-BACKLOG = 1024
 # Threads that make connections to the upstream: how many at most, and how many without a delay.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
 # Freed memory is given back when there were more than CROWD clients and half of them have gone, and
@@ -189,8 +188,6 @@ class Server:
         self._listener.setblocking(False)
         # Connections inherit this option: small pieces are sent at once.
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if not self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            self._listener.listen(BACKLOG)  # One that is handed over keeps its own Backlog=.
         self._watch_listener(True)
         self._tick.set(self.loop.now)
         while not (self.closing and (not self._clients or self.loop.now >= self._deadline)):

@@ -33,6 +33,7 @@ from tests.harness import (
     free_port,
     run_app,
     unprivileged,
+    wait_for,
 )
 
 REQUIRED = {
@@ -491,7 +492,8 @@ def test_a_doubtful_name_in_the_environment_or_the_env_file_is_told_and_no_error
     said = run_there(checkout, "check", **given).stdout.splitlines()
     assert said[:3] == ["configuration: ok", *(f"warning: {line}" for line in warnings)]
     with Service(folder=checkout, ACCESS_LOG="off", **given) as service:
-        assert re.findall(r"(?m) WARNING (.* is no setting.*)$", service.log) == warnings
+        told = re.compile(r"(?m) WARNING (.* is no setting.*)$")
+        wait_for(lambda: told.findall(service.log) == warnings, what="the warnings")
 
 
 @pytest.mark.parametrize("mode", [0, 0o111])
