@@ -330,7 +330,10 @@ class Statements(Pool):
         if lost or (not rule and state in NOT_DONE | UNKNOWN):
             self.release(connection, broken=True)
             self._distrust()
-            self._note(error)
+            if cut:  # libpq would say that the server closed the connection.
+                self.say("no answer in time: this connection to the database was given up")
+            else:
+                self._note(error)
             return NotDone() if state in NOT_DONE else Lost(cut)
         self.release(connection, broken=cut)  # It may have been cut just as its answer came.
         if state in CONFLICTS:

@@ -326,6 +326,7 @@ def missing_finder(house: House) -> Service:
 PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "the database is back": refused_and_back,
     "the server has stopped answering": frozen,
+    "no answer in time: …": frozen,
     "connection lost: …": cut_in_a_statement,
     "no connection was free in time": busy_pool,
     "refused by the database: …, constraint …": forbidden_name,
