@@ -20,6 +20,7 @@ from problems import (
     UpstreamTimeout,
 )
 from server.connector import Attempt
+from server.logs import LONGEST_TARGET
 from server.loop import NEVER
 from server.stream import HIGH_WATER, SPLICES, WAIT, Stream
 from server.tunnel import Talker, Tunnel
@@ -49,6 +50,10 @@ RETRY_SECONDS: Final = 0.25
 # the upstream has sent none: many upstreams do not know of it.
 CONTINUE_SECONDS: Final = 1.0
 KEEP_ALIVE: Final = b": keep-alive\n\n"
+# How many characters of a stream's target are kept for the log. Python has such short texts among
+# its small objects. A longer one is in the way where the memory of a large head is free again, and
+# cost ten times its size.
+OF_A_STREAM: Final = 200
 
 
 class ExchangeClient(Talker, Protocol):
@@ -431,7 +436,7 @@ class Exchange:
         first, self._head_arrived = self._head_arrived, b""
         tunnel = Tunnel(self.client, connection, self._upstream, self._patience.stream)
         self.client.switch(status, self._rules.answer_lines(answer, head), tunnel)
-        head.forget(lasting=True)
+        head.forget(OF_A_STREAM)
         tunnel.begin(first)
 
     def _begin_answer(self, answer: Answer, status: str, head: Head) -> None:
@@ -462,7 +467,7 @@ class Exchange:
             close=unsent,
         )
         answer.lines = []
-        head.forget(lasting=answer.events)
+        head.forget(OF_A_STREAM if answer.events else LONGEST_TARGET)
         if not unsent:
             self._head = None  # It is not needed any more, and a stream may last long.
             self._gathered = b""

@@ -37,10 +37,6 @@ DIGITS: Final = re.compile(r"[0-9]+")
 # How much of a path is decoded. Who answers is decided by its beginning, and no path of Gatehouse's
 # own is so long. To decode 64 KB of percent signs takes twenty milliseconds.
 DECODED_BYTES: Final = 1024
-# How many characters of a stream's target are kept for the log. Python has such short texts among
-# its small objects. A longer one is in the way where the memory of a large head is free again, and
-# cost ten times its size.
-MOST_KEPT: Final = 200
 # A Content-Length of 19 digits or more counts as this. No body is so large.
 ABSURD_BYTES: Final = 1 << 60
 
@@ -49,9 +45,8 @@ class Head:
     """The head of one request.
 
     `method`, `target` and `lines` are as they came; `values` are the header values by lower-case
-    name; `version` is "1.0" or "1.1". `origin` is the target in origin form (RFC 9112 section 3.2),
-    otherwise byte for byte; `path` is its path, percent-decoded (the first DECODED_BYTES of it), as
-    latin-1 text, and `query` what follows the first `?`. `host` is the authority that is asked for.
+    name; `version` is "1.0" or "1.1". `path` is the target's path, percent-decoded (the first
+    DECODED_BYTES of it), as latin-1 text. `host` is the authority that is asked for.
     A body is framed by `chunked` or by `length` (in bytes; None if there is none). `persistent`
     says whether the client keeps its connection, `expects` whether it waits for a 100 before it
     sends the body. `problem` is what is wrong, if anything; after such a head nobody can tell a
@@ -71,18 +66,16 @@ class Head:
         "id",
         "length",
         "method",
-        "origin",
         "path",
         "persistent",
         "problem",
-        "query",
         "target",
         "version",
     )
 
     def __init__(self, head: bytes) -> None:
         """Take apart a head, without its last empty line."""
-        self.method = self.target = self.origin = self.path = self.query = self.host = ""
+        self.method = self.target = self.path = self.host = ""
         self.id = self.caller = ""
         self.version = "1.1"
         self._raw = head
@@ -143,40 +136,54 @@ class Head:
         seconds."""
         self._lines = self._values = None
 
-    def forget(self, *, lasting: bool) -> None:
-        """Keep what the log tells of the request, and how it goes on. If it is `lasting`, as a
-        stream may be for days, keep only the beginning of a long target."""
+    def forget(self, most: int) -> None:
+        """Keep what the log tells of the request, with at most so many characters of its target."""
         self._raw = b""
         self.fold()
-        self.origin = self.path = self.query = self.host = ""
-        if lasting and len(self.target) > MOST_KEPT:
-            self.target = USERINFO.sub("//", self.target)[:MOST_KEPT] + "…"
+        self.path = self.host = ""
+        self.method = self.method[:most]
+        if len(self.target) > most:
+            if not self.target.startswith("/"):
+                self.target = USERINFO.sub("//", self.target)
+            if len(self.target) > most:
+                self.target = self.target[:most] + "…"
 
     def _target(self) -> None:
         target = self.target
-        if target.startswith("/"):
-            self.origin = target
-        elif self.method == "CONNECT":
+        if self.method == "CONNECT" and not target.startswith("/"):
             return  # It names a host for a tunnel, and no path. A reverse proxy refuses it.
-        elif target == "*" and self.method == "OPTIONS":
-            self.origin = self.path = target
-            return
-        else:
+        if not (target.startswith("/") or (target == "*" and self.method == "OPTIONS")):
             absolute = ABSOLUTE_FORM.match(target)
             # A user name in the authority is not part of the host (RFC 9110 section 4.2.4).
             host = absolute[1].rpartition("@")[2] if absolute else ""
             if absolute is None or not is_host(host):
                 raise BadRequest("The request target is malformed.")
             self.host = host  # It replaces the Host header (RFC 9112 section 3.2.2).
-            rest = target[absolute.end() :]
-            if not rest and self.method == "OPTIONS":
-                rest = "*"  # RFC 9112 section 3.2.4
-            self.origin = rest if rest.startswith(("/", "*")) else "/" + rest
-        path, _, self.query = self.origin.partition("?")
+        path = self.origin.partition("?")[0]
         if "%" in path:
             first, rest = path[:DECODED_BYTES], path[DECODED_BYTES:]
             path = unquote_to_bytes(first.encode("latin-1")).decode("latin-1") + rest
         self.path = path
+
+    # These two are made when they are asked for. A target may have 64 KB, of which each would be
+    # one more copy for as long as the request lasts.
+
+    @property
+    def origin(self) -> str:
+        """The target in origin form (RFC 9112 section 3.2), otherwise byte for byte."""
+        target = self.target
+        absolute = None if target.startswith("/") else ABSOLUTE_FORM.match(target)
+        if absolute is None:
+            return target
+        rest = target[absolute.end() :]
+        if not rest and self.method == "OPTIONS":
+            return "*"  # RFC 9112 section 3.2.4
+        return rest if rest.startswith(("/", "*")) else "/" + rest
+
+    @property
+    def query(self) -> str:
+        """What follows the first `?` of the target."""
+        return self.origin.partition("?")[2]
 
     def _connection(self) -> None:
         named = self._named("connection")

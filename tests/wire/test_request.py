@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from problems import BadRequest, HttpVersionNotSupported, Problem
-from server.logs import asked
+from server.logs import LONGEST_TARGET, asked
 from tests.harness import request
 from tests.wire import attributes
 from wire.chunks import Chunks, Sized
@@ -257,16 +257,30 @@ def test_a_folded_head_says_the_same_and_is_a_few_objects() -> None:
 def test_of_a_forgotten_head_there_is_what_the_log_tells() -> None:
     head = Head(b"GET /a?" + b"b" * 60000 + b" HTTP/1.1\r\nHost: a\r\nCookie: " + b"c" * 4000)
     told = asked(head)
-    head.forget(lasting=False)
-    assert (head.lines, head.values, head.origin) == ([], {}, "")
-    assert asked(head) == told
-    head.forget(lasting=True)
+    head.forget(LONGEST_TARGET)
+    assert (head.lines, head.values, head.path) == ([], {}, "")
+    assert asked(head) == told and len(head.target) == LONGEST_TARGET + 1
+    head.forget(200)
     assert told.startswith(asked(head).removesuffix('\\u2026"')) and len(head.target) == 201
+
+
+def test_of_a_forgotten_method_there_is_no_more_either() -> None:
+    head = Head(b"G" * 60000 + b" /a//b@c HTTP/1.1\r\nHost: a")
+    told = asked(head)
+    head.forget(200)
+    assert asked(head) == told and len(head.method) == 200
+
+
+def test_a_head_is_kept_once_and_its_target_once_more() -> None:
+    head = Head(b"POST http://a/x?" + b"q" * 60000 + b" HTTP/1.1\r\nHost: a\r\nContent-Length: 1")
+    kept = [getattr(head, name) for name in head.__slots__ if not name.startswith("_")]
+    assert sum(len(part) for part in kept if isinstance(part, str)) < 61000
+    assert len(head.query) == 60000
 
 
 def test_the_user_name_in_a_long_target_is_not_told_after_that_either() -> None:
     head = Head(b"GET http://ann:" + b"x" * 9000 + b"@a/" + b"b" * 9000 + b" HTTP/1.1\r\nHost: a")
-    head.forget(lasting=True)
+    head.forget(200)
     assert len(head.target) == 201 and asked(head).startswith('GET "http://a/b')
 
 
