@@ -160,8 +160,12 @@ def list_users() -> Reply:
         members[0] = f'"next": {json.dumps(target)}'
     if page.total is not None:
         members.append(f'"total": {page.total}')
-    rest = ", ".join(members).encode()
-    return Reply(b'{"users": [%b], %b}\n' % (b", ".join(page.users), rest), headers)
+    # They are joined once: each copy of the largest users has 30 MB.
+    parts = page.users or [b""]
+    parts[0] = b'{"users": [' + parts[0]
+    parts[-1] += b"]"
+    parts.append(", ".join(members).encode() + b"}\n")
+    return Reply(b", ".join(parts), headers)
 
 
 def create_user() -> Reply:

@@ -47,6 +47,9 @@ EMPTY_LINES: Final = re.compile(rb"\A(?:\r?\n)++")
 REQUESTS_AT_ONCE: Final = 16
 # If a client sends more bytes than this while it waits for an answer, it is not read until then.
 AHEAD_BYTES: Final = 65536
+# A piece of a body with more bytes is sent by itself, and not joined to the head before it: that
+# would be one more copy of a page of thirty megabytes.
+COPIED_BYTES: Final = 65536
 
 
 class Responder(Protocol):
@@ -381,7 +384,9 @@ class Client(Stream):
         self.sent += len(piece)
         if self._chunked:
             piece = chunk(piece)
-        if self._head_out:
+        if len(piece) > COPIED_BYTES:
+            self.flush()
+        elif self._head_out:
             piece, self._head_out = self._head_out + piece, b""
         self._send(piece)
 

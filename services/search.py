@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from peewee import SQL, NodeList, Select, fn
+from peewee import SQL, NodeList, Select, Window, fn
 
 from models import User, database, statements
 from postgres.statements import Statement
@@ -19,9 +19,11 @@ from services.users import AT_ADDRESS, TABLE
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
-# How many bytes of users a statement is to read, as far as those before tell how large they
-# are. Thirty megabytes at once held the interpreter, and all forwarded requests, for seconds.
+# A statement that may read more users than DEFAULT_PAGE stops once it has so many bytes of them.
+# Thirty megabytes at once held the interpreter, and all forwarded requests, for seconds.
 PART_BYTES = 1 << 20
+# Whether a user of `until_full` is to be read: the first one always is.
+WITHIN = f"coalesce(before, 0) < {PART_BYTES}"
 # A searched text of at least this many characters is cut into pieces: see _pattern.
 LONG = 9
 PIECES = re.compile(r".{3}(?=.{3})|.+", re.DOTALL)
@@ -93,10 +95,15 @@ def _page(after: bool, email: bool, text: bool, count: bool, default: bool) -> S
     # The usual limit is part of the statement, so that PostgreSQL can keep the plan. The right plan
     # depends on how many rows are wanted: with a limit that is a parameter it is made each time.
     limit = str(DEFAULT_PAGE + 1) if default else "%(limit)s"
-    found = matching(User.select(TABLE.json.alias("line")), after=after, email=email, text=text)
+    found = matching(
+        User.select(User.id, TABLE.json.alias("line")), after=after, email=email, text=text
+    )
     found = found.order_by(User.id).limit(SQL(limit))
     # One row with a line for each user: a row for each would cost both sides more.
-    columns: list[Any] = [fn.string_agg(SQL("line"), SQL(r"E'\n'"))]
+    joined = fn.string_agg(SQL("line"), SQL(r"E'\n'"))
+    if not default:
+        found, joined = until_full(found, SQL("octet_length(line)")), joined.filter(SQL(WITHIN))
+    columns: list[Any] = [joined, fn.count(SQL("*"))]
     if count:
         columns.append(
             matching(User.select(fn.count(SQL("*"))), after=False, email=email, text=text)
@@ -105,6 +112,19 @@ def _page(after: bool, email: bool, text: bool, count: bool, default: bool) -> S
     return TABLE.statement(
         Select([found.alias("found")], columns).bind(database), prepared=not text
     )
+
+
+def until_full(found: Select, size: Any) -> Select:
+    """Users that were found, by id, of which those that WITHIN is true of make PART_BYTES or one
+    user more. `size` is SQL for the bytes of one."""
+    before = fn.sum(size).over(
+        order_by=[SQL("found.id")],
+        start=Window.preceding(),
+        end=Window.preceding(1),
+        frame_type=Window.ROWS,
+    )
+    found = found.alias("found")
+    return Select([found], [SQL("found.*"), before.alias("before")])
 
 
 class Page(NamedTuple):
@@ -137,7 +157,8 @@ def parts(most: int, after: str | None, search: Search, *, count: bool = False) 
 
 
 def fitting(rows: int, size: int) -> int:
-    """How many rows the next statement reads, if the last `rows` had `size` bytes."""
+    """How many rows the next statement is to read, if the last `rows` had `size` bytes. What it
+    reads beyond PART_BYTES is thrown away, so that this is only to save the database work."""
     return max(1, min(MAX_PAGE, rows * PART_BYTES // max(1, size)))
 
 
@@ -147,16 +168,16 @@ def _read(limit: int, after: str | None, search: Search, count: bool) -> Page:
     values = {"limit": limit + 1, "after": after} | search.values()
     began = time.monotonic()
     try:
-        [(joined, *total)] = statements.read(sql, values)
+        [(joined, number, *total)] = statements.read(sql, values)
     except DatabaseUnavailable:
         if (text or count) and time.monotonic() - began > statements.statement_timeout:
             raise DatabaseUnavailable(TOO_SLOW) from None
         raise
     lines = joined.split("\n") if joined else []
     found = [line.encode() for line in lines[:limit]]
-    if len(lines) <= limit:
+    if number == len(found):
         return Page(found, None, *(total or [None]))
     # The id is cut out of the text, because no reader of JSON takes all that somebody may have put
     # into metadata.
-    last = lines[limit - 1].removeprefix('{"id": "')[:36]
+    last = lines[len(found) - 1].removeprefix('{"id": "')[:36]
     return Page(found, last, *(total or [None]))

@@ -16,16 +16,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from peewee import SQL, Cast
+from peewee import SQL, Cast, Select, fn
 
-from models import User, statements
+from models import User, database, statements
 from postgres.casing import lowered
 from postgres.statements import Lost, Statement, unknown
 from postgres.table import TIMES, in_rfc_3339
 from problems import DatabaseUnavailable, EmailTaken, InvalidUser, Problem
 from services import users
 from services.fields import FIELDS, NAMES, valid, valid_id
-from services.search import DEFAULT_PAGE, Search, fitting, matching, parts
+from services.search import DEFAULT_PAGE, WITHIN, Search, fitting, matching, parts, until_full
 from services.users import TABLE
 from wire.ids import new_id
 from wire.rows import NDJSON, Columns, Lines, Row, rows_of
@@ -44,11 +44,16 @@ BATCH_BYTES = 1 << 20
 
 @functools.cache
 def _rows(after: bool, email: bool, text: bool) -> Statement:
-    columns = [Cast(getattr(User, name), "text") for name in ("id", *NAMES)]
+    columns: list[Any] = [User.id, *(Cast(getattr(User, name), "text") for name in NAMES)]
     columns += [in_rfc_3339(getattr(User, name)) for name in TIMES]
+    columns = [column.alias(name) for column, name in zip(columns, COLUMNS.names, strict=True)]
     found = matching(User.select(*columns), after=after, email=email, text=text)
     found = found.order_by(User.id).limit(SQL("%(limit)s"))
-    return TABLE.statement(found, prepared=not text)
+    # CONCAT drops NULL; in lower case it would be a method of peewee's.
+    size = fn.octet_length(fn.CONCAT(*(SQL(f'found."{name}"') for name in NAMES)))
+    part = until_full(found, size).alias("part")
+    read = Select([part], [SQL(f'part."{name}"') for name in COLUMNS.names]).where(SQL(WITHIN))
+    return TABLE.statement(read.order_by(SQL("part.id")).bind(database), prepared=not text)
 
 
 def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
@@ -65,15 +70,18 @@ def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
         return
     header: list[Any] = [COLUMNS.names]
     limit = DEFAULT_PAGE
-    while header or after is not None:
+    while True:
         sql = _rows(after is not None, search.email is not None, search.text is not None)
         rows = statements.read(sql, {"limit": limit, "after": after} | search.values())
-        buffer = io.StringIO(newline="")
-        csv.writer(buffer).writerows([*header, *rows])
-        piece = buffer.getvalue().encode()
-        yield piece
-        header, after = [], rows[-1][0] if len(rows) == limit else None
-        limit = fitting(limit, len(piece))
+        if header or rows:
+            buffer = io.StringIO(newline="")
+            csv.writer(buffer).writerows([*header, *rows])
+            piece = buffer.getvalue().encode()
+            yield piece
+        if not rows:
+            return
+        header, after = [], rows[-1][0]
+        limit = fitting(len(rows), len(piece))
 
 
 # Import
@@ -90,15 +98,15 @@ class Entry(Row):
     outcome: str = ""
 
     def check(self) -> None:
-        """Make `values` of the members, or set `problem`."""
+        """Make `values` of the members, or set `problem`. The members are not needed any more."""
         self.id, self.has_id = new_id(), "id" in self.members
         if self.has_id:
             with contextlib.suppress(ValueError):  # `valid` says what is wrong with it.
                 self.id = valid_id(self.members["id"])
         try:
-            self.values = valid(self.members, user_id=self.id)
+            self.values, self.members = valid(self.members, user_id=self.id), {}
         except InvalidUser as problem:
-            self.problem = problem
+            self.refuse(problem)
 
     def told(self) -> str:
         """The line of the answer that says what became of the row."""
@@ -167,7 +175,7 @@ def _done(batch: list[Entry], counts: dict[str, int]) -> bytes:
                 _singly(left)
             else:
                 for row in left:
-                    row.problem = unknown() if row.doubtful else problem
+                    row.refuse(unknown() if row.doubtful else problem)
     for row in batch:
         counts["rows"] += 1
         counts["refused" if row.problem else row.outcome] += 1
@@ -188,7 +196,8 @@ def _write(rows: list[Entry]) -> None:
     if left:
         taken = {user_id for (user_id,) in statements.read(TAKEN, _arrays(left))}
         for row in left:
-            row.problem = EmailTaken() if row.id in taken else None
+            if row.id in taken:
+                row.refuse(EmailTaken())
         _singly([row for row in left if row.problem is None])
 
 
@@ -206,9 +215,9 @@ def _singly(rows: list[Entry]) -> None:
                 same = bool(before) and before[0][1] == found.version
                 row.outcome = "created" if found.created else "unchanged" if same else "replaced"
         except DatabaseUnavailable as problem:
-            row.problem = unknown() if row.doubtful else problem
+            row.refuse(unknown() if row.doubtful else problem)
         except Problem as problem:
-            row.problem = problem
+            row.refuse(problem)
 
 
 def _created_before(row: Entry) -> bool:
@@ -243,7 +252,7 @@ def _replace(rows: list[Entry]) -> None:
         changed, same, created = states[row.id]
         if not changed and not same:
             if again:  # Somebody has changed it since the run that was lost.
-                row.problem = unknown()
+                row.refuse(unknown())
             # Otherwise somebody was faster, or a trigger left it alone. It has no outcome yet, so
             # that it is written by itself next, which finds out.
         elif not row.has_id or (row.doubtful and created and same):

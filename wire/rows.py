@@ -45,6 +45,14 @@ class Row:
     members: dict[str, Any] = field(default_factory=dict)
     problem: Problem | None = None
 
+    def refuse(self, problem: Problem) -> None:
+        """Keep why it is refused, and nothing else of it. An exception that has been raised knows
+        the functions that it passed through, and all that is in them: the row, too. So the two
+        would keep each other until the garbage collector comes, and a megabyte of rows takes a
+        hundred in objects."""
+        problem.__traceback__ = problem.__context__ = problem.__cause__ = None
+        self.problem, self.members = problem, {}
+
 
 class Refused(Exception):
     """A line or a row that cannot be read, and why."""
@@ -203,12 +211,12 @@ def _ndjson(lines: Lines) -> Iterator[Row]:
         except StopIteration:
             return
         except Refused as refused:
-            row.problem = MalformedJson(str(refused))
+            row.refuse(MalformedJson(str(refused)))
         except MalformedJson as problem:
             told = problem.detail.replace("The body", "The line")
-            row.problem = MalformedJson(told.replace(" at line 1, character", " at character"))
+            row.refuse(MalformedJson(told.replace(" at line 1, character", " at character")))
         except Problem as problem:
-            row.problem = problem
+            row.refuse(problem)
         yield row
 
 
@@ -224,11 +232,11 @@ def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
                 continue
             if len(cells) == len(header):
                 row.members, errors = _members(zip(header, cells, strict=True), columns)
-                row.problem = InvalidUser(errors=errors) if errors else None
+                if errors:
+                    row.refuse(InvalidUser(errors=errors))
             else:
-                row.problem = BadRequest(
-                    f"The row has {len(cells)} cells, and the header {len(header)}.{lines.extent}"
-                )
+                told = f"The row has {len(cells)} cells, and the header {len(header)}."
+                row.refuse(BadRequest(told + lines.extent))
         except StopIteration:
             return
         except (Refused, csv.Error) as error:
@@ -237,7 +245,7 @@ def _csv(lines: Lines, columns: Columns) -> Iterator[Row]:
                 text = f"The row is not CSV: {_csv_words(error)}."
             # The reader has forgotten that a cell may be open.
             lines.end_row()
-            row.problem = BadRequest(text + lines.extent)
+            row.refuse(BadRequest(text + lines.extent))
         yield row
 
 

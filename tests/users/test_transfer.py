@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import socket
 import uuid
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +18,7 @@ import psycopg2
 import pytest
 
 from services.fields import NAMES, Field
+from services.transfer import COLUMNS, Entry
 from tests.harness import (
     Databases,
     RawClient,
@@ -604,3 +607,22 @@ def test_who_waits_for_eight_slow_transfers_is_told_so_and_leaves_nothing_behind
             client.close()
         assert patient.reply().status == 200
     assert alone.call("GET", "/users").json()["users"] == []
+
+
+def test_of_a_row_that_is_refused_only_the_reason_is_kept() -> None:
+    """A megabyte of them became a hundred in objects, until the garbage collector came."""
+    body = b'{"x": [1e1, 2e1]}\n{"x": 1, "x": 2}\n'
+    lines = Lines({"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
+    gc.disable()
+    try:
+        gone = []
+        for read in rows_of(NDJSON, lines, COLUMNS):
+            row = Entry(read.line, read.members, read.problem)
+            if row.problem is None:
+                row.check()
+            assert row.problem is not None and row.told() and not row.members
+            gone += [weakref.ref(row), weakref.ref(read)]
+        del row, read
+        assert [one() for one in gone] == [None] * 4
+    finally:
+        gc.enable()

@@ -18,8 +18,11 @@ from webtest import TestApp, TestRequest, TestResponse
 from app import Reply, create_app
 from models import database as users_database
 from services import search
+from services.search import PART_BYTES, Search, parts
+from services.transfer import exported
 from settings import Settings
 from tests.harness import DEAD_DATABASE, new_email
+from wire.rows import CSV, NDJSON
 
 TOKEN = "wsgi-token"
 JSON = {"Content-Type": "application/json"}
@@ -93,6 +96,25 @@ def test_users_that_are_read_in_parts_are_all_there_and_in_order(
         lines = application.get(f"/users?q={name}", headers={"Accept": kind}).text.splitlines()
         assert [line for line in lines[header:] if name in line] == lines[header:]
         assert len(lines) == 130 + header
+
+
+def test_large_users_behind_small_ones_are_read_in_small_parts_too(application: TestApp) -> None:
+    """How large the next ones are cannot be told from those before: 27 MB came at once."""
+    name = uuid.uuid4().hex
+    for large in [False] * 60 + [True] * 120:
+        metadata = {"a": "x" * 16000} if large else {}
+        user = {"email": new_email(), "name": name, "metadata": metadata}
+        application.post("/users", json.dumps(user), headers=JSON)
+    found = Search(text=name)
+    most = PART_BYTES + 30_000
+    pages = list(parts(1000, None, found))
+    assert sum(len(page.users) for page in pages) == 180
+    assert all(sum(map(len, page.users)) < most for page in pages)
+    assert [page.last is None for page in pages] == [False] * (len(pages) - 1) + [True]
+    for kind, lines in ((CSV, 181), (NDJSON, 180)):
+        pieces = list(exported(kind, None, found))
+        assert all(len(piece) < most for piece in pieces), [len(piece) for piece in pieces]
+        assert b"".join(pieces).count(b"\n") == lines
 
 
 @pytest.mark.parametrize(
