@@ -153,7 +153,7 @@ def parts(most: int, after: str | None, search: Search, *, count: bool = False) 
         if part.last is None or not most:
             return
         after, count = part.last, False
-        rows = min(most, fitting(rows, sum(map(len, part.users))))
+        rows = min(most, fitting(len(part.users), sum(map(len, part.users))))
 
 
 def fitting(rows: int, size: int) -> int:

@@ -98,7 +98,9 @@ def test_users_that_are_read_in_parts_are_all_there_and_in_order(
         assert len(lines) == 130 + header
 
 
-def test_large_users_behind_small_ones_are_read_in_small_parts_too(application: TestApp) -> None:
+def test_large_users_behind_small_ones_are_read_in_small_parts_too(
+    application: TestApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """How large the next ones are cannot be told from those before: 27 MB came at once."""
     name = uuid.uuid4().hex
     for large in [False] * 60 + [True] * 120:
@@ -107,7 +109,16 @@ def test_large_users_behind_small_ones_are_read_in_small_parts_too(application: 
         application.post("/users", json.dumps(user), headers=JSON)
     found = Search(text=name)
     most = PART_BYTES + 30_000
+    limits, read = [], search._read
+
+    def noted(limit: int, *rest: Any) -> search.Page:
+        limits.append(limit)
+        return read(limit, *rest)
+
+    monkeypatch.setattr(search, "_read", noted)
     pages = list(parts(1000, None, found))
+    # What does not fit is read again, and so only once.
+    assert limits[0] == 50 and limits[1] > 200 and all(limit < 100 for limit in limits[2:])
     assert sum(len(page.users) for page in pages) == 180
     assert all(sum(map(len, page.users)) < most for page in pages)
     assert [page.last is None for page in pages] == [False] * (len(pages) - 1) + [True]
