@@ -278,7 +278,7 @@ class Gatehouse:
         if owner is None:
             self.rules.admit(head)
             return "proxy", self.max_body
-        if owner[1] == "users":
+        if owner[1] != "health":  # A path that is added asks for the token, too.
             kind, accept = head.value("content-type"), head.value("accept")
             lane = users_lane(head.path, head.method, kind, accept)
             if lane != "live":
