@@ -157,7 +157,8 @@ class Proxy:
         via = f"{head.version} {self.name}"
         if "via" in values:
             via = ", ".join([*filter(None, values["via"]), via])
-        target = head.origin if head.origin == "*" else self.prefix + head.origin
+        origin = head.origin
+        target = origin if origin == "*" else self.prefix + origin
         named = f"X-Forwarded-Host: {forwarded_host}\r\n" if forwarded_host else ""
         before = (
             f"{head.method} {target} HTTP/1.1\r\n"
