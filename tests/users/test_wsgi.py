@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 from webtest import TestApp, TestRequest, TestResponse
 
-from app import Reply, create_app
+from app import Gatehouse, Reply, create_app
 from models import database as users_database
+from problems import Unauthorized
 from services import search
 from services.search import PART_BYTES, Search, parts
 from services.transfer import exported
 from settings import Settings
 from tests.harness import DEAD_DATABASE, new_email
+from wire.request import Head
 from wire.rows import CSV, NDJSON
 
 TOKEN = "wsgi-token"
@@ -414,3 +417,18 @@ def test_a_reply_is_sent_as_it_is_however_often() -> None:
         assert test.get("/health/nothing").headers["Content-Length"] == "0"
         problem(test.get("/health/split", status=500), "internal-error")
         problem(test.get("/health/wide", status=500), "internal-error")
+
+
+def test_a_path_that_a_team_adds_asks_for_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was open to everyone."""
+    owned = re.compile(r"/(users|health|teams)(?:/.*)?")
+    monkeypatch.setattr("application.OWNED", owned)
+    monkeypatch.setattr("app.OWNED", owned)
+    environ = {"POSTGRES_URI": DEAD_DATABASE, "UPSTREAM_URL": "http://a", "USERS_TOKEN": TOKEN}
+    gatehouse = Gatehouse(Settings.from_env(environ))
+    gatehouse.owned.route("/teams", "GET", lambda: "all of them")
+    teams = TestApp(gatehouse.owned)
+    problem(teams.get("/teams", status=401), "unauthorized")
+    assert teams.get("/teams", headers={"Authorization": f"Bearer {TOKEN}"}).text == "all of them"
+    with pytest.raises(Unauthorized):
+        gatehouse.admit(Head(b"GET /teams HTTP/1.1\r\nHost: a"))
