@@ -133,15 +133,20 @@ class Service:
         else:
             self.process = nursery().start(environ=environ, output=self._log)
         try:
-            wait_for(self._listening, 20, "the service to listen")
+            wait_for(self._serving, 20, "the service to serve")
         except AssertionError:
             self.process.kill()
             raise AssertionError(f"the service did not start:\n{self.log}") from None
 
-    def _listening(self) -> bool:
+    def _serving(self) -> bool:
+        """Whether a worker has taken a connection: the socket listens before there is one."""
         assert self.process.poll() is None, f"exit {self.process.returncode}:\n{self.log}"
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-            return True
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.port), 1) as sock,
+        ):
+            sock.shutdown(socket.SHUT_WR)
+            return not sock.recv(1)
         return False
 
     @property
