@@ -545,6 +545,12 @@ class Client(Stream):
         self.end()
         self.resume()
 
+    def cut_off(self, why: str, *, reset: bool = False) -> None:
+        """Close the connection before its answer is over; `why` is for the log."""
+        if self.head is not None:
+            log.warning("%s cut: %s request_id=%s", asked(self.head), why, self.head.id)
+        self.hang_up(reset=reset)
+
     def hang_up(self, *, reset: bool = False) -> None:
         """Close the connection, whatever it is doing."""
         if self.phase is Phase.CLOSED:
@@ -621,7 +627,7 @@ class Client(Stream):
             else:
                 self._timer.set(until)
         elif self.queued and not self._reads(now):
-            self.hang_up(reset=True)
+            self.cut_off(f"the client took nothing for {READER_SECONDS:g} s", reset=True)
         elif self._next_look() <= now:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None

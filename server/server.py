@@ -378,6 +378,7 @@ class Server:
     def _see_to_all(self) -> None:
         self._tick.set(self.loop.now + 1.0)
         self._see_to_logs()
+        self.upstream.look()
         self.served.board.turned(self.loop.longest_turn)
         self.loop.longest_turn = 0.0
         # It would keep clients alive whose connections are closed.

@@ -31,6 +31,7 @@ class Talker(Protocol):
     def write(self, piece: bytes) -> None: ...
     def finish(self) -> None: ...
     def end(self) -> None: ...
+    def cut_off(self, why: str, *, reset: bool = False) -> None: ...
     def hang_up(self, *, reset: bool = False) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -73,7 +74,7 @@ class Tunnel:
         self._to_client: Frames | None = Frames()  # None if nothing more may be sent there
         self._to_upstream: Frames | None = Frames()
         connection.exchange = self
-        client.deadline.action = client.hang_up
+        client.deadline.action = self._time_is_up
         upstream.count_streams(1)
 
     def begin(self, first: bytes) -> None:
@@ -95,6 +96,12 @@ class Tunnel:
         paused = self._connection is not None and self._connection.paused
         when = NEVER if paused else self.client.loop.now + self._silence
         self.client.deadline.set(when)
+
+    def _time_is_up(self) -> None:
+        if self.state is State.TUNNELLING:
+            self.client.cut_off(f"nothing came from either side for {self._silence:g} s")
+        else:
+            self.client.hang_up()
 
     # Bytes.
 

@@ -180,6 +180,9 @@ class Upstream:
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
         self._said = -SAY_SECONDS
+        self._heard = False  # whether a request was answered, or failed, since the last look
+        self._waiting = False  # whether requests waited at the last look
+        self._stuck = False  # whether they did at the one before, too, and nothing was heard
 
     # How many requests are with it.
 
@@ -204,6 +207,7 @@ class Upstream:
 
     def outcome(self, *, up: bool) -> None:
         """Note how a request went, for /health."""
+        self._heard = True
         self._board.forwarded(up)
 
     def count_streams(self, change: int) -> None:
@@ -280,10 +284,24 @@ class Upstream:
         """How many connections there are, kept ones included."""
         return len(self._connections)
 
+    def look(self) -> None:
+        """Once a second: close what is idle, if requests wait and the upstream is silent.
+
+        A server that serves one connection at a time, or as many as it has processes, may read from
+        an idle one while requests wait on others, which it has not accepted."""
+        waiting = self.in_flight > self.streams
+        self._stuck = waiting and self._waiting and not self._heard
+        self._waiting, self._heard = waiting, False
+        while self._stuck and self.drop_one():
+            pass
+
     def keep(self, connection: Connection) -> None:
         """Keep a connection for the next request."""
         connection.idle_since = self.loop.now
         if connection.client is None:
+            if self._stuck:
+                self.discard(connection)  # The next one that waits need not wait for another look.
+                return
             self._idle[connection] = None
         else:
             self._own[connection.client] = connection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -98,4 +99,6 @@ def test_whoever_reads_steadily_is_served_to_the_end_and_whoever_does_not_is_cut
             reader.result()
         part = service.call("GET", "/health").json()["upstream"]
         assert part["in_flight"] == 0
+        told = re.findall(r'GET "(.*)" cut: the client took nothing for 60 s', service.log)
+        assert sorted(told) == ["/chunked", "/length"]
     upstream.close()

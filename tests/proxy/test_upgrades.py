@@ -811,6 +811,7 @@ def test_silence_in_both_directions_ends_a_tunnel_and_nothing_else_does(
             talking[1][1].send(b"y")  # from the application only
             assert talking[1][0].take(1) == b"y"
         assert quiet.gone(0.1) and quiet_application.gone(0.1)
+        assert service.log.count(" cut: nothing came from either side for 1 s request_id=") == 1
         for ours, theirs in talking:
             assert ours.gone(3) and theirs.gone(3)
         assert 3.0 < time.monotonic() - began < 6.0

@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -121,6 +123,38 @@ def test_a_connection_that_is_used_is_not_idle(start: Start, fresh: ScriptedUpst
         assert service.call("GET", "/").body == b"ok"
         threading.Event().wait(0.2)
     assert {seen.connection for seen in fresh.seen} == {0}
+
+
+class Alone(BaseHTTPRequestHandler):
+    """Python's own server reads from one connection until that is closed, and accepts no other."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_an_upstream_that_serves_one_connection_at_a_time_does_not_wait_for_idle_ones(
+    start: Start,
+) -> None:
+    """It waited for UPSTREAM_KEEPALIVE_TIMEOUT, while requests waited on other connections."""
+    with HTTPServer(("127.0.0.1", 0), Alone) as server, ThreadPoolExecutor(9) as threads:
+        serving = threads.submit(server.serve_forever)
+        try:
+            service = start(UPSTREAM_URL=f"http://127.0.0.1:{server.server_port}", WORKERS=1)
+            for _ in range(2):
+                replies = threads.map(lambda _: service.call("GET", "/").body, range(8))
+                assert list(replies) == [b"ok"] * 8
+        finally:
+            service.stop()  # Otherwise the server might wait for one of its connections.
+            server.shutdown()
+            serving.result()
 
 
 def test_connections_that_the_upstream_closes_are_closed_at_once(
