@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "settings": set(),
     "wire": {"problems"},
     "postgres": GROUND | {"peewee", "playhouse", "peewee_migrate", "psycopg2"},
-    "application": {"problems", "services", "settings", "wire", "bottle"},
+    "application": GROUND | {"services", "settings", "wire", "bottle"},
     "models": {"postgres", "peewee", "playhouse"},
     "services": GROUND | {"models", "postgres", "wire", "peewee", "email_validator"},
     "server": GROUND | {"wire", "waitress", "requests", "urllib3"},
