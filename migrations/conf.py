@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from postgres.connect import Connector, Target, reason  # noqa: E402
 from postgres.deadlines import ended_after  # noqa: E402
 from postgres.migrating import Migrating, advice, explain, losses  # noqa: E402
-from postgres.schema import applied, names, unsuitable  # noqa: E402
+from postgres.schema import ReplayFailed, applied, names, unsuitable  # noqa: E402
 from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
 
 CONNECT_SECONDS = 10
@@ -71,6 +71,8 @@ def connected() -> pw.PostgresqlDatabase:
             check_migrate(database)
     except TimeoutError:
         raise SystemExit("another pw_migrate does not finish: see pg_stat_activity") from None
+    except ReplayFailed as error:
+        raise SystemExit(str(error)) from None
     except (pw.PeeweeException, psycopg2.Error) as error:
         told = f"the database cannot be used: {reason(error, where)}"
         raise SystemExit(": ".join((told, *advice(error)))) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,8 @@ def verdict(
 
 
 def _advised(error: Exception, target: Target) -> str:
+    if isinstance(error, ReplayFailed):
+        return str(error)
     return ": ".join(filter(None, (reason(error, target), ADVICE.get(sqlstate(error)))))
 
 
@@ -208,6 +210,10 @@ def _forbidden(cursor: Cursor, table: str) -> list[str]:
     return [f"table {table}: the role may not {missing}"] if missing else []
 
 
+class ReplayFailed(Exception):
+    """A migration cannot be run again: it has a mistake, or names a table with its schema."""
+
+
 class Comparing(Direct):
     """A database on whose temporary tables migrations are run, in one transaction."""
 
@@ -234,14 +240,29 @@ def _expected(
     migrator = router.migrator_class(database)
     for name in done:
         migrate, _ = router.read(name)
-        migrate(migrator, database, fake=False)
-        migrator()
+        with _replaying(f"migration {name}"):
+            migrate(migrator, database, fake=False)
+            migrator()
     made = _tables(cursor)
     for name in reversed(undone):
         _, rollback = router.read(name)
-        rollback(migrator, database, fake=False)
-        migrator()
+        with _replaying(f"the rollback of {name}"):
+            rollback(migrator, database, fake=False)
+            migrator()
     return made, _tables(cursor)
+
+
+@contextlib.contextmanager
+def _replaying(what: str) -> Iterator[None]:
+    """Raises ReplayFailed if it is the migration that is at fault, not the connection."""
+    try:
+        yield
+    except Exception as error:
+        code = sqlstate(error)
+        if isinstance(error, peewee.PeeweeException) and (code[:2] != "42" or code == "42501"):
+            raise
+        [line, *_] = str(error).splitlines() or [type(error).__name__]
+        raise ReplayFailed(f"{what} fails on temporary tables: {line}") from error
 
 
 def _tables(cursor: Cursor) -> dict[str, Parts]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from peewee import Model, PostgresqlDatabase
 
 from postgres import schema
 from postgres.connect import Connector, Target
@@ -36,6 +37,7 @@ from tests.harness import (
 MIGRATIONS = checkout() / "migrations"
 FILES = sorted(MIGRATIONS.glob("[0-9]*.py"))
 NEXT = f"{len(FILES) + 1:03}"
+PAGE = ROOT / "docs" / "migrations.md"
 
 
 @pytest.fixture
@@ -79,8 +81,10 @@ def execute(uri: str, sql: str) -> None:
 
 
 def dump(uri: str) -> str:
-    """pg_dump of the schema, less what it makes up anew at every call and the history."""
-    return dump_all(uri, "--exclude-table=migratehistory*")
+    """The lines of pg_dump of the schema, less what it makes up anew at every call and the history.
+    They are sorted: a column that a rollback adds again comes last."""
+    lines = dump_all(uri, "--exclude-table=migratehistory*").splitlines()
+    return "\n".join(sorted(line.rstrip(",") for line in lines))
 
 
 def dump_all(uri: str, *options: str) -> str:
@@ -333,6 +337,54 @@ def test_a_failed_migration_leaves_nothing(empty: str, scratch: Callable[[str, s
     assert pending(empty, MIGRATIONS) == [f"{len(FILES) + 1:03}_fails"]
 
 
+@pytest.mark.parametrize(
+    ("table", "gone", "failed", "reason"),
+    [
+        ("users", "whole", "the rollback of", "does not exist"),
+        ("public.users", "half", "migration", "already exists"),
+    ],
+)
+def test_a_migration_that_cannot_be_tried_is_named_before_anything_is_changed(
+    empty: str, scratch: Callable[[str, str], None], table: str, gone: str, failed: str, reason: str
+) -> None:
+    """It was the database that could not be used."""
+    scratch(
+        f"{NEXT}_half",
+        "def migrate(migrator, database, *, fake=False):\n"
+        f"    migrator.sql('ALTER TABLE {table} ADD half text')\n"
+        "def rollback(migrator, database, *, fake=False):\n"
+        f"    migrator.sql('ALTER TABLE {table} DROP {gone}')\n",
+    )
+    assert pw_migrate("migrate", uri=empty).returncode == 0
+    before = dump(empty)
+    done = pw_migrate("rollback", uri=empty)
+    assert (done.returncode, done.stdout) == (1, "")
+    told = f'column "{gone}" of relation "users" {reason}'
+    assert done.stderr == f"{failed} {NEXT}_half fails on temporary tables: {told}\n"
+    assert dump(empty) == before
+
+
+def test_a_column_is_filled_in_batches_as_the_page_says(
+    empty: str, scratch: Callable[[str, str], None]
+) -> None:
+    add = "def migrate(migrator, database, *, fake=False):\n    migrator.sql('ALTER TABLE users {}')\n"
+    scratch(f"{NEXT}_of_this_test", add.format("ADD of_this_test text"))
+    scratch(f"{len(FILES) + 2:03}_all", add.format("ALTER of_this_test SET NOT NULL"))
+    done = pw_migrate("migrate", "--name", f"{NEXT}_of_this_test", uri=empty)
+    assert done.returncode == 0, done.stderr
+    execute(
+        empty,
+        "INSERT INTO users (id, email, name)"
+        " SELECT gen_random_uuid(), n || '@example.com', 'Ann' FROM generate_series(1, 2500) AS n",
+    )
+    [block] = re.findall(r"(?ms)^```sql\n(DO .*?)^```$", PAGE.read_text())
+    with contextlib.closing(psycopg2.connect(empty)) as connection:
+        connection.autocommit = True
+        connection.cursor().execute(block.replace("phone", "of_this_test"))
+    done = pw_migrate("migrate", uri=empty)
+    assert done.returncode == 0, done.stderr
+
+
 def test_create_makes_a_file_that_works_as_it_is_and_names_it(empty: str) -> None:
     """The library's template offered operations that failed with 45 lines of traceback."""
     made = MIGRATIONS / f"{NEXT}_add_phone.py"
@@ -569,22 +621,23 @@ def test_an_index_concurrently_stands_alone(
 
 def test_models_are_what_the_migrations_make(empty: str, database: str) -> None:
     """What peewee would make of the models, by the catalogue, is what the migrations made."""
-    import peewee
+    import models
 
-    from models import User
-
-    other = peewee.PostgresqlDatabase(psycopg2.extensions.parse_dsn(empty)["dbname"], dsn=empty)
-    with other.bind_ctx([User]), other.connection_context():
-        User.create_table()
-    shapes = []
-    for uri in (empty, database):
-        connection = psycopg2.connect(uri)
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 'users'::regclass::oid")
-            cursor.execute(PARTS, {"table": cursor.fetchone()[0]})
-            shapes.append(sorted(cursor.fetchall()))
-        connection.close()
-    assert shapes[0] == shapes[1]
+    made = [one for one in Model.__subclasses__() if one.__module__ == "models"]
+    assert models.User in made
+    dsn = psycopg2.extensions.parse_dsn(empty)
+    other = PostgresqlDatabase(dsn["dbname"], dsn=empty)
+    with other.bind_ctx(made), other.connection_context():
+        other.create_tables(made)
+    for model in made:
+        shapes = []
+        for uri in (empty, database):
+            with contextlib.closing(psycopg2.connect(uri)) as connection:
+                cursor = connection.cursor()
+                cursor.execute("SELECT to_regclass(%s)::oid", [model._meta.table_name])
+                cursor.execute(PARTS, {"table": cursor.fetchone()[0]})
+                shapes.append(sorted(cursor.fetchall()))
+        assert shapes[0] == shapes[1], model
 
 
 CHANGES = {
