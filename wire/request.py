@@ -18,8 +18,8 @@ from wire.headers import Line, line, listed, remembering, remembering_short
 
 MAX_HEAD_BYTES: Final = 65536
 MAX_HEADER_LINES: Final = 200
-# How many things Connection and Upgrade may name.
-MOST_NAMES: Final = 200
+# How many commas Connection and Upgrade may have, over all their lines.
+MOST_COMMAS: Final = 200
 
 REQUEST_LINE: Final = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])"
@@ -201,8 +201,8 @@ class Head:
         values = self.values.get(name)
         if not values:
             return []
-        if sum(value.count(",") for value in values) > MOST_NAMES:
-            raise BadRequest(f"The {name.title()} header names more than {MOST_NAMES} things.")
+        if sum(value.count(",") for value in values) > MOST_COMMAS:
+            raise BadRequest(f"The {name.title()} header has more than {MOST_COMMAS} commas.")
         return [member.lower() for member in listed(values)]
 
     def _framing(self) -> None:
