@@ -28,6 +28,7 @@ from server.connector import Attempt, UpstreamConnector
 from server.listener import bind, most_streams
 from server.logs import Output
 from server.systemd import handed_over
+from server.workers import hold_signals
 from settings import (
     VARIABLES,
     Settings,
@@ -323,6 +324,7 @@ def run(settings: Settings, version: str, serve: Serve) -> int:
             file=sys.stderr,
         )
         return 2
+    hold_signals()
     try:
         listener = given or bind(settings.host, settings.port)
     except OSError as error:

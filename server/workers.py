@@ -71,6 +71,12 @@ class Service:
     shutdown_timeout: float
 
 
+def hold_signals() -> None:
+    """Have signals that say to stop wait until `serve` listens for them. Before, they would end the
+    process, and reset the clients that have connected already."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+
 def serve(service: Service) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP, and return an exit code."""
     if service.workers > 1:
@@ -136,6 +142,7 @@ def on_signals(service: Service, server: Server, *, supervised: bool) -> None:
     for number in STOPS:
         others = supervised and number != signal.SIGTERM
         signal.signal(number, signal.SIG_IGN if others else handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def keep_told(service: Service) -> None:
@@ -189,8 +196,7 @@ class Supervisor:
                 self.start(heapq.heappop(self.due)[1])
 
     def start(self, worker: int) -> None:
-        # A signal that reaches the worker before it listens for it must wait, not be lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        hold_signals()
         try:
             process = os.fork()
         except OSError as error:  # There are too many processes, or too little memory, for now.
@@ -218,7 +224,6 @@ class Supervisor:
         os.close(self.lifeline[1])
         server = begin(self.service, worker)
         on_signals(self.service, server, supervised=True)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         watch = threading.Thread(
             target=stop_without, args=(self.lifeline[0], server), name="lifeline", daemon=True
         )

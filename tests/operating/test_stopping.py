@@ -28,8 +28,10 @@ from tests.harness import (
     call,
     checkout,
     free_port,
+    request,
     wait_for,
 )
+from tests.harness.service import inherited
 
 Start = Callable[..., Service]
 
@@ -112,6 +114,27 @@ def alive(process: psutil.Process) -> bool:
 
 def workers_of(service: Service) -> list[psutil.Process]:
     return [child for child in psutil.Process(service.process.pid).children() if alive(child)]
+
+
+@both_signals
+@one_or_two_workers
+def test_who_connects_at_the_first_moment_is_answered_though_a_stop_follows_at_once(
+    upstream: ScriptedUpstream, how: signal.Signals, workers: int
+) -> None:
+    """The socket listened before the signals were, which ended the process and reset the client."""
+    settings = {"UPSTREAM_URL": upstream.url, "WORKERS": str(workers), "PORT": str(free_port())}
+    environ = {**inherited(), "POSTGRES_URI": DEAD_DATABASE, **settings}
+    port = int(settings["PORT"])
+    with subprocess.Popen([sys.executable, "app.py"], cwd=checkout(), env=environ) as process:
+        try:
+            wait_for(lambda: not refuses(port), what="the socket")
+            with RawClient(port) as client:
+                client.send(request(b"GET / HTTP/1.1"))
+                process.send_signal(how)
+                assert client.reply().status == 200
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
 
 
 @both_signals
