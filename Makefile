@@ -103,7 +103,7 @@ $(COMPILED): $(INSTALLED)
 	@$(BIN)/python compile/build.py
 	@touch $@
 
-$(DEVELOPED): $(INSTALLED) requirements-dev.txt
+$(DEVELOPED): $(INSTALLED) requirements-dev.txt compile/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

@@ -401,7 +401,7 @@ def test_readers_that_take_a_few_bytes_cost_the_others_nothing_and_give_memory_b
         # Each has a buffer full that it has not taken.
         assert process.memory_info().rss - before < len(readers) * 640 * KIB
     wait_for(lambda: upstream_part(service) == (0, 0), 2, "their places")
-    wait_for(lambda: process.memory_info().rss - before < 8 * KIB * KIB, 5, "the memory")
+    wait_for(lambda: process.memory_info().rss - before < 8 * KIB * KIB, 20, "the memory")
 
 
 def test_whoever_stops_in_the_middle_of_a_body_makes_room(
