@@ -299,8 +299,10 @@ class Upstream:
         """Keep a connection for the next request."""
         connection.idle_since = self.loop.now
         if connection.client is None:
-            if self._stuck:
-                self.discard(connection)  # The next one that waits need not wait for another look.
+            if self._stuck and not connection.used:
+                # The next that waits on a new one need not wait for another look. One that was used
+                # before is kept: after a pause of the upstream all would be made anew.
+                self.discard(connection)
                 return
             self._idle[connection] = None
         else:
