@@ -40,14 +40,14 @@ CROWD, LARGE_ANSWER_BYTES = 100, 1 << 20
 # While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
 IDLE_GOODBYE_SECONDS = 2.0
-# Before a worker accepts, it waits this many seconds for each client that it has more than the
-# worker with the fewest. The wait has a limit: that one may be starting, or waiting for the
-# processor.
-GIVE_WAY_SECONDS = 0.005
-MOST_GIVE_WAY_SECONDS = 0.025
+# A worker that has more than MOST_AHEAD clients more than the one with the fewest waits this many
+# seconds before it accepts: that one may be waiting for the processor. If the difference may be
+# none, all of them wait in turn while clients come and go, and nobody accepts.
+MOST_AHEAD = 2
+GIVE_WAY_SECONDS = 0.001
 # How often in a row a worker waits for the others while their numbers of clients do not change:
 # they may all be stopped.
-MOST_IN_VAIN = 20
+MOST_IN_VAIN = 100
 # A worker accepts nobody until the others are awake, or until this many seconds have passed.
 WAKING_SECONDS = 1.0
 # How long a thread may keep the interpreter while others want it.
@@ -229,16 +229,16 @@ class Server:
             self._accepting = accepting
 
     def on_event(self, events: int) -> None:
-        """A client connects. Accept it, or leave it to a worker that has fewer clients, for a
-        moment: that worker may not be awake. If the others accept nobody, do not wait for them."""
+        """A client connects. Accept it, or leave it to a worker that has far fewer, for a moment:
+        that worker may not be awake. If the others accept nobody, do not wait for them."""
         if not self.alone:
             clients, others = len(self._clients), self.served.board.others(CLIENTS)
             if others != self._others:
                 self._others, self._in_vain = others, 0
-            fewer = clients - min(others, default=clients)
-            if fewer > 0 and self._in_vain < MOST_IN_VAIN:
+            ahead = clients - min(others, default=clients)
+            if ahead > MOST_AHEAD and self._in_vain < MOST_IN_VAIN:
                 self._in_vain += 1
-                self._look_again(min(fewer * GIVE_WAY_SECONDS, MOST_GIVE_WAY_SECONDS))
+                self._look_again(GIVE_WAY_SECONDS)
                 return
         self._accept()
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from metrics import Board
+from metrics import CLIENTS, Board
 from server.exchange import Exchange, Patience
-from server.server import Options, Server
+from server.server import MOST_AHEAD, Options, Server
 from tests.harness import RawClient, ScriptedUpstream, Seen, chunked, message, ok, request, wait_for
 from wire.request import Head
 
@@ -289,6 +289,22 @@ def test_for_a_client_without_a_descriptor_one_connection_is_closed_and_no_more(
         assert last.reply().body == b"ok"
         # The connection to the upstream was closed first, which helps nobody in this test.
         assert listener.attempts == 2 and len(running.server._clients) == 10
+
+
+def test_a_worker_gives_way_only_if_another_has_far_fewer_clients(running: Running) -> None:
+    """Two workers that were one client apart waited for each other in turn: of new connections they
+    took a tenth of what one alone took."""
+    running.server.alone = False
+    assert running.rules.board.others(CLIENTS) == (0,)
+    with contextlib.ExitStack() as stack:
+        for count in range(1, MOST_AHEAD + 2):
+            stack.enter_context(RawClient(running.port))
+            wait_for(lambda count=count: len(running.server._clients) == count)
+            assert running.server._in_vain == 0
+        stack.enter_context(RawClient(running.port))
+        # The other one never comes.
+        wait_for(lambda: len(running.server._clients) == MOST_AHEAD + 2)
+        assert running.server._in_vain > 0
 
 
 def test_an_exception_of_every_kind_of_call_is_survived(
