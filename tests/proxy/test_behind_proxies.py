@@ -193,6 +193,16 @@ def test_no_header_of_the_request_is_invented_or_lost(site: Site) -> None:
     assert seen.get("X-Request-Id") == "mine"
 
 
+def test_large_heads_pass_both_ways(site: Site) -> None:
+    """nginx's own limits are 4 KB for an answer, and 8 KB for a line of a request."""
+    site.upstream.script(
+        message(b"HTTP/1.1 200 OK", b"Set-Cookie: a=" + b"x" * 15_000, b"Content-Length: 0")
+    )
+    seen, reply = exchange(site, b"GET / HTTP/1.1", b"Cookie: a=" + b"y" * 60_000)
+    assert len(seen.get("Cookie") or "") == 60_002
+    assert (reply.status, len(reply.get("Set-Cookie") or "")) == (200, 15_002)
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_a_body_arrives_byte_for_byte_through_both(site: Site, framing: str) -> None:
     site.upstream.script(ok)
