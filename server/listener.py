@@ -14,7 +14,10 @@ BACKLOG = 1024
 SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
 # Descriptors that are neither client connections nor connections to the upstream: those of the
 # database, the logs, and of what libraries open for a moment.
-SPARE_DESCRIPTORS = 256
+SPARE_DESCRIPTORS = 192
+# Connections of clients with no request at the upstream: when it has all that it may have, others
+# can still be told so, and ask for /health.
+PLACES_BESIDE = 64
 # Linux allows a process no more by default (fs.nr_open).
 MOST_DESCRIPTORS = 1 << 20
 
@@ -64,9 +67,9 @@ def raise_descriptor_limit() -> int:
 def most_streams() -> int:
     """How many requests, streams and tunnels a worker may have at once: each takes two descriptors,
     one for the client and one for the upstream."""
-    return connection_room() // 2
+    return (connection_room() - PLACES_BESIDE) // 2
 
 
 def connection_room() -> int:
     """How many connections a worker may have, of clients and to the upstream."""
-    return max(128, raise_descriptor_limit() - SPARE_DESCRIPTORS)
+    return max(128 + PLACES_BESIDE, raise_descriptor_limit() - SPARE_DESCRIPTORS)

@@ -268,7 +268,8 @@ class Supervisor:
             # One that was killed may be able to start when there is memory again. So it counts
             # towards no giving up, and is started once in START_SECONDS at most.
             killed = code == -signal.SIGKILL
-            self.failures = self.failures + 1 if early and not killed else 0
+            if not killed:
+                self.failures = self.failures + 1 if early else 0
             pause = 0.1 * 2**self.failures if self.failures else 0.0
             heapq.heappush(self.due, (since + START_SECONDS if killed else now + pause, worker))
 

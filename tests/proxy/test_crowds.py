@@ -22,6 +22,7 @@ from tests.harness import (
     create_user,
     message,
     ok,
+    problem,
     request,
     wait_for,
 )
@@ -281,6 +282,32 @@ def test_requests_under_way_are_not_cut_to_make_room(
         for _ in range(400):
             stack.enter_context(service.client()).send(b"GET /x HTTP/1.1\r\n")
         others_are_served(service, 20)
+        go_on.set()
+        for client in held:
+            assert client.reply().body == b"ok"
+
+
+def test_when_the_upstream_has_all_that_it_may_have_others_are_told_so(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    """They took all connections that there may be, and nobody could ask even for /health."""
+    go_on = threading.Event()
+
+    def hold(sock: socket.socket, seen: Seen) -> None:
+        go_on.wait(60)
+        ok(sock, seen)
+
+    upstream.script(hold)
+    service = with_descriptors(start, 512, upstream)
+    limit = service.call("GET", "/health").json()["upstream"]["limit"]
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(service.client(timeout=60)) for _ in range(limit)]
+        for client in held:
+            client.send(request(b"GET /held HTTP/1.1"))
+        wait_for(lambda: upstream_part(service)[0] == limit)
+        for _ in range(100):
+            problem(service.call("GET", "/x"), 503, "upstream-busy")
+            assert service.call("GET", "/health/live").status == 200
         go_on.set()
         for client in held:
             assert client.reply().body == b"ok"
