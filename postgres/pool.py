@@ -203,9 +203,10 @@ class Pool:
             with self._mutex:
                 if waiter in self._queue:
                     self._queue.remove(waiter)
+                busy = not (self._down or self._connecting or self._verifying)
             # If it was not in the queue, it has been given its outcome after it stopped waiting.
             if not waiter.wait(0):
-                raise self._unavailable("no connection was free in time")
+                raise self._unavailable(f"no connection was {'free' if busy else 'made'} in time")
         if isinstance(waiter.outcome, Problem):
             raise waiter.outcome
         return waiter.outcome

@@ -134,6 +134,21 @@ def frozen(house: House) -> Service:
     return service
 
 
+def frozen_for_long(house: House) -> Service:
+    service = house.start()
+    user(service)
+
+    def ask(_: int) -> int:
+        return service.call("GET", "/users").status
+
+    with house.server.frozen(), ThreadPoolExecutor(8) as threads:
+        for _ in range(10):
+            assert set(threads.map(ask, range(8))) == {503}
+            if "made in time" in service.log:
+                break
+    return service
+
+
 def cut_in_a_statement(house: House) -> Service:
     with Relay(house.server.port) as relay:
         service = house.start(house.server.uri(house.database, port=relay.port), **PATIENT)
@@ -329,6 +344,7 @@ PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "no answer in time: …": frozen,
     "connection lost: …": cut_in_a_statement,
     "no connection was free in time": busy_pool,
+    "no connection was made in time": frozen_for_long,
     "refused by the database: …, constraint …": forbidden_name,
     "the role may not do all of SELECT, INSERT, UPDATE and DELETE in users": role_without_permission,
     "… with the upstream, which is the limit: others are told 503": full_upstream,
