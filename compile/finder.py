@@ -78,7 +78,8 @@ class Finder:
 
 def differing(sums: Path, root: str) -> str | None:
     """The first of the files in a folder that has another digest than these `sums` say, or is
-    missing; None if there is none. Raises OSError or ValueError if the sums cannot be read."""
+    missing; None if there is none. Raises OSError or ValueError if the sums, or one of these files,
+    cannot be read."""
     from hashlib import sha256  # Most programs in .venv never get here.
 
     text = sums.read_text()
@@ -88,7 +89,7 @@ def differing(sums: Path, root: str) -> str | None:
         digest, path = line.split("  ")
         try:
             same = sha256(Path(root, path).read_bytes()).hexdigest() == digest
-        except OSError:
+        except FileNotFoundError:
             same = False
         if not same:
             return path

@@ -724,6 +724,9 @@ START: dict[str, Callable[[Path], str]] = {
     "UPSTREAM_URL must have the host in its ASCII form, xn--…": lambda _: (
         run_app(UPSTREAM_URL="http://bücher.example").stdout
     ),
+    "POSTGRES_URI has more than one line": lambda _: (
+        run_app(POSTGRES_URI="postgresql://\n/d").stdout
+    ),
     "USERS_TOKEN has more than one line: …": two_lines,
     "USERS_TOKEN is required where HOST is not loopback": lambda _: run_app(HOST="0.0.0.0").stdout,
     "cannot listen on …: …": port_in_use,

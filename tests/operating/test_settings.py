@@ -184,6 +184,9 @@ def test_a_bad_value_is_one_problem_that_names_its_variable(variable: str, value
     ("variable", "value", "told"),
     [
         ("POSTGRES_URI", "postgresql://ann:p@ss@127.0.0.1/d", "write %40 for @"),
+        ("POSTGRES_URI", "postgresql://ann:p@ss/w@127.0.0.1/d", "write %40 for @"),
+        ("POSTGRES_URI", "postgresql://ann:p@ss/w@db.example:5432?x=y", "write %40 for @"),
+        ("POSTGRES_URI", "postgresql://a/d\npostgresql://a/d", "has more than one line"),
         ("UPSTREAM_URL", "http://bücher.example", "must have the host in its ASCII form, xn--…"),
         ("USERS_TOKEN", "one\ntwo", "has more than one line"),
     ],
