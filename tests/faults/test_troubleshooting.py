@@ -261,6 +261,27 @@ def full_server(house: House) -> Service:
     return service
 
 
+def server_that_stops(house: House) -> Service:
+    service = house.start()
+    server = house.server
+    assert server.process is not None
+    with server.admin():
+        server.process.send_signal(signal.SIGTERM)  # It waits until all sessions have ended.
+        wait_for(lambda: service.call("GET", "/users").status == 503, what="the stop")
+    server.process.wait(30)
+    server.process = None
+    server.start()
+    return service
+
+
+def no_primary(house: House) -> Service:
+    house.sql(f"ALTER DATABASE {house.database} SET default_transaction_read_only = on")
+    uri = house.server.uri(house.database)
+    service = house.start(f"{uri}?target_session_attrs=read-write")
+    assert service.call("GET", "/users").status == 503
+    return service
+
+
 def lock_that_is_held(house: House) -> Service:
     service = house.start()
     target = user(service)
@@ -356,6 +377,8 @@ PROVOKED: dict[str, Callable[[House], Service | None]] = {
     "Error processing line 1 of …/gatehouse_compiled.pth": missing_finder,
     "Connection refused": nobody_listens,
     "timeout expired": silent_network,
+    "the database system is shutting down": server_that_stops,
+    "session is read-only": no_primary,
     "password authentication failed": wrong_password,
     "too many clients": full_server,
     "57014": lock_that_is_held,
