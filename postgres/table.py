@@ -319,8 +319,13 @@ def in_rfc_3339(column: Any) -> Any:
 
 
 def sql_of(query: Query) -> str:
-    """The SQL of a query, all of whose values are parameters by name."""
+    """The SQL of a query, all of whose values are parameters by name. Raises ValueError if it has a
+    value itself."""
     sql: str
     sql, params = query.sql()
-    assert not params, params
+    if params:
+        raise ValueError(
+            f"a query has the values {params}: write a constant as SQL(...), and what is given with"
+            " each call as TABLE.given(name)"
+        )
     return sql

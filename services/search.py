@@ -45,6 +45,11 @@ class Search:
     email: str | None = None
     text: str | None = None
 
+    def conditions(self, after: str | None) -> frozenset[str]:
+        """The conditions that are given, by name; one more is that users come after an id."""
+        given = {"email": self.email, "text": self.text, "after": after}
+        return frozenset(name for name, value in given.items() if value is not None)
+
     def values(self) -> dict[str, str | None]:
         """As parameters of a statement."""
         email, text = self.email, self.text
@@ -77,27 +82,31 @@ def _storable(text: str) -> str:
     return SURROGATE.sub("\x1a", CONTROL.sub("\x1a", text))
 
 
-def matching(query: Select, *, after: bool, email: bool, text: bool) -> Select:
-    """A query of users, limited as asked to those after an id, with an address, with a text."""
-    if after:
+def matching(query: Select, conditions: frozenset[str]) -> Select:
+    """A query of users, limited to those that fit these conditions of a Search."""
+    if "after" in conditions:
         query = query.where(User.id > TABLE.given("after"))
-    if email:
+    if "email" in conditions:
         query = query.where(AT_ADDRESS)
-    if text:
+    if "text" in conditions:
         # The first finds them by the index, and the second leaves out what fits the pattern alone.
         query = query.where(NodeList((SEARCHED, SQL("LIKE lower(%(pattern)s)"))))
         query = query.where(NodeList((fn.strpos(SEARCHED, SQL("lower(%(text)s)")), SQL("> 0"))))
     return query
 
 
+def prepared(conditions: frozenset[str]) -> bool:
+    """Whether PostgreSQL may keep the plan. The right one for a searched text depends on how many
+    users have it."""
+    return "text" not in conditions
+
+
 @functools.cache
-def _page(after: bool, email: bool, text: bool, count: bool, default: bool) -> Statement:
+def _page(conditions: frozenset[str], count: bool, default: bool) -> Statement:
     # The usual limit is part of the statement, so that PostgreSQL can keep the plan. The right plan
     # depends on how many rows are wanted: with a limit that is a parameter it is made each time.
     limit = str(DEFAULT_PAGE + 1) if default else "%(limit)s"
-    found = matching(
-        User.select(User.id, TABLE.json.alias("line")), after=after, email=email, text=text
-    )
+    found = matching(User.select(User.id, TABLE.json.alias("line")), conditions)
     found = found.order_by(User.id).limit(SQL(limit))
     # One row with a line for each user: a row for each would cost both sides more.
     joined = fn.string_agg(SQL("line"), SQL(r"E'\n'"))
@@ -105,13 +114,9 @@ def _page(after: bool, email: bool, text: bool, count: bool, default: bool) -> S
         found, joined = until_full(found, SQL("octet_length(line)")), joined.filter(SQL(WITHIN))
     columns: list[Any] = [joined, fn.count(SQL("*"))]
     if count:
-        columns.append(
-            matching(User.select(fn.count(SQL("*"))), after=False, email=email, text=text)
-        )
-    # Not prepared if there is a text: the right plan depends on how many users have it.
-    return TABLE.statement(
-        Select([found.alias("found")], columns).bind(database), prepared=not text
-    )
+        columns.append(matching(User.select(fn.count(SQL("*"))), conditions - {"after"}))
+    read = Select([found.alias("found")], columns).bind(database)
+    return TABLE.statement(read, prepared=prepared(conditions))
 
 
 def until_full(found: Select, size: Any) -> Select:
@@ -163,14 +168,15 @@ def fitting(rows: int, size: int) -> int:
 
 
 def _read(limit: int, after: str | None, search: Search, count: bool) -> Page:
-    email, text = search.email is not None, search.text is not None
-    sql = _page(after is not None, email, text, count, limit == DEFAULT_PAGE)
+    sql = _page(search.conditions(after), count, limit == DEFAULT_PAGE)
     values = {"limit": limit + 1, "after": after} | search.values()
     began = time.monotonic()
     try:
         [(joined, number, *total)] = statements.read(sql, values)
     except DatabaseUnavailable:
-        if (text or count) and time.monotonic() - began > statements.statement_timeout:
+        if (
+            search.text is not None or count
+        ) and time.monotonic() - began > statements.statement_timeout:
             raise DatabaseUnavailable(TOO_SLOW) from None
         raise
     lines = joined.split("\n") if joined else []

@@ -25,7 +25,16 @@ from postgres.table import TIMES, in_rfc_3339
 from problems import DatabaseUnavailable, EmailTaken, InvalidUser, Problem
 from services import users
 from services.fields import FIELDS, NAMES, valid, valid_id
-from services.search import DEFAULT_PAGE, WITHIN, Search, fitting, matching, parts, until_full
+from services.search import (
+    DEFAULT_PAGE,
+    WITHIN,
+    Search,
+    fitting,
+    matching,
+    parts,
+    prepared,
+    until_full,
+)
 from services.users import TABLE
 from wire.ids import new_id
 from wire.rows import NDJSON, Columns, Lines, Row, rows_of
@@ -43,17 +52,18 @@ BATCH_BYTES = 1 << 20
 
 
 @functools.cache
-def _rows(after: bool, email: bool, text: bool) -> Statement:
+def _rows(conditions: frozenset[str]) -> Statement:
     columns: list[Any] = [User.id, *(Cast(getattr(User, name), "text") for name in NAMES)]
     columns += [in_rfc_3339(getattr(User, name)) for name in TIMES]
     columns = [column.alias(name) for column, name in zip(columns, COLUMNS.names, strict=True)]
-    found = matching(User.select(*columns), after=after, email=email, text=text)
-    found = found.order_by(User.id).limit(SQL("%(limit)s"))
+    found = matching(User.select(*columns), conditions).order_by(User.id)
+    found = found.limit(SQL("%(limit)s"))
     # CONCAT drops NULL; in lower case it would be a method of peewee's.
     size = fn.octet_length(fn.CONCAT(*(SQL(f'found."{name}"') for name in NAMES)))
     part = until_full(found, size).alias("part")
     read = Select([part], [SQL(f'part."{name}"') for name in COLUMNS.names]).where(SQL(WITHIN))
-    return TABLE.statement(read.order_by(SQL("part.id")).bind(database), prepared=not text)
+    read = read.order_by(SQL("part.id")).bind(database)
+    return TABLE.statement(read, prepared=prepared(conditions))
 
 
 def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
@@ -71,7 +81,7 @@ def exported(kind: str, after: str | None, search: Search) -> Iterator[bytes]:
     header: list[Any] = [COLUMNS.names]
     limit = DEFAULT_PAGE
     while True:
-        sql = _rows(after is not None, search.email is not None, search.text is not None)
+        sql = _rows(search.conditions(after))
         rows = statements.read(sql, {"limit": limit, "after": after} | search.values())
         if header or rows:
             buffer = io.StringIO(newline="")

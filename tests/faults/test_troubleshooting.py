@@ -291,7 +291,7 @@ def lock_that_is_held(house: House) -> Service:
 
 
 def no_table(house: House) -> Service:
-    house.sql("DROP TABLE users")
+    house.sql("DROP TABLE users CASCADE")
     service = house.start()
     assert service.call("GET", "/users").json()["type"] == "urn:gatehouse:schema-not-migrated"
     return service

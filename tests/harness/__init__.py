@@ -31,7 +31,7 @@ from tests.harness.service import (
     unshared,
     wait_for,
 )
-from tests.harness.upstream import Answer, ScriptedUpstream, Seen, echo_at_once, ok
+from tests.harness.upstream import PROXY_SETS, Answer, ScriptedUpstream, Seen, echo_at_once, ok
 
 __all__ = [
     "Reply",
@@ -43,6 +43,7 @@ __all__ = [
     "chunked",
     "problem",
     "invalid_fields",
+    "PROXY_SETS",
     "Seen",
     "Answer",
     "ok",

@@ -11,6 +11,9 @@ from typing import Any
 
 from tests.harness.client import message
 
+# What the proxy sets on every request, whatever the client sent. Host is beside these.
+PROXY_SETS = ["Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Request-Id"]
+
 
 class Seen:
     """One request as the upstream received it, byte for byte."""

@@ -182,7 +182,7 @@ def test_the_tables_of_another_program_are_told_and_left_alone(databases: Databa
     assert dump(uri) == before
     history = "id serial, name text, migrated_at timestamp DEFAULT now()"
     execute(uri, f"DROP TABLE IF EXISTS migratehistory; CREATE TABLE migratehistory ({history})")
-    execute(uri, "DROP TABLE users; INSERT INTO migratehistory (name) VALUES ('001_init')")
+    execute(uri, "DROP TABLE users CASCADE; INSERT INTO migratehistory (name) VALUES ('001_init')")
     done = pw_migrate("migrate", uri=uri)
     assert (done.returncode, done.stderr) == (1, "the files of 001_init are not here\n")
     assert pending(uri, MIGRATIONS) == names(MIGRATIONS)
@@ -652,7 +652,7 @@ CHANGES = {
     "DROP INDEX users_mailbox; CREATE INDEX users_mailbox ON users (lower(email))": (
         "index users_mailbox"
     ),
-    "DROP TABLE users": "table users is missing",
+    "DROP TABLE users CASCADE": "table users is missing",
 }
 
 

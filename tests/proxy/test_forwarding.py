@@ -10,6 +10,7 @@ import pytest
 from services.proxy import BELIEVED, FRAMING, HOP_BY_HOP, SET
 from tests.harness import (
     DEAD_DATABASE,
+    PROXY_SETS,
     ScriptedUpstream,
     Service,
     chunked,
@@ -22,7 +23,6 @@ from tests.harness import (
 )
 
 GET = b"GET / HTTP/1.1"
-PROXY_SETS = ["Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Request-Id"]
 
 
 @pytest.fixture(scope="module")

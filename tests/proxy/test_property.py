@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.harness import (
     DEAD_DATABASE,
+    PROXY_SETS,
     RawClient,
     Reply,
     ScriptedUpstream,
@@ -30,7 +31,7 @@ SPECIAL = {
     *("x-forwarded-proto", "x-real-ip", "x-request-id"),
 }
 OWN = {"connection", "content-length", "date", "transfer-encoding", "x-request-id"}
-SET = {"host", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-request-id"}
+SET = {"host", *map(str.lower, PROXY_SETS)}
 
 # A chunked body up to this size is gathered and has a length then.
 GATHERED = 65536
