@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final, Protocol
 
-from metrics import IN_FLIGHT, STREAMS, Board
+from metrics import IN_FLIGHT, OUTCOME_AT, STREAMS, Board
 from problems import Problem, UpstreamBusy
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.lanes import Lane
@@ -180,9 +180,9 @@ class Upstream:
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
         self._said = -SAY_SECONDS
-        self._heard = False  # whether a request was answered, or failed, since the last look
         self._waiting = False  # whether requests waited at the last look
-        self._stuck = False  # whether they did at the one before, too, and nothing was heard
+        self._last_outcome = 0  # when one was answered, or failed, as it was known then
+        self._stuck = False  # whether they waited at the look before, too, and none was answered
 
     # How many requests are with it.
 
@@ -207,7 +207,6 @@ class Upstream:
 
     def outcome(self, *, up: bool) -> None:
         """Note how a request went, for /health."""
-        self._heard = True
         self._board.forwarded(up)
 
     def count_streams(self, change: int) -> None:
@@ -285,13 +284,15 @@ class Upstream:
         return len(self._connections)
 
     def look(self) -> None:
-        """Once a second: close what is idle, if requests wait and the upstream is silent.
+        """Once a second: close what is idle, if requests wait and the upstream is silent, whichever
+        worker they are with.
 
         A server that serves one connection at a time, or as many as it has processes, may read from
         an idle one while requests wait on others, which it has not accepted."""
-        waiting = self.in_flight > self.streams
-        self._stuck = waiting and self._waiting and not self._heard
-        self._waiting, self._heard = waiting, False
+        waiting = self._board.total(IN_FLIGHT) > self._board.total(STREAMS)
+        last_outcome = max(self._board.each(OUTCOME_AT))
+        self._stuck = waiting and self._waiting and last_outcome == self._last_outcome
+        self._waiting, self._last_outcome = waiting, last_outcome
         while self._stuck and self.drop_one():
             pass
 

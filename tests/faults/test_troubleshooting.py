@@ -587,8 +587,7 @@ ELSEWHERE = {
     "forwarded requests take about one and a half times as much CPU time as before": (
         "house/test_compiled.py: test_after_a_change_all_runs_from_source"
     ),
-    "requests that come together wait for a second or two, or with several workers for"
-    " `UPSTREAM_KEEPALIVE_TIMEOUT`; one after the other they are fast": (
+    "requests that come together wait for a second or two; one after the other they are fast": (
         "proxy/test_upstream_connections.py:"
         " test_an_upstream_that_serves_one_connection_at_a_time_does_not_wait_for_idle_ones"
     ),

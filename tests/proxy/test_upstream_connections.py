@@ -140,14 +140,15 @@ class Alone(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_an_upstream_that_serves_one_connection_at_a_time_does_not_wait_for_idle_ones(
-    start: Start,
+    start: Start, workers: int
 ) -> None:
     """It waited for UPSTREAM_KEEPALIVE_TIMEOUT, while requests waited on other connections."""
     with HTTPServer(("127.0.0.1", 0), Alone) as server, ThreadPoolExecutor(9) as threads:
         serving = threads.submit(server.serve_forever)
         try:
-            service = start(UPSTREAM_URL=f"http://127.0.0.1:{server.server_port}", WORKERS=1)
+            service = start(UPSTREAM_URL=f"http://127.0.0.1:{server.server_port}", WORKERS=workers)
             for _ in range(2):
                 replies = threads.map(lambda _: service.call("GET", "/").body, range(8))
                 assert list(replies) == [b"ok"] * 8
