@@ -50,10 +50,10 @@ RETRY_SECONDS: Final = 0.25
 # the upstream has sent none: many upstreams do not know of it.
 CONTINUE_SECONDS: Final = 1.0
 KEEP_ALIVE: Final = b": keep-alive\n\n"
-# How many characters of a stream's target are kept for the log. Python has such short texts among
-# its small objects. A longer one is in the way where the memory of a large head is free again, and
-# cost ten times its size.
-OF_A_STREAM: Final = 200
+# How many characters of a stream's target are kept for the log. Python keeps small objects apart.
+# A longer text lies among large ones for as long as the stream lasts, where the memory of heads
+# cannot be used again because of it: it cost ten times its size.
+STREAM_TARGET: Final = 200
 
 
 class ExchangeClient(Talker, Protocol):
@@ -436,7 +436,7 @@ class Exchange:
         first, self._head_arrived = self._head_arrived, b""
         tunnel = Tunnel(self.client, connection, self._upstream, self._patience.stream)
         self.client.switch(status, self._rules.answer_lines(answer, head), tunnel)
-        head.forget(OF_A_STREAM)
+        head.forget(STREAM_TARGET)
         tunnel.begin(first)
 
     def _begin_answer(self, answer: Answer, status: str, head: Head) -> None:
@@ -467,7 +467,7 @@ class Exchange:
             close=unsent,
         )
         answer.lines = []
-        head.forget(OF_A_STREAM if answer.events else LONGEST_TARGET)
+        head.forget(STREAM_TARGET if answer.events else LONGEST_TARGET)
         if not unsent:
             self._head = None  # It is not needed any more, and a stream may last long.
             self._gathered = b""
@@ -601,7 +601,7 @@ class Exchange:
         if self.state is State.ANSWERING and answer is not None and connection is not None:
             # If the upstream stopped reading the request, this end may be that of a reset: it does
             # not say that the answer is complete.
-            if isinstance(answer.body, UntilClose) and not connection.refused:
+            if isinstance(answer.body, UntilClose) and not connection.stopped_reading:
                 self._end_answer(keep=False)
             else:
                 self._break("the upstream's answer was cut in its body")

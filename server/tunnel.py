@@ -177,7 +177,7 @@ class Tunnel:
 
     def upstream_ended(self) -> None:
         """The upstream sends no more."""
-        if self._connection is not None and self._connection.refused:
+        if self._connection is not None and self._connection.stopped_reading:
             self.upstream_failed()  # It was reset: sending to it has found that out.
             return
         self.client.end()

@@ -62,12 +62,20 @@ class Carried(Protocol):
 class Connection(Stream):
     """One connection to the upstream: an exchange's, or kept for the next one.
 
-    `used` says whether it has been kept before, `refused` whether the upstream stopped reading
+    `used` says whether it has been kept before, `stopped_reading` whether the upstream did so
     before it had all of a request. `client` is set if the connection was authenticated: then it
     carries only that client's requests.
     """
 
-    __slots__ = ("client", "exchange", "idle_since", "refused", "straight", "upstream", "used")
+    __slots__ = (
+        "client",
+        "exchange",
+        "idle_since",
+        "stopped_reading",
+        "straight",
+        "upstream",
+        "used",
+    )
 
     def __init__(self, loop: Loop, sock: Any, upstream: Upstream) -> None:
         super().__init__(loop, sock)
@@ -75,7 +83,7 @@ class Connection(Stream):
         self.exchange: Carried | None = None
         self.client: object | None = None
         self.used = False
-        self.refused = False
+        self.stopped_reading = False
         self.straight = False  # whether what arrives may go straight to the client's socket
         self.idle_since = 0.0
         self.watch()
@@ -112,7 +120,7 @@ class Connection(Stream):
     def unsendable(self) -> None:
         """The upstream reads no more. Go on reading from it: it may have answered before that (RFC
         9112 section 9.3)."""
-        self.refused = True
+        self.stopped_reading = True
         self.stop_sending()
 
     def progressed(self) -> None:
@@ -139,7 +147,7 @@ class Connection(Stream):
         self.exchange = None
         self.straight = False
         if keep and not (
-            self.closed or self.ended_reading or self.refused or self.queued or self.paused
+            self.closed or self.ended_reading or self.stopped_reading or self.queued or self.paused
         ):
             self.upstream.keep(self)
         else:
@@ -273,8 +281,9 @@ class Upstream:
         self._connections.add(connection)
         oldest = next(iter(self._idle), None)
         if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
-            # It takes the place of one that its request might not use. Otherwise a few requests a
-            # second that must not be sent twice took all connections that the upstream has.
+            # A request that must not be sent twice makes a new connection though an old one is
+            # idle. That one goes instead. Otherwise a few such requests a second took all
+            # connections that the upstream has.
             self.discard(oldest)
         self.loop.attempt(exchange.connected, connection)
 

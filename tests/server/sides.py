@@ -144,7 +144,7 @@ class Connection:
 
     def __init__(self, *, used: bool = False) -> None:
         self.used = used
-        self.refused = False
+        self.stopped_reading = False
         self.queued = 0
         self.paused = False
         self.ended_reading = False

@@ -331,7 +331,7 @@ def test_an_answer_until_the_end_is_whole_only_where_it_ends_in_order() -> None:
     # Its end may be that of a request it would not take, with the rest of the answer lost.
     world = asking()
     world.exchange.from_upstream(message(OK, body=b"some"))
-    world.connections[0].refused = True
+    world.connections[0].stopped_reading = True
     upstream_ends(world)
     assert world.client.told[-1] == ("cut",)
 

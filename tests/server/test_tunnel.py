@@ -164,7 +164,7 @@ def test_what_an_upstream_said_before_it_was_gone_is_still_the_clients() -> None
     for refused, event in ((False, "upstream fails"), (True, "upstream ends")):
         world = tunnelling()
         assert world.connection is not None
-        world.connection.refused = refused
+        world.connection.stopped_reading = refused
         world.tunnel.from_upstream(HELLO)
         EVENTS[event](world)
         assert world.client.told[-1] == ("finish", False)

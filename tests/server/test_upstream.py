@@ -309,7 +309,7 @@ def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(
 
 def test_no_connection_with_something_on_it_is_kept(place: Place) -> None:
     for spoil in (
-        lambda one: setattr(one, "refused", True),
+        lambda one: setattr(one, "stopped_reading", True),
         lambda one: one.pause(),
         lambda one: setattr(one, "queued", 1),
         lambda one: setattr(one, "ended_reading", True),
