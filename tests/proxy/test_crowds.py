@@ -261,6 +261,15 @@ def test_idle_connections_make_room_before_anything_else(
         assert sender.reply().body == b"ok"
 
 
+def under_way(stack: contextlib.ExitStack, service: Service, count: int) -> list[RawClient]:
+    """Clients with a request each that is with the upstream, which holds it."""
+    clients = [stack.enter_context(service.client(timeout=60)) for _ in range(count)]
+    for client in clients:
+        client.send(request(b"GET /held HTTP/1.1"))
+    wait_for(lambda: upstream_part(service)[0] == count)
+    return clients
+
+
 def test_requests_under_way_are_not_cut_to_make_room(
     start: Start, upstream: ScriptedUpstream
 ) -> None:
@@ -275,10 +284,7 @@ def test_requests_under_way_are_not_cut_to_make_room(
     service = with_descriptors(start, 512, upstream)
     limit = service.call("GET", "/health").json()["upstream"]["limit"]
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(service.client(timeout=60)) for _ in range(limit // 2)]
-        for client in held:
-            client.send(request(b"GET /held HTTP/1.1"))
-        wait_for(lambda: upstream_part(service)[0] == len(held))
+        held = under_way(stack, service, limit // 2)
         for _ in range(400):
             stack.enter_context(service.client()).send(b"GET /x HTTP/1.1\r\n")
         others_are_served(service, 20)
@@ -301,10 +307,7 @@ def test_when_the_upstream_has_all_that_it_may_have_others_are_told_so(
     service = with_descriptors(start, 512, upstream)
     limit = service.call("GET", "/health").json()["upstream"]["limit"]
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(service.client(timeout=60)) for _ in range(limit)]
-        for client in held:
-            client.send(request(b"GET /held HTTP/1.1"))
-        wait_for(lambda: upstream_part(service)[0] == limit)
+        held = under_way(stack, service, limit)
         for _ in range(100):
             problem(service.call("GET", "/x"), 503, "upstream-busy")
             assert service.call("GET", "/health/live").status == 200
