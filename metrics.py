@@ -23,8 +23,8 @@ UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
 
 # The cells of a worker's row. First its gauges: what is now, and nothing once it has died.
 IN_FLIGHT, STREAMS, LIMIT, CLIENTS, IN_USE, IDLE, AWAKE, STOPPING = range(8)
-HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE = range(8, 12)
-GAUGES: Final = 12
+HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE, UNHEARD = range(8, 13)
+GAUGES: Final = 13
 # How the last forwarded request went, and when: that stays true when the worker has died.
 OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
 # Then its counters, which only grow, through its death as well. Each takes the next cell; another

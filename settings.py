@@ -407,9 +407,11 @@ def postgres_uri(text: str) -> str:
     if len(text.splitlines()) > 1:
         raise ValueError("has more than one line")
     # libpq ends the password at the first @, and would look for a host with the other one in its
-    # name. It ends the hosts at / or ?, after which an @ is an ordinary mark. But if a port or
-    # another / follows that, the host is there, and what is before it is the password.
-    if re.match(r"[^/@]*@[^/?]*(@|/[^?@]*@[^?]*[:/])", rest):
+    # name. It ends the hosts at / or ?, after which an @ is an ordinary mark. But if there is a
+    # password, no port before the / and a port or another / after that @, the host is there.
+    twice = r"[^/@]*@[^/?]*@"
+    later = r"[^/@:]*:[^/@]*@[^]/?:@%[]+/[^?@]*@[^?]*[:/]"
+    if re.match(f"{twice}|{later}", rest):
         raise ValueError(
             "has more than one @ before the database: in a name, password or host write %40 for @,"
             " %2F for / and %25 for %"

@@ -55,6 +55,9 @@ ENCODING = "UTF8"
 OLDEST = 13
 # `check` gives up this many seconds after PostgreSQL should have ended a statement.
 MARGIN_SECONDS = 0.5
+# How the SQLSTATE of an error begins that no migration is the cause of: of connections, read-only
+# servers, privileges, resources, locks, an operator who intervenes, and the system.
+ELSEWHERE = ("08", "25006", "42501", "53", "55P03", "57", "58")
 LONGEST = 100  # characters of a definition in a message; the index of mailboxes has 4000
 # What `check` says beside PostgreSQL's reason.
 ADVICE = {
@@ -254,12 +257,13 @@ def _expected(
 
 @contextlib.contextmanager
 def _replaying(what: str) -> Iterator[None]:
-    """Raises ReplayFailed if it is the migration that is at fault, not the connection."""
+    """Raises ReplayFailed if it is the migration that is at fault, not the connection, the server or
+    what the role may do."""
     try:
         yield
     except Exception as error:
         code = sqlstate(error)
-        if isinstance(error, peewee.PeeweeException) and (code[:2] != "42" or code == "42501"):
+        if isinstance(error, peewee.PeeweeException) and (not code or code.startswith(ELSEWHERE)):
             raise
         [line, *_] = str(error).splitlines() or [type(error).__name__]
         raise ReplayFailed(f"{what} fails on temporary tables: {line}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final, Protocol
 
-from metrics import IN_FLIGHT, OUTCOME_AT, STREAMS, Board
+from metrics import IN_FLIGHT, OUTCOME_AT, STREAMS, UNHEARD, Board
 from problems import Problem, UpstreamBusy
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.lanes import Lane
@@ -62,14 +62,15 @@ class Carried(Protocol):
 class Connection(Stream):
     """One connection to the upstream: an exchange's, or kept for the next one.
 
-    `used` says whether it has been kept before, `stopped_reading` whether the upstream did so
-    before it had all of a request. `client` is set if the connection was authenticated: then it
-    carries only that client's requests.
+    `used` says whether it has been kept before, `heard` whether anything has ever come on it,
+    `stopped_reading` whether the upstream did so before it had all of a request. `client` is set if
+    the connection was authenticated: then it carries only that client's requests.
     """
 
     __slots__ = (
         "client",
         "exchange",
+        "heard",
         "idle_since",
         "stopped_reading",
         "straight",
@@ -83,6 +84,7 @@ class Connection(Stream):
         self.exchange: Carried | None = None
         self.client: object | None = None
         self.used = False
+        self.heard = False
         self.stopped_reading = False
         self.straight = False  # whether what arrives may go straight to the client's socket
         self.idle_since = 0.0
@@ -93,6 +95,9 @@ class Connection(Stream):
             super()._read()
 
     def received(self, data: bytes) -> None:
+        if not self.heard:
+            self.heard = True
+            self.upstream.heard(self)
         if self.exchange is None:
             # These bytes belong to no request: they would be taken for the answer to the next one.
             self.upstream.discard(self)
@@ -188,9 +193,10 @@ class Upstream:
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
         self._said = -SAY_SECONDS
-        self._waiting = False  # whether requests waited at the last look
-        self._last_outcome = 0  # when one was answered, or failed, as it was known then
-        self._stuck = False  # whether they waited at the look before, too, and none was answered
+        # Connections on which nothing has come yet, with the moment at which they were made.
+        self._unheard: dict[Connection, float] = {}
+        self._to_close = 0  # how many that become idle are to be closed: see `look`
+        self._last_outcome = 0  # when a request was answered, or failed, as it was at the last look
 
     # How many requests are with it.
 
@@ -279,6 +285,7 @@ class Upstream:
     def _connected(self, sock: Any, exchange: Waiting) -> None:
         connection = Connection(self.loop, sock, self)
         self._connections.add(connection)
+        self._unheard[connection] = self.loop.now
         oldest = next(iter(self._idle), None)
         if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
             # A request that must not be sent twice makes a new connection though an old one is
@@ -287,31 +294,37 @@ class Upstream:
             self.discard(oldest)
         self.loop.attempt(exchange.connected, connection)
 
+    def heard(self, connection: Connection) -> None:
+        """Something has come on a connection for the first time."""
+        self._unheard.pop(connection, None)
+
     @property
     def open(self) -> int:
         """How many connections there are, kept ones included."""
         return len(self._connections)
 
     def look(self) -> None:
-        """Once a second: close what is idle, if requests wait and the upstream is silent, whichever
-        worker they are with.
+        """Once a second: for each request that has waited for longer on a connection on which
+        nothing has ever come, close one that is idle, or becomes idle next, whichever workers these
+        are of. If others are answered meanwhile, close one in all.
 
         A server that serves one connection at a time, or as many as it has processes, may read from
-        an idle one while requests wait on others, which it has not accepted."""
-        waiting = self._board.total(IN_FLIGHT) > self._board.total(STREAMS)
-        last_outcome = max(self._board.each(OUTCOME_AT))
-        self._stuck = waiting and self._waiting and last_outcome == self._last_outcome
-        self._waiting, self._last_outcome = waiting, last_outcome
-        while self._stuck and self.drop_one():
-            pass
+        an idle one while requests wait on others, which it has not accepted. But the upstream may
+        also just take its time."""
+        oldest = next(iter(self._unheard.values()), NEVER)
+        self._board.set(UNHEARD, len(self._unheard) if oldest < self.loop.now - 1.0 else 0)
+        unheard, last_outcome = self._board.total(UNHEARD), max(self._board.each(OUTCOME_AT))
+        self._to_close = unheard if last_outcome == self._last_outcome else min(unheard, 1)
+        self._last_outcome = last_outcome
+        while self._to_close and self.drop_one():
+            self._to_close -= 1
 
     def keep(self, connection: Connection) -> None:
         """Keep a connection for the next request."""
         connection.idle_since = self.loop.now
         if connection.client is None:
-            if self._stuck and not connection.used:
-                # The next that waits on a new one need not wait for another look. One that was used
-                # before is kept: after a pause of the upstream all would be made anew.
+            if self._to_close:
+                self._to_close -= 1
                 self.discard(connection)
                 return
             self._idle[connection] = None
@@ -330,6 +343,7 @@ class Upstream:
             self._idle.pop(connection, None)
         connection.close()
         self._connections.discard(connection)
+        self._unheard.pop(connection, None)
 
     def forget(self, client: object) -> None:
         """A client has left: close the connection that was kept for it alone."""

@@ -587,7 +587,7 @@ ELSEWHERE = {
     "forwarded requests take about one and a half times as much CPU time as before": (
         "house/test_compiled.py: test_after_a_change_all_runs_from_source"
     ),
-    "requests that come together wait for a second or two; one after the other they are fast": (
+    "requests that come together wait for some seconds; one after the other they are fast": (
         "proxy/test_upstream_connections.py:"
         " test_an_upstream_that_serves_one_connection_at_a_time_does_not_wait_for_idle_ones"
     ),
@@ -983,7 +983,7 @@ def test_what_pw_migrate_says(server: Server, template: str) -> None:
     assert unsaid == [too_late, f"…{failing}…", f"{lost}…", "…: not found"], said
     assert too_late in (ROOT / "migrations" / "conf.py").read_text()
     others = (ROOT / "tests" / "operating" / "test_migrations.py").read_text()
-    assert f'"{lost}' in others and f"{failing}{{told}}" in others
+    assert f'"{lost}' in others and f"{failing}{{reason}}" in others
 
 
 def test_what_the_shell_says_of_pw_migrate_after_a_move(tmp_path: Path) -> None:

@@ -245,6 +245,11 @@ def test_a_problem_quotes_no_secret(variable: str, value: str, secret: str) -> N
             for uri in (
                 "postgresql://ann@h1:1,[::1]:2/d@x",
                 "postgresql://h/d@x",
+                "postgresql://ann@h/d@x:y",
+                "postgresql://ann:p@/d@x:y?host=/tmp",
+                "postgresql://ann:p@h:5/d@x/y",
+                "postgresql://ann:p@[::1]/d@x:y",
+                "postgresql://ann:p@%2Ftmp/d@x/y",
                 "postgresql://ann:p?ss@h?application_name=a@b",
             )
         ),
