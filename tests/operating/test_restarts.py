@@ -237,7 +237,7 @@ def test_a_stream_has_the_time_that_the_setting_says(
     """Only its own instance waits for it; the next one serves meanwhile."""
     listener, told = Listener(), Told(tmp_path)
     generations = Generations(
-        listener, told, UPSTREAM_URL=application.url, WORKERS=workers, SHUTDOWN_TIMEOUT=2
+        listener, told, UPSTREAM_URL=application.url, WORKERS=workers, SHUTDOWN_TIMEOUT=5
     )
     try:
         first = generations.start()
