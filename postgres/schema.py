@@ -257,8 +257,8 @@ def _expected(
 
 @contextlib.contextmanager
 def _replaying(what: str) -> Iterator[None]:
-    """Raises ReplayFailed if it is the migration that is at fault, not the connection, the server or
-    what the role may do."""
+    """Raises ReplayFailed if the migration is at fault, and not the connection, the server or what
+    the role may do."""
     try:
         yield
     except Exception as error:
