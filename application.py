@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import bottle
 from bottle import request, response
 
-from metrics import OWNERS
+from metrics import PATHS
 from problems import (
     BadRequest,
     DatabaseUnavailable,
@@ -41,7 +41,7 @@ HTML = "text/html"
 # Media types of many users at once, for which the server has threads of their own.
 BULK_TYPES = (CSV, NDJSON)
 LIST_TYPES = (JSON, *BULK_TYPES, HTML)
-OWNED = re.compile(rf"/({'|'.join(OWNERS[:-1])})(?:/.*)?", re.DOTALL)
+OWNED = re.compile(rf"/({'|'.join(PATHS)})(?:/.*)?", re.DOTALL)
 # What a WSGI environ calls the headers that decide who may use /users.
 KEYS = {name: f"HTTP_{name.upper().replace('-', '_')}" for name in HEADERS}
 BODILESS = {"204", "304"}  # RFC 9110 section 6.4.1

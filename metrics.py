@@ -33,9 +33,10 @@ _counters = itertools.count(OUTCOME_AT + 1)
 LINES_DROPPED: Final = next(_counters)
 REPLACED: Final = next(_counters)
 
-# Whose a request is: the first words of the paths that Gatehouse answers itself, and the
-# upstream's.
-OWNERS: Final = ("users", "health", "proxy")
+# The first words of the paths that Gatehouse answers itself.
+PATHS: Final = ("users", "health")
+# Whose a request may be: one of these, or the upstream's.
+OWNERS: Final = (*PATHS, "proxy")
 # Those of RFC 9110 section 9 and RFC 5789. Any other method counts as `other`: callers could make
 # labels without end.
 METHOD_LABELS: Final = (

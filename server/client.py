@@ -545,16 +545,13 @@ class Client(Stream):
         self.end()
         self.resume()
 
-    def cut_off(self, why: str, *, reset: bool = False) -> None:
-        """Close the connection before its answer is over; `why` is for the log."""
-        if self.head is not None:
-            log.warning("%s cut: %s request_id=%s", asked(self.head), why, self.head.id)
-        self.hang_up(reset=reset)
-
-    def hang_up(self, *, reset: bool = False) -> None:
-        """Close the connection, whatever it is doing."""
+    def hang_up(self, *, reset: bool = False, why: str = "") -> None:
+        """Close the connection, whatever it is doing. If that cuts an answer or a tunnel, `why` is
+        for the log."""
         if self.phase is Phase.CLOSED:
             return
+        if why and self.head is not None:
+            log.warning("%s cut: %s request_id=%s", asked(self.head), why, self.head.id)
         self.phase = Phase.CLOSED
         self.close(reset=reset)
         try:
@@ -627,7 +624,7 @@ class Client(Stream):
             else:
                 self._timer.set(until)
         elif self.queued and not self._reads(now):
-            self.cut_off(f"the client took nothing for {READER_SECONDS:g} s", reset=True)
+            self.hang_up(reset=True, why=f"the client took nothing for {READER_SECONDS:g} s")
         elif self._next_look() <= now:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None

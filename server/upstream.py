@@ -304,9 +304,9 @@ class Upstream:
         return len(self._connections)
 
     def look(self) -> None:
-        """Once a second: for each request that has waited for longer on a connection on which
-        nothing has ever come, close one that is idle, or becomes idle next, whichever workers these
-        are of. If others are answered meanwhile, close one in all.
+        """Once a second, if a request has waited for longer on a connection on which nothing has
+        ever come: for each request that waits so, of any worker, close a connection that is idle,
+        or becomes idle next. If others are answered meanwhile, close one in all.
 
         A server that serves one connection at a time, or as many as it has processes, may read from
         an idle one while requests wait on others, which it has not accepted. But the upstream may

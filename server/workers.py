@@ -72,8 +72,8 @@ class Service:
 
 
 def hold_signals() -> None:
-    """Have signals that say to stop wait until `serve` listens for them. Before, they would end the
-    process, and reset the clients that have connected already."""
+    """Have the signals that say to stop wait until `serve` listens for them, in this process or in
+    a worker. Otherwise they would end it, and reset clients that have connected already."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
 

@@ -174,9 +174,8 @@ def _read(limit: int, after: str | None, search: Search, count: bool) -> Page:
     try:
         [(joined, number, *total)] = statements.read(sql, values)
     except DatabaseUnavailable:
-        if (
-            search.text is not None or count
-        ) and time.monotonic() - began > statements.statement_timeout:
+        too_slow = time.monotonic() - began > statements.statement_timeout
+        if too_slow and (search.text is not None or count):
             raise DatabaseUnavailable(TOO_SLOW) from None
         raise
     lines = joined.split("\n") if joined else []

@@ -261,18 +261,8 @@ def test_idle_connections_make_room_before_anything_else(
         assert sender.reply().body == b"ok"
 
 
-def under_way(stack: contextlib.ExitStack, service: Service, count: int) -> list[RawClient]:
-    """Clients with a request each that is with the upstream, which holds it."""
-    clients = [stack.enter_context(service.client(timeout=60)) for _ in range(count)]
-    for client in clients:
-        client.send(request(b"GET /held HTTP/1.1"))
-    wait_for(lambda: upstream_part(service)[0] == count)
-    return clients
-
-
-def test_requests_under_way_are_not_cut_to_make_room(
-    start: Start, upstream: ScriptedUpstream
-) -> None:
+def hold_back(upstream: ScriptedUpstream) -> threading.Event:
+    """Have the upstream answer /held only once the event is set that this returns."""
     go_on = threading.Event()
 
     def hold(sock: socket.socket, seen: Seen) -> None:
@@ -281,53 +271,52 @@ def test_requests_under_way_are_not_cut_to_make_room(
         ok(sock, seen)
 
     upstream.script(hold)
+    return go_on
+
+
+@contextlib.contextmanager
+def under_way(start: Start, upstream: ScriptedUpstream, share: float) -> Iterator[Service]:
+    """A service of few descriptors, whose upstream holds this share of the requests that it may have
+    while the block runs. Then each of them is answered."""
+    go_on = hold_back(upstream)
     service = with_descriptors(start, 512, upstream)
     limit = service.call("GET", "/health").json()["upstream"]["limit"]
     with contextlib.ExitStack() as stack:
-        held = under_way(stack, service, limit // 2)
-        for _ in range(400):
-            stack.enter_context(service.client()).send(b"GET /x HTTP/1.1\r\n")
-        others_are_served(service, 20)
+        count = int(limit * share)
+        held = [stack.enter_context(service.client(timeout=60)) for _ in range(count)]
+        for client in held:
+            client.send(request(b"GET /held HTTP/1.1"))
+        wait_for(lambda: upstream_part(service)[0] == count)
+        yield service
         go_on.set()
         for client in held:
             assert client.reply().body == b"ok"
+
+
+def test_requests_under_way_are_not_cut_to_make_room(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    with contextlib.ExitStack() as stack, under_way(start, upstream, 0.5) as service:
+        for _ in range(400):
+            stack.enter_context(service.client()).send(b"GET /x HTTP/1.1\r\n")
+        others_are_served(service, 20)
 
 
 def test_when_the_upstream_has_all_that_it_may_have_others_are_told_so(
     start: Start, upstream: ScriptedUpstream
 ) -> None:
     """They took all connections that there may be, and nobody could ask even for /health."""
-    go_on = threading.Event()
-
-    def hold(sock: socket.socket, seen: Seen) -> None:
-        go_on.wait(60)
-        ok(sock, seen)
-
-    upstream.script(hold)
-    service = with_descriptors(start, 512, upstream)
-    limit = service.call("GET", "/health").json()["upstream"]["limit"]
-    with contextlib.ExitStack() as stack:
-        held = under_way(stack, service, limit)
+    with under_way(start, upstream, 1) as service:
         for _ in range(100):
             problem(service.call("GET", "/x"), 503, "upstream-busy")
             assert service.call("GET", "/health/live").status == 200
-        go_on.set()
-        for client in held:
-            assert client.reply().body == b"ok"
 
 
 def test_a_process_without_a_free_descriptor_waits_for_one_without_spinning(
     start: Start, upstream: ScriptedUpstream
 ) -> None:
     """The kernel goes on saying that somebody knocks."""
-    go_on = threading.Event()
-
-    def hold(sock: socket.socket, seen: Seen) -> None:
-        if seen.target == b"/held":
-            go_on.wait(20)
-        ok(sock, seen)
-
-    upstream.script(hold)
+    go_on = hold_back(upstream)
     service = start(UPSTREAM_URL=upstream.url, WORKERS=1)
     process = psutil.Process(service.process.pid)
     # Whoever looked whether it had started is gone, and leaves no gap among the descriptors later.
@@ -431,7 +420,7 @@ def test_readers_that_take_a_few_bytes_cost_the_others_nothing_and_give_memory_b
         # Each has a buffer full that it has not taken.
         assert process.memory_info().rss - before < len(readers) * 640 * KIB
     wait_for(lambda: upstream_part(service) == (0, 0), 2, "their places")
-    wait_for(lambda: process.memory_info().rss - before < 8 * KIB * KIB, 20, "the memory")
+    wait_for(lambda: process.memory_info().rss - before < 8 * KIB * KIB, 5, "the memory")
 
 
 def test_whoever_stops_in_the_middle_of_a_body_makes_room(

@@ -108,10 +108,7 @@ class Client:
     def end(self) -> None:
         self.told.append(("end",))
 
-    def cut_off(self, why: str, *, reset: bool = False) -> None:
-        self.hang_up(reset=reset)
-
-    def hang_up(self, *, reset: bool = False) -> None:
+    def hang_up(self, *, reset: bool = False, why: str = "") -> None:
         self.told.append(("hang up",))
         self.settle()
 
