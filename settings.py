@@ -197,9 +197,11 @@ def doubtful(names: Iterable[str]) -> list[str]:
     """
     found = []
     for name in names:
+        if not name.startswith(OWN_WORDS):
+            continue
         nearest, words = _nearest(name), set(_words(name))
         meant = [nearest] if nearest else [one for one in VARIABLES if words < set(_words(one))]
-        if meant and name.startswith(OWN_WORDS):
+        if meant:
             found.append(f"{name} is no setting, and has no effect. There is {', '.join(meant)}")
     return found
 

@@ -100,8 +100,11 @@ finder: Finder | None = None
 
 
 def install() -> None:
-    """Use what was compiled in this process, unless GATEHOUSE_INTERPRETED is 1."""
+    """Use what was compiled in this process, unless GATEHOUSE_INTERPRETED is 1.
+
+    In a virtual environment Python 3.11 reads each .pth file twice, and so calls this twice.
+    """
     global finder
-    if os.environ.get("GATEHOUSE_INTERPRETED") != "1":
+    if finder is None and os.environ.get("GATEHOUSE_INTERPRETED") != "1":
         finder = Finder(Path(__file__).parent)
         sys.meta_path.insert(0, finder)

@@ -41,11 +41,13 @@ def _expanded(text: str) -> tuple[str, str]:
     return "".join(upper), "".join(lower)
 
 
+UPPER, LOWER = _expanded(LETTERS)
+
+
 def lowered(text: str) -> str:
     """SQL for an SQL expression `text` in lower case. A text in ASCII needs no long list."""
     ascii_only = f'lower({text} COLLATE "C")'
-    upper, lower = _expanded(LETTERS)
     return (
         f"CASE WHEN octet_length({text}) = char_length({text}) THEN {ascii_only}"
-        f" ELSE translate({ascii_only}, '{upper}', '{lower}') END"
+        f" ELSE translate({ascii_only}, '{UPPER}', '{LOWER}') END"
     )

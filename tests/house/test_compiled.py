@@ -100,6 +100,12 @@ def test_after_a_change_all_runs_from_source(
     assert upstream.seen[-1].get("X-Changed") is not None
 
 
+def test_python_looks_for_what_is_compiled_once() -> None:
+    """It reads a .pth file twice in a virtual environment, and then looked twice."""
+    count = "print(sum(type(one).__module__ == 'gatehouse_compiled' for one in sys.meta_path))"
+    assert run("-c", "import sys; " + count, folder=ROOT) == "1\n"
+
+
 def test_a_missing_source_is_a_change(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     (folder / "server" / "tunnel.py").unlink()
