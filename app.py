@@ -29,6 +29,7 @@ from postgres.table import Found
 from problems import (
     DatabaseUnavailable,
     NoSuchUser,
+    PreconditionFailed,
     SchemaNotMigrated,
 )
 from server import workers
@@ -177,8 +178,11 @@ def create_user() -> Reply:
 
 
 def get_user(user_id: str) -> Reply:
-    user = users.get(_existing(user_id))
-    known = tags("If-None-Match", request.environ.get("HTTP_IF_NONE_MATCH"))
+    user_id, condition = _existing(user_id), _condition()
+    user = users.get(user_id)
+    wanted, known = condition.match, condition.none_match
+    if wanted is not None and wanted != ANY and user.version not in wanted:
+        raise PreconditionFailed
     if known is not None and (known == ANY or user.version in known):
         return Reply(b"", [_tag(user)], "304 Not Modified")
     return _user(user)

@@ -386,7 +386,7 @@ def reason(error: Exception, target: Target | None = None) -> str:
     lines = str(error).strip().splitlines() or ["connection lost"]
     unreachable = [(match, line) for line in lines if (match := AT_SERVER.match(line))]
     if not unreachable:
-        return _cause(lines[0])
+        return _unquoted(lines[0].rpartition(": ")[2])
     found = []
     for match, line in unreachable:
         host, port = match["host"] or match["name"] or match["socket"], match["port"]
@@ -394,13 +394,16 @@ def reason(error: Exception, target: Target | None = None) -> str:
             at = target.hosts.index(host)
             port = target.ports[min(at, len(target.ports) - 1)]
         place = host if match["socket"] else _place(host, port or "")
-        found.append(f"{place}: {_cause(line)}")
+        # What the server itself says begins with a severity and two spaces.
+        cause = re.sub(r"\A[^ :]+:  ", "", line[match.end() :])
+        found.append(f"{place}: {_unquoted(cause)}")
     text = "; ".join(dict.fromkeys(found))
     return target.redacted(text) if target else text
 
 
-def _cause(line: str) -> str:
-    return re.sub(r' "[^"]*"', "", line.rpartition(": ")[2]).strip()
+def _unquoted(text: str) -> str:
+    """Without the names of roles and of whatever else, as PostgreSQL and PgBouncer write them."""
+    return re.sub(r' "[^"]*"|(?<=no such user): .*', "", text).strip()
 
 
 def _place(host: str, port: str) -> str:

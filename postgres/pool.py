@@ -339,8 +339,12 @@ class Pool:
         return DatabaseUnavailable()
 
     def say(self, cause: str) -> None:
-        """Log why something failed, without secrets, and each cause at most once in LOG_SECONDS."""
+        """Log why something failed, without secrets, and each cause at most once in LOG_SECONDS.
+
+        A trigger may quote what a caller sent, so a character that would steer a terminal is shown
+        by its number."""
         cause = " ".join(self.target.redacted(cause).split())
+        cause = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in cause)
         now = time.monotonic()
         if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:
             if len(self._logged) > 100:

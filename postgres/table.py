@@ -112,7 +112,7 @@ class Table:
         self.replace, self.same = self._update(given), self._same(given)
         delete = model.delete().where(self._this & self._allowed())
         self.delete = self.statement(delete.returning(model.id))
-        self._compose_many()
+        self._compose_many(unique)
         self.patch = functools.cache(self._patch)
 
     # Statements, and parts of them.
@@ -221,16 +221,18 @@ class Table:
         names = ", ".join(f'"{name}"' for name in self.arrays)
         return f"unnest({rows}) WITH ORDINALITY AS given({names}, number)"
 
-    def _compose_many(self) -> None:
+    def _compose_many(self, unique: Any) -> None:
         id_, rows = self.model.id, SQL("given")
         names = ("id", *(column.name for column in self.columns))
         given = {name: SQL(f'given."{name}"') for name in names}
         as_text = Cast(id_, "text")
         # Creates rows. It leaves alone a row that exists already, and leaves out a second one of
-        # the same.
+        # the same. Rows are created in the order of the index, as those below are locked in one
+        # order: otherwise two statements that create the same rows wait for each other.
         query = self.model.select(*given.values()).from_(SQL(self.rows_given()))
         insert = self.model.insert_from(
-            query.order_by(SQL("number")), [getattr(self.model, name) for name in names]
+            query.order_by(*unique._expressions, SQL("number")),
+            [getattr(self.model, name) for name in names],
         )
         self.create_many = Statement(
             sql_of(insert.on_conflict(action="IGNORE").returning(as_text)),

@@ -16,6 +16,10 @@ from wire.websocket import Frames, close_frame
 
 # Both sides have this many seconds to end a tunnel after each has been sent a Close frame.
 GOODBYE_SECONDS: Final = 1.0
+# If one side of a tunnel has ended, the other one may be silent for this many seconds. An
+# application that has turned a client out would otherwise go on paying for it until the client
+# pleases to leave.
+HALF_CLOSED_SECONDS: Final = 60.0
 
 
 class Talker(Protocol):
@@ -93,11 +97,17 @@ class Tunnel:
         # While the client does not keep up, the upstream is not read, so that its silence means
         # nothing. server/client.py cuts a client that takes nothing at all.
         paused = self._connection is not None and self._connection.paused
-        when = NEVER if paused else self.client.loop.now + self._silence
+        when = NEVER if paused else self.client.loop.now + self._patience
         self.client.deadline.set(when)
 
+    @property
+    def _patience(self) -> float:
+        """For how many seconds nothing may come."""
+        half_closed = self._to_client is None or self._to_upstream is None
+        return min(self._silence, HALF_CLOSED_SECONDS) if half_closed else self._silence
+
     def _time_is_up(self) -> None:
-        silent = f"nothing came from either side for {self._silence:g} s"
+        silent = f"nothing came from either side for {self._patience:g} s"
         self.client.hang_up(why=silent if self.state is State.TUNNELLING else "")
 
     # Bytes.
@@ -144,7 +154,7 @@ class Tunnel:
         """The client has taken all."""
         if self._connection is not None:
             self._connection.resume()
-        self._drained()
+        self._changed()
 
     def upstream_progressed(self) -> None:
         """The upstream has taken some of it."""
@@ -153,10 +163,11 @@ class Tunnel:
 
     def upstream_drained(self) -> None:
         """The upstream has taken all."""
-        self._drained()
+        self._changed()
         self.client.resume()
 
-    def _drained(self) -> None:
+    def _changed(self) -> None:
+        """A side has taken what was sent to it, or has ended."""
         if self.state is State.TUNNELLING:
             self._heard()
         self._parted()
@@ -169,8 +180,7 @@ class Tunnel:
         if self._connection is not None:
             self._connection.end()
         self._to_upstream = None
-        self._parted()
-        self._end_if_over()
+        self._changed()
 
     def upstream_ended(self) -> None:
         """The upstream sends no more."""
@@ -179,8 +189,7 @@ class Tunnel:
             return
         self.client.end()
         self._to_client = None
-        self._parted()
-        self._end_if_over()
+        self._changed()
 
     def upstream_failed(self) -> None:
         """The upstream has gone. The client gets what that has sent before, and then the end."""

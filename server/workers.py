@@ -125,7 +125,7 @@ def on_signals(service: Service, server: Server, *, supervised: bool) -> None:
 
     def handle(number: int, frame: Any) -> None:
         if supervised:
-            service.board.set(STOPPING, 1)
+            # Only the supervisor says that the service stops: this worker may be told to by itself.
             server.stop()
             return
         if seen:

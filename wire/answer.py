@@ -79,13 +79,14 @@ class Answer:
         for key, value, _ in self.lines:
             if key in TOLD:
                 told.setdefault(key, []).append(value.lower())
-        self.dated = "date" in told
         kind = told["content-type"][-1] if "content-type" in told else ""
         self.events = (
             kind.startswith(EVENT_STREAM) and kind.partition(";")[0].strip() == EVENT_STREAM
         )
         self.coded = told.get("content-encoding", [""])[-1].strip() not in ("", "identity")
         self.options = listed(told["connection"]) if "connection" in told else []
+        # A line that `Connection` names goes no further than here.
+        self.dated = "date" in told and "date" not in self.options
         self.switches = listed(told["upgrade"]) if "upgrade" in told else []
         self._frame(
             version, method, told.get("content-length", []), told.get("transfer-encoding", [])

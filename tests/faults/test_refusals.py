@@ -184,6 +184,15 @@ def test_a_user_to_whom_another_table_refers_is_in_use(
     assert service.call("DELETE", target).status == 204
 
 
+def test_a_trigger_that_quotes_what_steers_a_terminal_cannot_do_so_in_the_log(
+    databases: Databases, store: str, start: Start
+) -> None:
+    prepare(databases, store, raising("P0001", words="red \x1b[31m, \x9b31m \u202e and Zoë"))
+    service = start(POSTGRES_URI=store)
+    assert service.call("POST", "/users", new_user()).status == 409
+    assert r"red \x1b[31m, \x9b31m \u202e and Zoë" in service.log
+
+
 LEAVING = (
     "CREATE FUNCTION the_rule() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;"
     "CREATE TRIGGER t BEFORE DELETE ON users FOR EACH ROW EXECUTE FUNCTION the_rule()"

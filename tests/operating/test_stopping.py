@@ -382,6 +382,24 @@ def test_a_killed_worker_is_replaced(start: Start, upstream: ScriptedUpstream) -
     assert service.stop() == 0
 
 
+def test_a_worker_that_is_told_to_stop_by_itself_stops_nobody_else(
+    start: Start, held: HeldUpstream, database: str
+) -> None:
+    """The whole service said that it was stopping, for as long as that worker had work."""
+    service = start(POSTGRES_URI=database, UPSTREAM_URL=held.url, WORKERS=2)
+    with under_way(service, held, [f"/{number}" for number in range(8)]) as clients:
+        workers = workers_of(service)
+        workers[0].terminate()
+        for _ in range(20):
+            assert service.call("GET", "/health/ready").status == 200
+            threading.Event().wait(0.02)
+        assert alive(workers[0])  # Some of these requests are its own.
+        held.release.set()
+        assert [client.reply().status for client in clients] == [200] * 8
+    wait_for(lambda: workers[0] not in workers_of(service), 10, "the worker's end")
+    assert service.stop() == 0
+
+
 def test_workers_end_when_their_supervisor_is_killed(
     start: Start, upstream: ScriptedUpstream
 ) -> None:

@@ -231,6 +231,17 @@ def test_connection_cannot_remove_the_framing_of_an_answer(
         assert len(reply.all("Date")) == len(reply.all("X-Request-Id")) == 1
 
 
+def test_a_date_that_connection_names_stops_here_and_another_takes_its_place(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """There was none then, and RFC 9110 section 6.6.1 wants one."""
+    date = "Tue, 15 Nov 1994 08:12:31 GMT"
+    answer = message(b"HTTP/1.1 200 OK", b"Connection: date", f"Date: {date}".encode(), LENGTH_0)
+    _, reply = forward(service, upstream, request(), answer)
+    [told] = reply.all("Date")
+    assert IMF_DATE.fullmatch(told) and told != date
+
+
 def test_lone_line_feeds_and_folded_lines_are_understood(
     service: Service, upstream: ScriptedUpstream
 ) -> None:

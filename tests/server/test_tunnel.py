@@ -160,6 +160,26 @@ def test_the_end_of_a_side_is_passed_on_and_both_are_the_tunnels() -> None:
     assert world.tunnel.state is State.ENDED and connection.released == [False]
 
 
+@pytest.mark.parametrize("who", ["client", "upstream"])
+def test_if_one_side_has_ended_the_other_may_be_silent_for_a_minute(who: str) -> None:
+    """An application that had turned out a silent client went on paying for it for an hour."""
+    world = tunnelling()
+    world.clock.pass_time(90)
+    {"client": client_ends, "upstream": upstream_ends}[who](world)
+    for _ in range(3):
+        world.clock.pass_time(59)
+        assert world.tunnel.state is State.TUNNELLING
+        if who == "client":
+            world.tunnel.from_upstream(HELLO)
+        else:
+            world.tunnel.from_client(MASKED)
+    world.clock.pass_time(59.9)
+    assert world.tunnel.state is State.TUNNELLING
+    world.clock.pass_time(0.2)
+    assert world.client.told[-1] == ("hang up",)
+    assert (world.upstream.in_flight, world.upstream.streams) == (0, 0)
+
+
 def test_what_an_upstream_said_before_it_was_gone_is_still_the_clients() -> None:
     for refused, event in ((False, "upstream fails"), (True, "upstream ends")):
         world = tunnelling()

@@ -151,6 +151,25 @@ def test_if_none_match_on_nobody_is_404(service: Service) -> None:
     problem(reply, 404, "no-such-user")
 
 
+@pytest.mark.parametrize("condition", ["{etag}", "W/{etag}", '"other", {etag}', "*"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_if_match_with_the_version_held_is_200(
+    service: Service, method: str, condition: str
+) -> None:
+    path, etag = tagged(service)
+    reply = service.call(method, path, headers={"If-Match": condition.format(etag=etag)})
+    assert reply.status == 200 and reply.get("ETag") == etag
+
+
+def test_if_match_with_another_version_is_412(service: Service) -> None:
+    """RFC 9110 section 13.2.2: it is looked at before If-None-Match."""
+    path, etag = tagged(service)
+    headers = {"If-Match": '"other"', "If-None-Match": etag}
+    problem(service.call("GET", path, headers=headers), 412, "precondition-failed")
+    reply = service.call("GET", f"/users/{uuid.uuid4()}", headers={"If-Match": "*"})
+    problem(reply, 404, "no-such-user")
+
+
 Seeded = tuple[Service, list[dict[str, Any]]]
 
 

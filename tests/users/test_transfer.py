@@ -72,6 +72,42 @@ def alone(databases: Databases, upstream: ScriptedUpstream) -> Iterator[Service]
         yield running
 
 
+def test_imports_of_the_same_new_users_in_other_orders_do_not_wait_for_each_other(
+    databases: Databases, upstream: ScriptedUpstream
+) -> None:
+    """They met in deadlocks, and hundreds of rows were 503."""
+    database = databases.create()
+    emails = sorted(new_email() for _ in range(99))
+    with (
+        Service(POSTGRES_URI=database, UPSTREAM_URL=upstream.url) as service,
+        databases.admin(database) as cursor,
+        databases.admin(database) as looking,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        # Both have begun, and neither can end, until the one in the middle is free.
+        cursor.execute("BEGIN")
+        cursor.execute(
+            "INSERT INTO users (id, email, name) VALUES (%s, %s, 'Bob')",
+            (str(uuid.uuid4()), emails[49]),
+        )
+        orders = [emails, emails[::-1]]
+        bodies = ["\n".join(["email,name", *(f"{one},Ann" for one in order)]) for order in orders]
+        replies = [threads.submit(send, service, body) for body in bodies]
+
+        def waiting() -> bool:
+            looking.execute(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            return bool(looking.fetchone() == (2,))
+
+        wait_for(waiting, 10, "both to wait")
+        cursor.execute("ROLLBACK")
+        outcomes = sorted(told(reply.result())[1] for reply in replies)
+        assert outcomes == [(99, 0, 0, 0, 99), (99, 99, 0, 0, 0)]
+        assert "40P01" not in service.log
+
+
 def test_a_spreadsheet_is_imported_and_found(service: Service) -> None:
     first, second = new_email(), new_email()
     body = f'name,email,metadata\r\n"Lee, Ann",{first},"{{""plan"": ""pro""}}"\r\nBob,{second},\r\n'
