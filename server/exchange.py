@@ -624,7 +624,10 @@ class Exchange:
         safe."""
         connection = self._connection
         assert connection is not None
-        again = connection.used and self._repeatable and not self._heard and not self._repeated
+        in_vain = connection.used and not self._heard
+        if in_vain:
+            self._upstream.learn(connection.idle_for)
+        again = in_vain and self._repeatable and not self._repeated
         self._let_go()
         if again:
             self._repeated = True

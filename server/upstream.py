@@ -20,6 +20,9 @@ log = logging.getLogger("gatehouse")
 # A request that must not be sent twice goes on a kept connection only if that was in use at most
 # this many seconds ago. The shorter it was idle, the less likely is the upstream just closing it.
 FRESH_SECONDS: Final = 1.0
+# An upstream may keep idle connections for less than that, or not at all, and say so nowhere. So
+# once it has closed one, half of the time for which that was idle counts, for this many seconds.
+TAUGHT_SECONDS: Final = 600.0
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS: Final = 10.0
 
@@ -62,7 +65,7 @@ class Carried(Protocol):
 class Connection(Stream):
     """One connection to the upstream: an exchange's, or kept for the next one.
 
-    `used` says whether it has been kept before, `heard` whether anything has ever come on it,
+    `used` says whether it has been kept before, and `idle_for` for how many seconds; `heard` whether anything has ever come on it,
     `stopped_reading` whether the upstream did so before it had all of a request. `client` is set if
     the connection was authenticated: then it carries only that client's requests.
     """
@@ -71,6 +74,7 @@ class Connection(Stream):
         "client",
         "exchange",
         "heard",
+        "idle_for",
         "idle_since",
         "stopped_reading",
         "straight",
@@ -87,6 +91,7 @@ class Connection(Stream):
         self.heard = False
         self.stopped_reading = False
         self.straight = False  # whether what arrives may go straight to the client's socket
+        self.idle_for = 0.0
         self.idle_since = 0.0
         self.watch()
 
@@ -100,19 +105,19 @@ class Connection(Stream):
             self.upstream.heard(self)
         if self.exchange is None:
             # These bytes belong to no request: they would be taken for the answer to the next one.
-            self.upstream.discard(self)
+            self.upstream.closed(self)
         else:
             self.exchange.from_upstream(data)
 
     def ended(self) -> None:
         if self.exchange is None:
-            self.upstream.discard(self)  # No request may be sent on a closed connection.
+            self.upstream.closed(self)  # No request may be sent on a closed connection.
         else:
             self.exchange.upstream_ended()
 
     def failed(self) -> None:
         if self.exchange is None:
-            self.upstream.discard(self)
+            self.upstream.closed(self)
         else:
             self.exchange.upstream_failed()
 
@@ -193,6 +198,8 @@ class Upstream:
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
         self._said = -SAY_SECONDS
+        self._fresh = FRESH_SECONDS
+        self._taught = -TAUGHT_SECONDS  # when the upstream last closed a connection that was idle
         # Connections on which nothing has come yet, with the moment at which they were made.
         self._unheard: dict[Connection, float] = {}
         self._to_close = 0  # how many that become idle are to be closed: see `look`
@@ -234,7 +241,7 @@ class Upstream:
         """A connection that was kept and that a request of `client` may use; None if there is none.
         One that was kept for this client alone comes first. Of the others, a request that is not
         `repeatable`, so that it must not be sent twice, gets only one that was in use a moment ago:
-        see FRESH_SECONDS."""
+        see FRESH_SECONDS and TAUGHT_SECONDS."""
         if self._own and (own := self._own.get(client)) is not None:
             if not own.silent or self.loop.now - own.idle_since >= self._keepalive:
                 self.discard(own)
@@ -248,15 +255,33 @@ class Upstream:
             if idle >= self._keepalive:
                 self._expire()
                 continue
-            if not repeatable and idle > FRESH_SECONDS:
+            if not repeatable and idle > self.fresh:
                 return None
-            del self._idle[connection]
             if not connection.silent:
-                self.discard(connection)
+                self.closed(connection)
                 continue
+            del self._idle[connection]
             connection.used = True
+            connection.idle_for = idle
             return connection
         return None
+
+    @property
+    def fresh(self) -> float:
+        """How many seconds ago a connection was in use at most for it to count as fresh."""
+        taught = self.loop.now - self._taught < TAUGHT_SECONDS
+        return self._fresh if taught else FRESH_SECONDS
+
+    def learn(self, idle: float) -> None:
+        """The upstream closed a connection that had been idle for so many seconds."""
+        self._fresh = min(self.fresh, idle / 2)
+        self._taught = self.loop.now
+
+    def closed(self, connection: Connection) -> None:
+        """The upstream closed one that was kept."""
+        if connection in self._idle:
+            self.learn(self.loop.now - connection.idle_since)
+        self.discard(connection)
 
     def connect(self, exchange: Waiting) -> Attempt:
         """Make a connection for an exchange, whose `connected` or `unconnected` is called then.
@@ -287,7 +312,7 @@ class Upstream:
         self._connections.add(connection)
         self._unheard[connection] = self.loop.now
         oldest = next(iter(self._idle), None)
-        if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
+        if oldest is not None and self.loop.now - oldest.idle_since > self.fresh:
             # A request that must not be sent twice makes a new connection though an old one is
             # idle. That one goes instead. Otherwise a few such requests a second took all
             # connections that the upstream has.

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from postgres import pool
-from postgres.connect import Connector, Target, check_uri, settings_in
+from postgres.connect import Connector, Target, check_uri, reason, settings_in
 from postgres.deadlines import Deadlines, borrowed, cut
 from postgres.statements import Statement, Statements
 from problems import RefusedByDatabase
@@ -215,6 +215,42 @@ def test_behind_a_pooler_that_refuses_options_the_reason_is_the_other_one(
             assert service.call("GET", "/users").status == 503
             assert told.partition(" ")[2] in re.sub(r' "[^"]*"', "", service.log)
             assert "unsupported" not in service.log
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("FATAL:  no such database: nope", "no such database: nope"),
+        ("FATAL:  no such user: ann", "no such user"),
+        ("SSL error: certificate verify failed", "SSL error: certificate verify failed"),
+        (
+            "received invalid response to SSL negotiation: H",
+            "received invalid response to SSL negotiation: H",
+        ),
+    ],
+)
+def test_a_reason_with_a_colon_is_told_whole(said: str, told: str) -> None:
+    """`check` said `nope`, or `H`."""
+    error = psycopg2.OperationalError(
+        f'connection to server at "127.0.0.1", port 6432 failed: {said}\n'
+    )
+    assert reason(error) == f"127.0.0.1:6432: {told}"
+
+
+def test_a_port_that_speaks_http_is_told_in_libpqs_words() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = f"127.0.0.1:{other.getsockname()[1]}"
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = other.accept()
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        _, lines = check(POSTGRES_URI=f"postgresql://{place}/x")
+    assert lines[1].startswith(f"database: unreachable: {place}: received invalid response to ")
 
 
 @pytest.mark.parametrize("sqlstate", ["0A000", "08P01"])

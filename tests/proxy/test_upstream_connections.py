@@ -174,6 +174,25 @@ def test_an_upstream_that_serves_one_connection_at_a_time_does_not_wait_for_idle
             serving.result()
 
 
+def test_an_upstream_that_keeps_connections_for_a_moment_only_loses_few_posts(
+    start: Start, fresh: ScriptedUpstream
+) -> None:
+    """Of those that came while it was about to close one, each was 502: every second one here."""
+
+    def answer_and_close_soon(sock: socket.socket, seen: Seen) -> bool:
+        ok(sock, seen)
+        threading.Event().wait(0.1)
+        return False
+
+    fresh.answer = answer_and_close_soon
+    service = start(UPSTREAM_URL=fresh.url)
+    statuses = []
+    for _ in range(20):
+        statuses.append(service.call("POST", "/", b"{}").status)
+        threading.Event().wait(0.05)
+    assert set(statuses) <= {200, 502} and statuses.count(502) <= 2, statuses
+
+
 def test_connections_that_the_upstream_closes_are_closed_at_once(
     start: Start, fresh: ScriptedUpstream
 ) -> None:

@@ -141,6 +141,7 @@ class Connection:
 
     def __init__(self, *, used: bool = False) -> None:
         self.used = used
+        self.idle_for = 0.5
         self.stopped_reading = False
         self.queued = 0
         self.paused = False
@@ -185,6 +186,7 @@ class Upstream:
         self.connecting = 0
         self.given_up = 0
         self.outcomes: list[bool] = []
+        self.learnt: list[float] = []
 
     def enter(self) -> None:
         if self.busy:
@@ -196,6 +198,9 @@ class Upstream:
 
     def count_streams(self, change: int) -> None:
         self.streams += change
+
+    def learn(self, idle: float) -> None:
+        self.learnt.append(idle)
 
     def outcome(self, *, up: bool) -> None:
         self.outcomes.append(up)

@@ -524,6 +524,8 @@ def test_it_is_sent_again_once() -> None:
     world.connect(used=True)
     upstream_ends(world)
     assert world.client.told == [("refuse", "upstream-broken")]
+    # That says how long it keeps idle connections at most.
+    assert world.upstream.learnt == [0.5, 0.5]
 
 
 def test_a_body_that_is_still_here_is_sent_again_with_it() -> None:

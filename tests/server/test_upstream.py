@@ -15,7 +15,7 @@ from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.loop import Loop
-from server.upstream import FRESH_SECONDS, Connection, Upstream
+from server.upstream import FRESH_SECONDS, TAUGHT_SECONDS, Connection, Upstream
 from tests.harness.servers import unanswered_port
 
 KEEPALIVE = 50.0
@@ -247,6 +247,38 @@ def test_what_must_not_be_sent_twice_goes_on_a_fresh_one_only(place: Place) -> N
     assert place.take(repeatable=True) is connection
     connection.release(keep=True)
     assert place.take(repeatable=False) is connection
+
+
+def test_an_upstream_that_closes_idle_ones_early_is_believed_for_some_minutes(place: Place) -> None:
+    """With a keep-alive of none that it did not announce, one POST in ten was 502."""
+    connection, far = place.keep()
+    connection.idle_since -= 0.4
+    far.close()
+    place.turn(lambda: place.upstream.open == 0)
+    assert 0.2 <= place.upstream.fresh < FRESH_SECONDS
+    place.upstream.learn(0.4)
+    connection, _ = place.keep()
+    place.loop.now += 0.19
+    assert place.take(repeatable=False) is connection
+    connection.release(keep=True)
+    connection.idle_since -= 0.5
+    assert place.take(repeatable=False) is None
+    # And the next one takes its place, as below.
+    connection, _ = place.keep()
+    assert place.upstream.open == 1
+    # The least of what it did lately counts.
+    place.upstream.learn(50.0)
+    assert place.upstream.fresh == 0.2
+    place.loop.now += TAUGHT_SECONDS
+    assert place.upstream.fresh == FRESH_SECONDS
+
+
+def test_an_end_that_is_seen_only_as_it_is_taken_teaches_as_well(place: Place) -> None:
+    _, far = place.keep()
+    place.loop.now += 0.4
+    far.close()
+    assert place.take(repeatable=False) is None and place.upstream.open == 0
+    assert place.upstream.fresh == pytest.approx(0.2)
 
 
 def test_a_new_one_takes_the_place_of_one_that_it_was_not_sent_on(place: Place) -> None:
