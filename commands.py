@@ -25,7 +25,7 @@ from dotenv.parser import parse_stream
 from postgres import connect, schema
 from problems import Problem
 from server.connector import Attempt, UpstreamConnector
-from server.listener import bind, most_streams
+from server.listener import FEWEST_DESCRIPTORS, bind, most_streams, raise_descriptor_limit
 from server.logs import Output
 from server.systemd import handed_over
 from server.workers import hold_signals
@@ -194,8 +194,16 @@ def load_settings() -> Settings:
 
 
 def doubts() -> list[str]:
-    """A warning for each name in the environment or in `.env` that is probably misspelt."""
-    return doubtful(os.environ | env_file(ROOT / ".env", parse_stream))
+    """A warning for each name in the environment or in `.env` that is probably misspelt, and one if
+    there are too few descriptors."""
+    warnings = doubtful(os.environ | env_file(ROOT / ".env", parse_stream))
+    descriptors = raise_descriptor_limit()
+    if descriptors < FEWEST_DESCRIPTORS:
+        warnings.append(
+            f"{counted(descriptors, 'file descriptor')} may be open, which is too few for 64"
+            f" requests at once: allow {FEWEST_DESCRIPTORS} at least"
+        )
+    return warnings
 
 
 def check(settings: Settings, *, verbose: bool = False) -> int:

@@ -18,6 +18,9 @@ SPARE_DESCRIPTORS = 192
 # Connections of clients with no request at the upstream: when it has all that it may have, others
 # can still be told so, and ask for /health.
 PLACES_BESIDE = 64
+# A worker may have 64 requests with the upstream at least, however few descriptors there are.
+FEWEST_CONNECTIONS = 128 + PLACES_BESIDE
+FEWEST_DESCRIPTORS = FEWEST_CONNECTIONS + SPARE_DESCRIPTORS
 # Linux allows a process no more by default (fs.nr_open).
 MOST_DESCRIPTORS = 1 << 20
 
@@ -72,4 +75,4 @@ def most_streams() -> int:
 
 def connection_room() -> int:
     """How many connections a worker may have, of clients and to the upstream."""
-    return max(128 + PLACES_BESIDE, raise_descriptor_limit() - SPARE_DESCRIPTORS)
+    return max(FEWEST_CONNECTIONS, raise_descriptor_limit() - SPARE_DESCRIPTORS)

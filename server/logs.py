@@ -39,6 +39,7 @@ class Output:
         self._pending: deque[bytes] = deque()
         self._size = 0
         self._dropped = 0
+        self.why = ""  # why lines were dropped last
         self._writing = threading.Lock()
         self._within = False  # whether the last byte that was written is in the middle of a line
         self._torn = False  # whether the rest of that line could not be written
@@ -68,6 +69,7 @@ class Output:
         with self._lock:
             if self._size + len(data) > PENDING_BYTES:
                 self._dropped += data.count(b"\n")
+                self.why = "the reader is too slow"
                 return
             self._pending.append(data)
             self._size += len(data)
@@ -123,9 +125,10 @@ class Output:
             return data[size:]
         except BlockingIOError:
             return data
-        except OSError:  # Nobody reads it any more, or a disk is full: no reason to stop serving.
+        except OSError as error:  # Nobody reads it any more, or a disk is full: serve all the same.
             with self._lock:
                 self._dropped += data.count(b"\n")
+                self.why = error.strerror or str(error)
             self._torn = self._within
             return b""
 

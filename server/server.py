@@ -409,7 +409,8 @@ class Server:
             if not number:
                 continue
             were = "%d line of the %s was" if number == 1 else "%d lines of the %s were"
-            log.warning(were + " dropped, for nobody took them", number, name)
+            why = self._outputs[name].why
+            log.warning(were + " dropped, for nobody took them: %s", number, name, why)
             teller = self._outputs.get("log")
             lost = teller.dropped() if teller is not None else 0
             if lost:  # The warning itself was dropped. It is written again at the next look.

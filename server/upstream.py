@@ -65,9 +65,10 @@ class Carried(Protocol):
 class Connection(Stream):
     """One connection to the upstream: an exchange's, or kept for the next one.
 
-    `used` says whether it has been kept before, and `idle_for` for how many seconds; `heard` whether anything has ever come on it,
-    `stopped_reading` whether the upstream did so before it had all of a request. `client` is set if
-    the connection was authenticated: then it carries only that client's requests.
+    `used` says whether it has been kept before, and `idle_for` for how many seconds; `heard` says
+    whether anything has ever come on it, `stopped_reading` whether the upstream did so before it
+    had all of a request. `client` is set if the connection was authenticated: then it carries only
+    that client's requests.
     """
 
     __slots__ = (

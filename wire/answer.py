@@ -167,7 +167,10 @@ def line_of(raw: bytes) -> Line:
     """A header line. Raises UpstreamBroken."""
     found = HEADER_LINE.fullmatch(raw)
     if found is None:
-        raise UpstreamBroken("A header line of the upstream's answer is malformed.")
+        # Only the log has its name, without which nobody finds it in an application.
+        what = "A header line of the upstream's answer is malformed"
+        begins = raw.partition(b":")[0][:40]
+        raise UpstreamBroken(f"{what}.") from ValueError(f"{what}: it begins with {begins!r}.")
     return line(found[1], found[2])
 
 

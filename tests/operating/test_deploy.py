@@ -406,7 +406,7 @@ def test_kubernetes_s_pods_have_the_settings_probes_and_time_that_they_need() ->
 @needs("promtool")
 def test_the_alerts_fire_when_they_should_and_not_before() -> None:
     run("promtool", "check", "config", "prometheus.yml")
-    assert "SUCCESS: 6 rules found" in run("promtool", "check", "rules", "alerts.yml")
+    assert "SUCCESS: 8 rules found" in run("promtool", "check", "rules", "alerts.yml")
     assert "SUCCESS" in run("promtool", "test", "rules", "alerts-test.yml")
 
 

@@ -116,6 +116,7 @@ def test_lines_beyond_a_mebibyte_are_dropped_and_counted(
     told = [json.loads(line)["target"] for line in out.splitlines()]
     told = [target for target in told if target != "/health/live"]
     dropped = sum(int(number) for number in re.findall(LINES_DROPPED, err))
+    assert b"nobody took them: the reader is too slow\n" in err
     assert dropped > 100 and told == targets[: len(targets) - dropped]
 
 
@@ -167,6 +168,7 @@ def test_after_a_full_disk_the_log_tells_of_all_that_was_lost(
         time.sleep(1.2)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
     wait_for(lambda: re.search(LINES_DROPPED, path.read_bytes()), what="the log to tell of it")
+    assert b"nobody took them: File too large\n" in path.read_bytes()
     [dropped] = re.findall(LINES_DROPPED, path.read_bytes())
     assert 30 <= int(dropped) == dropped_lines(port)
 

@@ -23,6 +23,7 @@ from tests.harness import (
     message,
     problem,
     request,
+    wait_for,
 )
 
 READ_TIMEOUT = 1.0
@@ -223,6 +224,17 @@ def test_an_answer_that_is_not_valid_http_is_502(
         upstream.script(fine)
         client.send(request())
         assert client.reply().body == b"ok"
+
+
+def test_the_log_names_the_header_line_that_is_malformed_and_the_answer_does_not(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    upstream.script(message(OK, b"X Old: secret", b"Content-Length: 0"))
+    document = problem(service.call("GET", "/"), 502, "upstream-broken")
+    assert document["detail"] == "A header line of the upstream's answer is malformed."
+    told = "upstream-broken: A header line of the upstream's answer is malformed: it begins with"
+    wait_for(lambda: f"{told} b'X Old'. request_id=" in service.log, what="the line")
+    assert "secret" not in service.log
 
 
 @pytest.mark.parametrize(
