@@ -62,7 +62,8 @@ def read(query: str, *, export: bool) -> PageQuery:
 
 
 def _limit(value: str) -> None:
-    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_PAGE:
+    digits = len(str(MAX_PAGE))
+    if not re.fullmatch(f"[0-9]{{1,{digits}}}", value) or not 1 <= int(value) <= MAX_PAGE:
         raise ValueError(f"must be a whole number from 1 to {MAX_PAGE}")
 
 

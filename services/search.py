@@ -19,6 +19,8 @@ from services.users import AT_ADDRESS, TABLE
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
+# No statement of an export reads more rows than this.
+MOST_ROWS = 500
 # A statement that may read more users than DEFAULT_PAGE stops once it has so many bytes of them.
 # Thirty megabytes at once held the interpreter, and all forwarded requests, for seconds.
 PART_BYTES = 1 << 20
@@ -164,7 +166,7 @@ def parts(most: int, after: str | None, search: Search, *, count: bool = False) 
 def fitting(rows: int, size: int) -> int:
     """How many rows the next statement is to read, if the last `rows` had `size` bytes. What it
     reads beyond PART_BYTES is thrown away, so that this is only to save the database work."""
-    return max(1, min(MAX_PAGE, rows * PART_BYTES // max(1, size)))
+    return max(1, min(MOST_ROWS, rows * PART_BYTES // max(1, size)))
 
 
 def _read(limit: int, after: str | None, search: Search, count: bool) -> Page:

@@ -170,7 +170,10 @@ def line_of(raw: bytes) -> Line:
         # Only the log has its name, without which nobody finds it in an application.
         what = "A header line of the upstream's answer is malformed"
         begins = raw.partition(b":")[0][:40]
-        raise UpstreamBroken(f"{what}.") from ValueError(f"{what}: it begins with {begins!r}.")
+        broken = UpstreamBroken(f"{what}.")
+        # mypyc drops the cause of `raise … from`.
+        broken.__cause__ = ValueError(f"{what}: it begins with {begins!r}.")
+        raise broken
     return line(found[1], found[2])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,8 @@ from schemathesis.config import (
 
 from postgres.table import TIMES
 from services.fields import NAMES
+from services.query import OF_A_PAGE
+from services.search import DEFAULT_PAGE, MAX_PAGE
 from tests.harness import ROOT, Databases, ScriptedUpstream, Service
 from tests.users.test_problems import CONTRACT
 
@@ -57,6 +60,18 @@ def described(*, made_up_tokens: bool) -> schemathesis.BaseSchema:
     )
     config = SchemathesisConfig(projects=ProjectsConfig(default=project))
     return schemathesis.openapi.from_dict(document, config=config)
+
+
+def test_the_parameters_of_a_page_are_those_of_the_api_page_and_of_the_service() -> None:
+    listing = DOCUMENT["paths"]["/users"]["get"]["parameters"]
+    schemas = {one["name"]: one["schema"] for one in listing if one.get("in") == "query"}
+    assert schemas.keys() == OF_A_PAGE.keys()
+    limit = {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE}
+    assert schemas["limit"] == limit
+    page = (ROOT / "docs" / "api.md").read_text().partition("\n### `GET /users`\n")[2]
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", page.partition("\n#")[0])
+    assert [name for name, _ in rows] == list(schemas)
+    assert dict(rows)["limit"].endswith(f"1 to {MAX_PAGE}, {DEFAULT_PAGE} by default")
 
 
 known = described(made_up_tokens=False)

@@ -424,14 +424,14 @@ def expressions() -> list[str]:
     return [rule["expr"] for rule in rules()] + shown
 
 
-def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
+def test_alerts_dashboard_and_soak_ask_for_metrics_that_exist() -> None:
     board = Board(1)
     board.join(0)
     board.forwarded(up=True)
     text = board.exposition(version="1", database_up=True, pool_size=8)
     known = {*re.findall(r"(?m)^# TYPE (\S+)", text), "gatehouse_answer_head_seconds_bucket"}
     assert str(BOUNDS[0]) in text
-    for one in expressions():
+    for one in [*expressions(), (ROOT / "bench" / "soak.py").read_text()]:
         asked = set(re.findall(r"\bgatehouse_[a-z_]+", one))
         assert asked <= known, one
         for label, value in re.findall(r'(owner|type)=~?"([^"]+)"', one):
