@@ -228,14 +228,19 @@ class Table:
         as_text = Cast(id_, "text")
         # Creates rows. It leaves alone a row that exists already, and leaves out a second one of
         # the same. Rows are created in the order of the index, as those below are locked in one
-        # order: otherwise two statements that create the same rows wait for each other.
+        # order: otherwise two statements that create the same rows wait for each other. As in
+        # `create`, no other conflict is ignored: of two rows that an index of the operator's own
+        # keeps apart, the first one given is to be created, and not the first one of this order.
+        ids = SQL(f"CAST(%(id)s AS {self.arrays['id']})")
+        there = self.model.select(id_).where(id_ == fn.ANY(ids))
         query = self.model.select(*given.values()).from_(SQL(self.rows_given()))
         insert = self.model.insert_from(
-            query.order_by(*unique._expressions, SQL("number")),
+            query.where(given["id"].not_in(there)).order_by(*unique._expressions, SQL("number")),
             [getattr(self.model, name) for name in names],
         )
+        ignored = {"action": "IGNORE", "conflict_target": unique._expressions}
         self.create_many = Statement(
-            sql_of(insert.on_conflict(action="IGNORE").returning(as_text)),
+            sql_of(insert.on_conflict(**ignored).returning(as_text)),
             self.arrays,
             prepared=False,
         )

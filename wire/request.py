@@ -295,6 +295,6 @@ def end_of_head(data: bytes | bytearray, scanned: int = 0) -> int:
     # The last three bytes may be the beginning of the end that is searched for.
     if (len(data) - 3 if end < 0 else end) > MAX_HEAD_BYTES:
         raise BadRequest(f"The head is larger than {MAX_HEAD_BYTES} bytes.")
-    if end < 0 and LONE_LINE_FEED.search(data, max(0, scanned - 1)):
+    if end < 0 and LONE_LINE_FEED.search(data, scanned):
         raise BadRequest("A line of the head ends with a line feed alone.")
     return end

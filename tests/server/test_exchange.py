@@ -586,6 +586,17 @@ def test_a_refused_connection_is_tried_again_for_as_long_as_is_set() -> None:
     assert world.client.told == [("refuse", "upstream-unreachable")]
 
 
+def test_a_refused_connection_is_tried_a_last_time_when_the_time_is_over() -> None:
+    world = World(patience=Patience(10.0, 100.0, 0.3, 0.0)).start()
+    for attempts, seconds in ((1, 0.25), (2, 0.06)):
+        assert world.upstream.connecting == attempts
+        world.exchange.unconnected(UpstreamUnreachable(), True)
+        world.clock.pass_time(seconds)
+    assert world.upstream.connecting == 3
+    world.exchange.unconnected(UpstreamUnreachable(), True)
+    assert world.client.told == [("refuse", "upstream-unreachable")]
+
+
 def test_a_refused_connection_that_is_made_at_last_serves() -> None:
     world = retrying()
     world.clock.pass_time(0.25)

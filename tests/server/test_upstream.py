@@ -281,6 +281,28 @@ def test_an_end_that_is_seen_only_as_it_is_taken_teaches_as_well(place: Place) -
     assert place.upstream.fresh == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(("answered", "closed"), [(False, 2), (True, 1)])
+def test_an_idle_one_is_closed_for_each_request_that_waits_or_one_if_others_are_answered(
+    place: Place, answered: bool, closed: int
+) -> None:
+    place.upstream.limit = 10
+    place.board.join(0)
+    connected = [place.connect() for _ in range(5)]
+    for exchange, connection, far in connected[:3]:
+        far.sendall(b"x")
+        place.turn(lambda told=exchange.told: b"x" in told)
+        connection.release(keep=True)
+    place.upstream.look()
+    assert place.upstream.open == 5
+    place.loop.now += 1.1
+    if answered:
+        place.upstream.outcome(up=True)
+    place.upstream.look()
+    assert place.upstream.open == 5 - closed
+    for _, _, far in connected:
+        far.close()
+
+
 def test_a_new_one_takes_the_place_of_one_that_it_was_not_sent_on(place: Place) -> None:
     """Each such request made one more, and all were kept: a few of them every second took all the
     connections that the upstream has."""

@@ -497,15 +497,17 @@ def test_a_dead_database_refuses_each_row_of_an_import(start: Any) -> None:
     assert [line["status"] for line in lines] == [503, 422]
 
 
-def test_a_constraint_of_the_operators_own_refuses_one_row(
-    alone: Service, databases: Databases
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_constraint_of_the_operators_own_refuses_the_second_row(
+    alone: Service, databases: Databases, descending: bool
 ) -> None:
+    """They are not created in the order of the file."""
     with databases.admin(alone.environ["POSTGRES_URI"]) as cursor:
         cursor.execute("CREATE UNIQUE INDEX one_of_a_name ON users (name) WHERE name = 'Bob'")
-    body = "email,name\n" + "".join(
-        f"{new_email()},{name}\n" for name in ("Ann", "Bob", "Cy", "Bob", "Dee")
-    )
-    lines, _ = told(send(alone, body))
+    names = ("Ann", "Bob", "Cy", "Bob", "Dee")
+    emails = sorted((new_email() for _ in names), reverse=descending)
+    rows = [f"{email},{name}\n" for email, name in zip(emails, names, strict=True)]
+    lines, _ = told(send(alone, "email,name\n" + "".join(rows)))
     assert [line["status"] for line in lines] == [201, 201, 201, 409, 201]
 
 

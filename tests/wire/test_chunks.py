@@ -124,6 +124,14 @@ def test_a_line_of_the_largest_size_is_taken_and_one_byte_more_is_not_wherever_i
         assert verdict(exact, larger[:at], larger[at:]) == "malformed", at
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_trailers_may_have_so_many_bytes_in_all(exact: bool) -> None:
+    line = b"A:" + b"x" * 98
+    fits = (line + b"\r\n") * (MAX_LINE_BYTES // len(line))
+    assert verdict(exact, b"0\r\n" + fits + b"\r\n") != "malformed"
+    assert verdict(exact, b"0\r\n" + fits + line + b"\r\n\r\n") == "malformed"
+
+
 def test_a_client_may_not_send_framing_without_end() -> None:
     piece = b"1;" + b"x" * 1000 + b"\r\na\r\n"
     reader, sent = Chunks(exact=True), 0

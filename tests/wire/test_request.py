@@ -13,7 +13,7 @@ from server.logs import LONGEST_TARGET, asked
 from tests.harness import request
 from tests.wire import attributes
 from wire.chunks import Chunks, Sized
-from wire.request import MAX_HEAD_BYTES, MAX_HEADER_LINES, Head, end_of_head, is_host
+from wire.request import MAX_HEAD_BYTES, MAX_HEADER_LINES, MOST_COMMAS, Head, end_of_head, is_host
 
 
 def read(*pieces: bytes) -> tuple[Head, bytes] | None:
@@ -230,6 +230,13 @@ def test_whether_the_connection_is_kept(
 ) -> None:
     data = b"\r\n".join([b"GET / HTTP/%b" % version, b"Host: h", *lines])
     assert Head(data).persistent is persistent
+
+
+@pytest.mark.parametrize("name", [b"Connection", b"Upgrade"])
+def test_a_list_may_have_so_many_commas(name: bytes) -> None:
+    for commas, problem in ((MOST_COMMAS, None), (MOST_COMMAS + 1, BadRequest)):
+        head = Head(b"GET / HTTP/1.1\r\nHost: h\r\n" + name + b": a" + b",a" * commas)
+        assert (head.problem and type(head.problem)) is problem
 
 
 @pytest.mark.parametrize("digits, length", [(b"0", 0), (b"031", 31), (b"0" * 5000 + b"7", 7)])
