@@ -16,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ from tests.harness import (
     unprivileged,
     wait_for,
 )
-from tests.harness.servers import Relay, Server, unanswered_port
+from tests.harness.servers import Pooler, Relay, Server, unanswered_port
 from tests.users.test_problems import kinds
 
 ROLE = "gatehouse_app"
@@ -829,6 +830,29 @@ def on_a_standby(house: House) -> str:
 
 
 # What check is to say: makes the fault, and returns the database's URI.
+def http_for_a_database(house: House) -> str:
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                client.close()
+
+    listener = house.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    threading.Thread(target=answer, daemon=True).start()
+    return f"postgresql://127.0.0.1:{listener.getsockname()[1]}/none"
+
+
+def with_tls(house: House, root: bytes) -> str:
+    """A URI whose server's certificate is to be trusted by the authorities in `root`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    secure = house.stack.enter_context(Pooler(house.server.port, tls=context))
+    file = house.stack.enter_context(trustme.Blob(root).tempfile())
+    uri = house.server.uri(house.database, port=secure.port)
+    return f"{uri}?sslmode=verify-full&sslrootcert={file}"
+
+
 CHECK: dict[str, Callable[[House], str]] = {
     "database does not exist": lambda house: house.server.uri("nowhere"),
     "pg_hba.conf rejects connection": lambda house: ruled(house, "host all {} all reject"),
@@ -842,6 +866,9 @@ CHECK: dict[str, Callable[[House], str]] = {
     # No name server has to be asked for this one.
     "Name or service not known": lambda _: "postgresql://no..name/none",
     "server does not support SSL": lambda house: house.server.uri() + "?sslmode=require",
+    "certificate verify failed": lambda house: with_tls(house, trustme.CA().cert_pem.bytes()),
+    "no certificate or crl found": lambda house: with_tls(house, b"no certificate"),
+    "received invalid response to SSL negotiation": http_for_a_database,
     "migrations pending: …": lambda house: house.server.uri(house.server.create("template1")),
     "not what the migrations make: …": changed_by_hand,
     "cannot be read: permission denied …": without_rights,
@@ -895,7 +922,6 @@ def unanswered(house: House) -> dict[str, Any]:
     return {"UPSTREAM_URL": f"http://127.0.0.1:{port}", "UPSTREAM_CONNECT_TIMEOUT": 0.5}
 
 
-# What check is to say of other things than the database: makes the fault, and returns settings.
 def few_descriptors(house: House) -> str:
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 300; exec "$0" app.py check', sys.executable],
@@ -908,7 +934,8 @@ def few_descriptors(house: House) -> str:
     return done.stdout
 
 
-# The settings of a check, or what it says.
+# What check is to say of other things than the database: makes the fault, and returns settings, or
+# what it said.
 OTHERS: dict[str, Callable[[House], dict[str, Any] | str]] = {
     "upstream: unreachable: …: Connection refused": lambda _: {},
     "did not accept a connection in time": unanswered,
