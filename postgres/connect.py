@@ -386,7 +386,7 @@ def reason(error: Exception, target: Target | None = None) -> str:
     lines = str(error).strip().splitlines() or ["connection lost"]
     unreachable = [(match, line) for line in lines if (match := AT_SERVER.match(line))]
     if not unreachable:
-        return _unquoted(lines[0].rpartition(": ")[2])
+        return printable(_unquoted(lines[0].rpartition(": ")[2]))
     found = []
     for match, line in unreachable:
         host, port = match["host"] or match["name"] or match["socket"], match["port"]
@@ -396,14 +396,23 @@ def reason(error: Exception, target: Target | None = None) -> str:
         place = host if match["socket"] else _place(host, port or "")
         # What the server itself says begins with a severity and two spaces.
         cause = re.sub(r"\A[^ :]+:  ", "", line[match.end() :])
-        found.append(f"{place}: {_unquoted(cause)}")
-    text = "; ".join(dict.fromkeys(found))
+        cause = _unquoted(cause)
+        role = target.parameters.get("user") if target is not None else None
+        if role:  # Not all servers and poolers quote it, nor in these marks.
+            cause = re.sub(rf"(?<!\w){re.escape(role)}(?!\w)", "…", cause)
+        found.append(f"{place}: {cause}")
+    text = printable("; ".join(dict.fromkeys(found)))
     return target.redacted(text) if target else text
 
 
 def _unquoted(text: str) -> str:
-    """Without the names of roles and of whatever else, as PostgreSQL and PgBouncer write them."""
-    return re.sub(r' "[^"]*"|(?<=no such user): .*', "", text).strip()
+    return re.sub(r' "[^"]*"', "", text).strip()
+
+
+def printable(text: str) -> str:
+    """With the number of each character that would steer a terminal in its place. A trigger may
+    quote what a caller sent."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def _place(host: str, port: str) -> str:

@@ -24,7 +24,7 @@ import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 
 from metrics import IDLE, IN_USE, Board
-from postgres.connect import Connection, Connector, Target
+from postgres.connect import Connection, Connector, Target, printable
 from postgres.deadlines import Deadlines
 from problems import DatabaseUnavailable, Problem
 
@@ -339,12 +339,8 @@ class Pool:
         return DatabaseUnavailable()
 
     def say(self, cause: str) -> None:
-        """Log why something failed, without secrets, and each cause at most once in LOG_SECONDS.
-
-        A trigger may quote what a caller sent, so a character that would steer a terminal is shown
-        by its number."""
-        cause = " ".join(self.target.redacted(cause).split())
-        cause = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in cause)
+        """Log why something failed, without secrets, and each cause at most once in LOG_SECONDS."""
+        cause = printable(" ".join(self.target.redacted(cause).split()))
         now = time.monotonic()
         if now - self._logged.get(cause, -LOG_SECONDS) >= LOG_SECONDS:
             if len(self._logged) > 100:

@@ -625,7 +625,7 @@ class Exchange:
         connection = self._connection
         assert connection is not None
         in_vain = connection.used and not self._heard
-        if in_vain:
+        if in_vain and connection.client is None:
             self._upstream.learn(connection.idle_for)
         again = in_vain and self._repeatable and not self._repeated
         self._let_go()

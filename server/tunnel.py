@@ -16,9 +16,9 @@ from wire.websocket import Frames, close_frame
 
 # Both sides have this many seconds to end a tunnel after each has been sent a Close frame.
 GOODBYE_SECONDS: Final = 1.0
-# If one side of a tunnel has ended, the other one may be silent for this many seconds. An
-# application that has turned a client out would otherwise go on paying for it until the client
-# pleases to leave.
+# Once the upstream has ended its half, and taken what the client has sent, the client may be silent
+# for this many seconds. An application that has turned a client out would otherwise go on paying
+# for it until that client pleases to leave.
 HALF_CLOSED_SECONDS: Final = 60.0
 
 
@@ -103,8 +103,10 @@ class Tunnel:
     @property
     def _patience(self) -> float:
         """For how many seconds nothing may come."""
-        half_closed = self._to_client is None or self._to_upstream is None
-        return min(self._silence, HALF_CLOSED_SECONDS) if half_closed else self._silence
+        connection = self._connection
+        if self._to_client is not None or connection is None or connection.queued:
+            return self._silence
+        return min(self._silence, HALF_CLOSED_SECONDS)
 
     def _time_is_up(self) -> None:
         silent = f"nothing came from either side for {self._patience:g} s"

@@ -20,9 +20,10 @@ log = logging.getLogger("gatehouse")
 # A request that must not be sent twice goes on a kept connection only if that was in use at most
 # this many seconds ago. The shorter it was idle, the less likely is the upstream just closing it.
 FRESH_SECONDS: Final = 1.0
-# An upstream may keep idle connections for less than that, or not at all, and say so nowhere. So
-# once it has closed one, half of the time for which that was idle counts, for this many seconds.
-TAUGHT_SECONDS: Final = 600.0
+# An upstream may keep idle connections for less than that, or not at all, and say so nowhere. After
+# it has closed one so early, it is not trusted to keep any for this many seconds.
+WARY_SECONDS: Final = 60.0
+NEVER_YET: Final = -WARY_SECONDS
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS: Final = 10.0
 
@@ -199,8 +200,8 @@ class Upstream:
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
         self._said = -SAY_SECONDS
-        self._fresh = FRESH_SECONDS
-        self._taught = -TAUGHT_SECONDS  # when the upstream last closed a connection that was idle
+        self._closed_early = NEVER_YET  # when the upstream last closed one within FRESH_SECONDS
+        self._early = 0.0  # and for how many seconds that one had been idle
         # Connections on which nothing has come yet, with the moment at which they were made.
         self._unheard: dict[Connection, float] = {}
         self._to_close = 0  # how many that become idle are to be closed: see `look`
@@ -242,13 +243,14 @@ class Upstream:
         """A connection that was kept and that a request of `client` may use; None if there is none.
         One that was kept for this client alone comes first. Of the others, a request that is not
         `repeatable`, so that it must not be sent twice, gets only one that was in use a moment ago:
-        see FRESH_SECONDS and TAUGHT_SECONDS."""
+        see FRESH_SECONDS, and `wary`."""
         if self._own and (own := self._own.get(client)) is not None:
             if not own.silent or self.loop.now - own.idle_since >= self._keepalive:
                 self.discard(own)
                 return None
             del self._own[client]
             own.used = True
+            own.idle_for = self.loop.now - own.idle_since
             return own
         while self._idle:
             connection = next(reversed(self._idle))
@@ -256,7 +258,7 @@ class Upstream:
             if idle >= self._keepalive:
                 self._expire()
                 continue
-            if not repeatable and idle > self.fresh:
+            if not repeatable and (idle > FRESH_SECONDS or self.wary):
                 return None
             if not connection.silent:
                 self.closed(connection)
@@ -268,15 +270,23 @@ class Upstream:
         return None
 
     @property
-    def fresh(self) -> float:
-        """How many seconds ago a connection was in use at most for it to count as fresh."""
-        taught = self.loop.now - self._taught < TAUGHT_SECONDS
-        return self._fresh if taught else FRESH_SECONDS
+    def wary(self) -> bool:
+        """Whether the upstream may just be closing a connection that was in use a moment ago. It is
+        trusted again as soon as one was kept for longer than FRESH_SECONDS, or has answered after
+        it was idle for longer than the one that was closed: a restart closes all at any age."""
+        now = self.loop.now
+        if now - self._closed_early >= WARY_SECONDS:
+            return False
+        oldest = next(iter(self._idle), None)
+        if oldest is not None and now - oldest.idle_since > FRESH_SECONDS and oldest.silent:
+            self._closed_early = NEVER_YET
+            return False
+        return True
 
     def learn(self, idle: float) -> None:
         """The upstream closed a connection that had been idle for so many seconds."""
-        self._fresh = min(self.fresh, idle / 2)
-        self._taught = self.loop.now
+        if idle <= FRESH_SECONDS:
+            self._closed_early, self._early = self.loop.now, idle
 
     def closed(self, connection: Connection) -> None:
         """The upstream closed one that was kept."""
@@ -312,12 +322,15 @@ class Upstream:
         connection = Connection(self.loop, sock, self)
         self._connections.add(connection)
         self._unheard[connection] = self.loop.now
+        # A request that must not be sent twice makes a new connection though others are idle. One
+        # of these goes instead. Otherwise a few such requests a second took all connections that
+        # the upstream has.
         oldest = next(iter(self._idle), None)
-        if oldest is not None and self.loop.now - oldest.idle_since > self.fresh:
-            # A request that must not be sent twice makes a new connection though an old one is
-            # idle. That one goes instead. Otherwise a few such requests a second took all
-            # connections that the upstream has.
+        if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
             self.discard(oldest)
+        elif len(self._idle) > 1 and self.wary:
+            # The oldest stays: it shows whether the upstream keeps it.
+            self.discard(next(reversed(self._idle)))
         self.loop.attempt(exchange.connected, connection)
 
     def heard(self, connection: Connection) -> None:
@@ -348,6 +361,8 @@ class Upstream:
     def keep(self, connection: Connection) -> None:
         """Keep a connection for the next request."""
         connection.idle_since = self.loop.now
+        if connection.idle_for > self._early:
+            self._closed_early = NEVER_YET
         if connection.client is None:
             if self._to_close:
                 self._to_close -= 1

@@ -167,13 +167,7 @@ def line_of(raw: bytes) -> Line:
     """A header line. Raises UpstreamBroken."""
     found = HEADER_LINE.fullmatch(raw)
     if found is None:
-        # Only the log has its name, without which nobody finds it in an application.
-        what = "A header line of the upstream's answer is malformed"
-        begins = raw.partition(b":")[0][:40]
-        broken = UpstreamBroken(f"{what}.")
-        # mypyc drops the cause of `raise … from`.
-        broken.__cause__ = ValueError(f"{what}: it begins with {begins!r}.")
-        raise broken
+        raise UpstreamBroken("A header line of the upstream's answer is malformed.")
     return line(found[1], found[2])
 
 
@@ -184,7 +178,13 @@ def limited_lines(raw: list[bytes]) -> list[Line]:
     """The header lines, of which there may be MAX_HEADER_LINES. Raises UpstreamBroken."""
     if len(raw) > MAX_HEADER_LINES:
         raise UpstreamBroken("The head of the upstream's answer has too many lines.")
-    return lines_of(raw)
+    try:
+        return lines_of(raw)
+    except UpstreamBroken:
+        # Its number is told, and nothing of it: it may be the rest of a value with a line feed.
+        number = 1 + [HEADER_LINE.fullmatch(one) is None for one in raw].index(True)
+        what = f"Header line {number} of the upstream's answer is malformed."
+        raise UpstreamBroken(what) from None
 
 
 def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:

@@ -221,7 +221,12 @@ def test_behind_a_pooler_that_refuses_options_the_reason_is_the_other_one(
     ("said", "told"),
     [
         ("FATAL:  no such database: nope", "no such database: nope"),
-        ("FATAL:  no such user: ann", "no such user"),
+        ("FATAL:  no such user: ann", "no such user: …"),
+        (
+            "FATAL:  Rolle »ann« existiert nicht, Anna schon",
+            "Rolle »…« existiert nicht, Anna schon",
+        ),
+        ("FATAL:  \x1b[31mred", r"\x1b[31mred"),
         ("SSL error: certificate verify failed", "SSL error: certificate verify failed"),
         (
             "received invalid response to SSL negotiation: H",
@@ -234,7 +239,8 @@ def test_a_reason_with_a_colon_is_told_whole(said: str, told: str) -> None:
     error = psycopg2.OperationalError(
         f'connection to server at "127.0.0.1", port 6432 failed: {said}\n'
     )
-    assert reason(error) == f"127.0.0.1:6432: {told}"
+    target = Target.of("postgresql://ann@127.0.0.1:6432/users")
+    assert reason(error, target) == f"127.0.0.1:6432: {told}"
 
 
 def test_a_port_that_speaks_http_is_told_in_libpqs_words() -> None:

@@ -23,7 +23,6 @@ from tests.harness import (
     message,
     problem,
     request,
-    wait_for,
 )
 
 READ_TIMEOUT = 1.0
@@ -226,14 +225,17 @@ def test_an_answer_that_is_not_valid_http_is_502(
         assert client.reply().body == b"ok"
 
 
-def test_the_log_names_the_header_line_that_is_malformed_and_the_answer_does_not(
+def test_a_header_line_that_is_malformed_is_named_by_its_number(
     service: Service, upstream: ScriptedUpstream
 ) -> None:
-    upstream.script(message(OK, b"X Old: secret", b"Content-Length: 0"))
-    document = problem(service.call("GET", "/"), 502, "upstream-broken")
-    assert document["detail"] == "A header line of the upstream's answer is malformed."
-    told = "upstream-broken: A header line of the upstream's answer is malformed: it begins with"
-    wait_for(lambda: f"{told} b'X Old'. request_id=" in service.log, what="the line")
+    """Nobody found it otherwise. Its text may be the rest of a secret with a line feed in it."""
+    for line in (b"X Old: secret", b"secret", b"X-Key: a\nsecret"):
+        upstream.script(message(OK, b"X-A: 1", line, b"Content-Length: 0"))
+        document = problem(service.call("GET", "/"), 502, "upstream-broken")
+        number = 3 if b"\n" in line else 2
+        what = f"Header line {number} of the upstream's answer is malformed."
+        assert document["detail"] == what
+        assert f"upstream-broken: {what} request_id={document['request_id']}" in service.log
     assert "secret" not in service.log
 
 

@@ -15,7 +15,7 @@ from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.loop import Loop
-from server.upstream import FRESH_SECONDS, TAUGHT_SECONDS, Connection, Upstream
+from server.upstream import FRESH_SECONDS, WARY_SECONDS, Connection, Upstream
 from tests.harness.servers import unanswered_port
 
 KEEPALIVE = 50.0
@@ -249,36 +249,59 @@ def test_what_must_not_be_sent_twice_goes_on_a_fresh_one_only(place: Place) -> N
     assert place.take(repeatable=False) is connection
 
 
-def test_an_upstream_that_closes_idle_ones_early_is_believed_for_some_minutes(place: Place) -> None:
+def test_of_an_upstream_that_closes_idle_ones_early_none_is_taken_for_what_may_go_once(
+    place: Place,
+) -> None:
     """With a keep-alive of none that it did not announce, one POST in ten was 502."""
-    connection, far = place.keep()
-    connection.idle_since -= 0.4
+    _, far = place.keep()
     far.close()
     place.turn(lambda: place.upstream.open == 0)
-    assert 0.2 <= place.upstream.fresh < FRESH_SECONDS
-    place.upstream.learn(0.4)
-    connection, _ = place.keep()
-    place.loop.now += 0.19
-    assert place.take(repeatable=False) is connection
+    connection, far = place.keep()
+    assert place.take(repeatable=False) is None and place.take(repeatable=True) is connection
+    place.loop.now += WARY_SECONDS
     connection.release(keep=True)
-    connection.idle_since -= 0.5
-    assert place.take(repeatable=False) is None
-    # And the next one takes its place, as below.
-    connection, _ = place.keep()
-    assert place.upstream.open == 1
-    # The least of what it did lately counts.
-    place.upstream.learn(50.0)
-    assert place.upstream.fresh == 0.2
-    place.loop.now += TAUGHT_SECONDS
-    assert place.upstream.fresh == FRESH_SECONDS
+    assert place.take(repeatable=False) is connection
+    far.close()
 
 
-def test_an_end_that_is_seen_only_as_it_is_taken_teaches_as_well(place: Place) -> None:
+def test_an_end_that_is_seen_only_as_it_is_taken_counts_as_well(place: Place) -> None:
     _, far = place.keep()
-    place.loop.now += 0.4
     far.close()
     assert place.take(repeatable=False) is None and place.upstream.open == 0
-    assert place.upstream.fresh == pytest.approx(0.2)
+    assert place.upstream.wary
+
+
+def test_one_that_was_idle_for_longer_than_a_second_may_be_closed(place: Place) -> None:
+    connection, far = place.keep()
+    connection.idle_since -= FRESH_SECONDS + 0.1
+    far.close()
+    place.turn(lambda: place.upstream.open == 0)
+    assert not place.upstream.wary
+
+
+def test_an_upstream_is_trusted_again_once_it_has_kept_one_for_longer(place: Place) -> None:
+    """A restart closes all connections, at any age. Each POST of ten minutes cost one then."""
+    fars = []
+    place.upstream.limit = 10
+    place.upstream.learn(0.2)
+    for _ in range(4):  # They do not pile up meanwhile, and the oldest stays.
+        _, far = place.keep()
+        fars.append(far)
+        assert place.upstream.open <= 2 and place.upstream.wary
+    oldest = next(iter(place.upstream._idle))
+    oldest.idle_since -= FRESH_SECONDS + 0.1
+    assert not place.upstream.wary
+    # Or once one has answered after it was idle for longer than the one that was closed.
+    place.upstream.learn(0.2)
+    oldest.idle_since = place.loop.now - 0.1
+    for seconds, wary in ((0.1, True), (0.3, False)):
+        connection = place.take(repeatable=True)
+        assert connection is not None
+        connection.idle_for = seconds
+        connection.release(keep=True)
+        assert place.upstream.wary is wary
+    for far in fars:
+        far.close()
 
 
 @pytest.mark.parametrize(("answered", "closed"), [(False, 2), (True, 1)])
