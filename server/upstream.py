@@ -243,7 +243,7 @@ class Upstream:
         """A connection that was kept and that a request of `client` may use; None if there is none.
         One that was kept for this client alone comes first. Of the others, a request that is not
         `repeatable`, so that it must not be sent twice, gets only one that was in use a moment ago:
-        see FRESH_SECONDS, and `wary`."""
+        see FRESH_SECONDS, and `is_wary`."""
         if self._own and (own := self._own.get(client)) is not None:
             if not own.silent or self.loop.now - own.idle_since >= self._keepalive:
                 self.discard(own)
@@ -258,7 +258,7 @@ class Upstream:
             if idle >= self._keepalive:
                 self._expire()
                 continue
-            if not repeatable and (idle > FRESH_SECONDS or self.wary):
+            if not repeatable and (idle > FRESH_SECONDS or self.is_wary()):
                 return None
             if not connection.silent:
                 self.closed(connection)
@@ -269,8 +269,7 @@ class Upstream:
             return connection
         return None
 
-    @property
-    def wary(self) -> bool:
+    def is_wary(self) -> bool:
         """Whether the upstream may just be closing a connection that was in use a moment ago. It is
         trusted again as soon as one was kept for longer than FRESH_SECONDS, or has answered after
         it was idle for longer than the one that was closed: a restart closes all at any age."""
@@ -328,7 +327,7 @@ class Upstream:
         oldest = next(iter(self._idle), None)
         if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
             self.discard(oldest)
-        elif len(self._idle) > 1 and self.wary:
+        elif len(self._idle) > 1 and self.is_wary():
             # The oldest stays: it shows whether the upstream keeps it.
             self.discard(next(reversed(self._idle)))
         self.loop.attempt(exchange.connected, connection)

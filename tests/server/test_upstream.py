@@ -268,7 +268,7 @@ def test_an_end_that_is_seen_only_as_it_is_taken_counts_as_well(place: Place) ->
     _, far = place.keep()
     far.close()
     assert place.take(repeatable=False) is None and place.upstream.open == 0
-    assert place.upstream.wary
+    assert place.upstream.is_wary()
 
 
 def test_one_that_was_idle_for_longer_than_a_second_may_be_closed(place: Place) -> None:
@@ -276,7 +276,7 @@ def test_one_that_was_idle_for_longer_than_a_second_may_be_closed(place: Place) 
     connection.idle_since -= FRESH_SECONDS + 0.1
     far.close()
     place.turn(lambda: place.upstream.open == 0)
-    assert not place.upstream.wary
+    assert not place.upstream.is_wary()
 
 
 def test_an_upstream_is_trusted_again_once_it_has_kept_one_for_longer(place: Place) -> None:
@@ -287,10 +287,10 @@ def test_an_upstream_is_trusted_again_once_it_has_kept_one_for_longer(place: Pla
     for _ in range(4):  # They do not pile up meanwhile, and the oldest stays.
         _, far = place.keep()
         fars.append(far)
-        assert place.upstream.open <= 2 and place.upstream.wary
+        assert place.upstream.open <= 2 and place.upstream.is_wary()
     oldest = next(iter(place.upstream._idle))
     oldest.idle_since -= FRESH_SECONDS + 0.1
-    assert not place.upstream.wary
+    assert not place.upstream.is_wary()
     # Or once one has answered after it was idle for longer than the one that was closed.
     place.upstream.learn(0.2)
     oldest.idle_since = place.loop.now - 0.1
@@ -299,7 +299,7 @@ def test_an_upstream_is_trusted_again_once_it_has_kept_one_for_longer(place: Pla
         assert connection is not None
         connection.idle_for = seconds
         connection.release(keep=True)
-        assert place.upstream.wary is wary
+        assert place.upstream.is_wary() is wary
     for far in fars:
         far.close()
 
