@@ -243,22 +243,6 @@ def test_a_reason_with_a_colon_is_told_whole(said: str, told: str) -> None:
     assert reason(error, target) == f"127.0.0.1:6432: {told}"
 
 
-def test_a_port_that_speaks_http_is_told_in_libpqs_words() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        place = f"127.0.0.1:{other.getsockname()[1]}"
-
-        def answer() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = other.accept()
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                    connection.close()
-
-        threading.Thread(target=answer, daemon=True).start()
-        _, lines = check(POSTGRES_URI=f"postgresql://{place}/x")
-    assert lines[1].startswith(f"database: unreachable: {place}: received invalid response to ")
-
-
 @pytest.mark.parametrize("sqlstate", ["0A000", "08P01"])
 def test_a_search_path_that_a_pooler_refuses_is_not_lost_without_a_word(
     server: Server, tenants: str, start: Start, sqlstate: str
