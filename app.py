@@ -46,7 +46,7 @@ from wire.headers import Header
 from wire.media_types import media_type, preferred
 from wire.request import Head
 from wire.rows import CSV, NDJSON, Lines
-from wire.tags import ANY, tags
+from wire.tags import tags
 
 VERSION = "2.0.0"
 
@@ -180,10 +180,9 @@ def create_user() -> Reply:
 def get_user(user_id: str) -> Reply:
     user_id, condition = _existing(user_id), _condition()
     user = users.get(user_id)
-    wanted, known = condition.match, condition.none_match
-    if wanted is not None and wanted != ANY and user.version not in wanted:
+    if condition.unmatched(user.version):
         raise PreconditionFailed
-    if known is not None and (known == ANY or user.version in known):
+    if condition.excluded(user.version):
         return Reply(b"", [_tag(user)], "304 Not Modified")
     return _user(user)
 

@@ -25,7 +25,13 @@ from dotenv.parser import parse_stream
 from postgres import connect, schema
 from problems import Problem
 from server.connector import Attempt, UpstreamConnector
-from server.listener import FEWEST_DESCRIPTORS, bind, most_streams, raise_descriptor_limit
+from server.listener import (
+    FEWEST_DESCRIPTORS,
+    FEWEST_STREAMS,
+    bind,
+    most_streams,
+    raise_descriptor_limit,
+)
 from server.logs import Output
 from server.systemd import handed_over
 from server.workers import hold_signals
@@ -200,8 +206,8 @@ def doubts() -> list[str]:
     descriptors = raise_descriptor_limit()
     if descriptors < FEWEST_DESCRIPTORS:
         warnings.append(
-            f"{counted(descriptors, 'file descriptor')} may be open, which is too few for 64"
-            f" requests at once: allow {FEWEST_DESCRIPTORS} at least"
+            f"{counted(descriptors, 'file descriptor')} may be open, which is too few for"
+            f" {FEWEST_STREAMS} requests at once: allow {FEWEST_DESCRIPTORS} at least"
         )
     return warnings
 

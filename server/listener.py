@@ -18,8 +18,9 @@ SPARE_DESCRIPTORS = 192
 # Connections of clients with no request at the upstream: when it has all that it may have, others
 # can still be told so, and ask for /health.
 PLACES_BESIDE = 64
-# A worker may have 64 requests with the upstream at least, however few descriptors there are.
-FEWEST_CONNECTIONS = 128 + PLACES_BESIDE
+# A worker may have so many requests with the upstream at least, however few descriptors there are.
+FEWEST_STREAMS = 64
+FEWEST_CONNECTIONS = 2 * FEWEST_STREAMS + PLACES_BESIDE
 FEWEST_DESCRIPTORS = FEWEST_CONNECTIONS + SPARE_DESCRIPTORS
 # Linux allows a process no more by default (fs.nr_open).
 MOST_DESCRIPTORS = 1 << 20

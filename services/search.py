@@ -19,7 +19,7 @@ from services.users import AT_ADDRESS, TABLE
 
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
-# No statement of an export reads more rows than this.
+# No statement reads more rows than this.
 MOST_ROWS = 500
 # A statement that may read more users than DEFAULT_PAGE stops once it has so many bytes of them.
 # Thirty megabytes at once held the interpreter, and all forwarded requests, for seconds.

@@ -40,6 +40,14 @@ class Condition:
     match: tuple[str, ...] | None = None
     none_match: tuple[str, ...] | None = None
 
+    def unmatched(self, version: str) -> bool:
+        """Whether it has to be another version because of `match`."""
+        return self.match not in (None, ANY) and version not in (self.match or ())
+
+    def excluded(self, version: str) -> bool:
+        """Whether it has to be another version because of `none_match`."""
+        return self.none_match == ANY or version in (self.none_match or ())
+
     def why_not(self, absent: Problem | None) -> Callable[[list[Any]], Problem | None]:
         """A function that takes the rows of `TABLE.get`, and returns the Problem that is in the way
         of a write, or None; `absent` is what it returns if there is no such user."""
@@ -48,9 +56,8 @@ class Condition:
             if not rows:
                 return absent
             version = rows[0][1]
-            no_match = self.match not in (None, ANY) and version not in (self.match or ())
-            refused = self.none_match == ANY or version in (self.none_match or ())
-            return PreconditionFailed() if no_match or refused else None
+            refused = self.unmatched(version) or self.excluded(version)
+            return PreconditionFailed() if refused else None
 
         return told
 

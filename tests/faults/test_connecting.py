@@ -234,7 +234,9 @@ def test_behind_a_pooler_that_refuses_options_the_reason_is_the_other_one(
         ),
     ],
 )
-def test_a_reason_with_a_colon_is_told_whole(said: str, told: str) -> None:
+def test_a_reason_is_told_whole_but_for_the_role_and_what_steers_a_terminal(
+    said: str, told: str
+) -> None:
     """`check` said `nope`, or `H`."""
     error = psycopg2.OperationalError(
         f'connection to server at "127.0.0.1", port 6432 failed: {said}\n'

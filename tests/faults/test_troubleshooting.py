@@ -829,7 +829,6 @@ def on_a_standby(house: House) -> str:
     return house.server.uri(house.database)
 
 
-# What check is to say: makes the fault, and returns the database's URI.
 def http_for_a_database(house: House) -> str:
     def answer() -> None:
         with contextlib.suppress(OSError):
@@ -853,6 +852,7 @@ def with_tls(house: House, root: bytes) -> str:
     return f"{uri}?sslmode=verify-full&sslrootcert={file}"
 
 
+# What check is to say: makes the fault, and returns the database's URI.
 CHECK: dict[str, Callable[[House], str]] = {
     "database does not exist": lambda house: house.server.uri("nowhere"),
     "pg_hba.conf rejects connection": lambda house: ruled(house, "host all {} all reject"),
