@@ -429,13 +429,15 @@ class Exchange:
         if not self._upgrades or answer.switches != ["websocket"]:
             raise UpstreamBroken("The upstream switched protocols unasked.")
         self._upstream.outcome(up=True)
+        lines = self._rules.answer_lines(answer, head)
         connection, self._connection = self._connection, None
         assert connection is not None
         self.state = State.ENDED
         self._head = None
         first, self._head_arrived = self._head_arrived, b""
         tunnel = Tunnel(self.client, connection, self._upstream, self._patience.stream)
-        self.client.switch(status, self._rules.answer_lines(answer, head), tunnel)
+        self._counted = False  # From here on it is the tunnel's to count it off.
+        self.client.switch(status, lines, tunnel)
         head.forget(STREAM_TARGET)
         tunnel.begin(first)
 

@@ -12,6 +12,8 @@ from wire.headers import Line, line, listed, remembering, remembering_short
 MAX_HEAD_BYTES: Final = 262144
 # No application sends as many. To read 35,000 lines takes a tenth of a second.
 MAX_HEADER_LINES: Final = 2000
+HTTP: Final = b"HTTP/1."
+NO_STATUS: Final = "The status line of the upstream's answer is malformed."
 STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
 HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
 # The end of a head. A line feed alone counts as a line end (RFC 9112 section 2.2).
@@ -158,7 +160,7 @@ def status_of(raw: bytes) -> tuple[str, int, str]:
     """The version, status and reason of a status line. Raises UpstreamBroken."""
     found = STATUS_LINE.fullmatch(raw)
     if found is None:
-        raise UpstreamBroken("The status line of the upstream's answer is malformed.")
+        raise UpstreamBroken(NO_STATUS)
     version, status, reason = found.groups(b"")
     return version.decode(), int(status), reason.decode("latin-1")
 
@@ -200,4 +202,6 @@ def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
     # Three bytes of an end that has not arrived may be there.
     if (end if found else len(data) - 3) > MAX_HEAD_BYTES:
         raise UpstreamBroken("The head of the upstream's answer is too large.")
+    if not data.startswith(HTTP[: len(data)]):  # However much came: no head would begin so.
+        raise UpstreamBroken(NO_STATUS)
     return end, begin

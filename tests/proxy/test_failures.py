@@ -225,6 +225,17 @@ def test_an_answer_that_is_not_valid_http_is_502(
         assert client.reply().body == b"ok"
 
 
+@pytest.mark.parametrize(
+    "banner", [b"SSH-2.0-OpenSSH_9\r\n", b"\x15\x03\x01", b"HTTP/2 200 OK\r\n"]
+)
+def test_what_can_become_no_answer_is_502_at_once(
+    service: Service, upstream: ScriptedUpstream, banner: bytes
+) -> None:
+    """Not after UPSTREAM_READ_TIMEOUT: this upstream says no more, and stays."""
+    upstream.script(banner)
+    problem(service.call("GET", "/"), 502, "upstream-broken")
+
+
 def test_a_header_line_that_is_malformed_is_named_by_its_number(
     service: Service, upstream: ScriptedUpstream
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ EVENTS: dict[str, Callable[[World], None]] = {
     "body": body,
     "client ends": client_ends,
     "client drains": lambda world: world.exchange.client_drained(),
-    "bytes": of_the_upstream(lambda world: world.exchange.from_upstream(b"zzz")),
+    "bytes": of_the_upstream(lambda world: world.exchange.from_upstream(b"HTT")),
     "upstream ends": of_the_upstream(upstream_ends),
     "upstream fails": of_the_upstream(lambda world: world.exchange.upstream_failed()),
     "upstream progresses": of_the_upstream(lambda world: world.exchange.upstream_progressed()),
@@ -401,9 +402,9 @@ def test_a_connection_has_its_time() -> None:
 
 def test_the_whole_head_of_an_answer_has_one_time_however_it_trickles() -> None:
     world = asking()
-    for _ in range(9):
+    for byte in b"HTTP/1.1 ":
         world.clock.pass_time(1)
-        world.exchange.from_upstream(b"X")
+        world.exchange.from_upstream(bytes([byte]))
     assert world.exchange.state is State.ASKING
     world.clock.pass_time(1.1)
     assert world.client.told == [("refuse", "upstream-timeout")]
@@ -622,6 +623,26 @@ def stream(*lines: bytes, comment: float = 15.0) -> World:
     world.connect()
     world.exchange.from_upstream(message(OK, b"Content-Type: text/event-stream", *lines))
     return world
+
+
+@pytest.mark.parametrize("what", ["answer_lines", "switch"])
+def test_a_switch_that_fails_is_counted_off_once(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was counted off by the exchange and by the tunnel: then there was a place too many."""
+
+    def fail(*arguments: Any) -> bytes:
+        raise ValueError("as it never should")
+
+    world = World(b"GET / HTTP/1.1", *UPGRADE).start()
+    connection = world.connect()
+    rules = world.exchange._rules
+    monkeypatch.setattr(*((rules, what) if what == "answer_lines" else (world.client, what)), fail)
+    with pytest.raises(ValueError, match="as it never should"):
+        world.exchange.from_upstream(SWITCHES)
+    connection.exchange.abandon()
+    assert (world.upstream.in_flight, world.upstream.streams) == (0, 0)
+    assert connection.released == [False]
 
 
 def comments(world: World) -> int:
