@@ -172,8 +172,10 @@ def access_line(head: Head, status: str, size: int, milliseconds: float, caller:
 
 
 def asked(head: Head) -> str:
-    """A request's method and target, for a line of the log."""
-    return f"{head.method[:LONGEST_METHOD]} {quoted(head.target)}"
+    """A request's method and target, for a line of the error log. A query is left out: it may be
+    secret, and only the access log can be turned off."""
+    path, mark, _ = head.target.partition("?")
+    return f"{head.method[:LONGEST_METHOD]} {quoted(path + (mark and '?...'))}"
 
 
 def quoted(target: str) -> str:
@@ -181,7 +183,7 @@ def quoted(target: str) -> str:
     if not target.startswith("/"):
         target = USERINFO.sub("//", target)
     text = json_string(target)
-    if len(text) > LONGEST_TARGET:
+    if len(target) > LONGEST_TARGET:
         text = json_string(target[:LONGEST_TARGET] + "…")
     if len(text) > LONGEST_ESCAPED:
         text = json_string(target[: LONGEST_TARGET // 6] + "…")

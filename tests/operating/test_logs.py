@@ -19,7 +19,7 @@ from typing import IO
 
 import pytest
 
-from server.logs import Output
+from server.logs import LONGEST_TARGET, Output, quoted
 from tests.harness import (
     DEAD_DATABASE,
     RawClient,
@@ -225,6 +225,28 @@ def test_a_line_that_tells_of_a_cut_answer_is_no_longer(
     _, err = process.communicate(timeout=20)
     [line] = [line for line in err.splitlines() if b" cut: " in line]
     assert len(line) < select.PIPE_BUF
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_only_a_target_that_was_cut_ends_like_one(more: int) -> None:
+    target = "/" + "x" * (LONGEST_TARGET - 1 + more)
+    whole = json.loads(quoted(target))
+    assert whole == (target if more < 1 else target[:LONGEST_TARGET] + "…")
+
+
+def test_a_query_is_in_no_line_but_those_of_the_access_log(
+    run: Run, upstream: ScriptedUpstream
+) -> None:
+    """ACCESS_LOG=off is for whoever has secrets in targets."""
+    upstream.script(lambda sock, seen: sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n") or False)  # fmt: skip
+    process, port = run(UPSTREAM_URL=upstream.url, ACCESS_LOG="off")
+    with RawClient(port) as client:
+        client.send(b"GET /reset?token=s3cret HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert not client.reply().complete
+    process.terminate()
+    out, err = process.communicate(timeout=20)
+    assert b"s3cret" not in out + err
+    assert b'GET "/reset?..." cut: ' in err
 
 
 def test_a_password_in_a_target_is_not_logged(run: Run, upstream: ScriptedUpstream) -> None:
