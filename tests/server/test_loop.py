@@ -297,6 +297,20 @@ def test_timers_of_connections_that_have_gone_leave_the_heap(loop: Loop) -> None
     assert {id(entry[2]) for entry in loop._timers} >= {id(timer) for timer in kept}
 
 
+def test_timers_ring_in_their_order_after_others_have_left_the_heap(loop: Loop) -> None:
+    rung: list[int] = []
+    timers = []
+    for number in range(3000):
+        timer = Timer(loop, lambda number=number: rung.append(number))
+        timer.set(loop.now + number * 7919 % 3000)
+        timers.append(timer)
+    for number, timer in enumerate(timers):
+        if number % 3:
+            timer.drop()
+    loop._take_timers(loop.now + 3000)
+    assert rung == sorted(range(0, 3000, 3), key=lambda number: number * 7919 % 3000)
+
+
 def test_a_dropped_timer_does_not_ring(loop: Loop) -> None:
     clock = Clocked(loop)
     timer = clock.timer("x")

@@ -473,6 +473,9 @@ def logged_caller(service: Service, marker: str) -> str:
         ("nonsense", "127.0.0.1"),
         ('127.0.0.1", "status": 200', "127.0.0.1"),
         ('2001:db8::7%"\\', "2001:db8::7"),
+        # Of a chain of trusted proxies without an end, the last fifty are looked at.
+        ("203.0.113.7" + ", 10.1.2.3" * 49, "203.0.113.7"),
+        ("203.0.113.7" + ", 10.1.2.3" * 50, "10.1.2.3"),
     ],
 )
 def test_the_log_names_the_nearest_caller_that_is_not_a_trusted_proxy(
