@@ -319,6 +319,7 @@ def serve(settings: Settings, listener: socket.socket, handed_over: bool) -> int
         connect_timeout=settings.upstream_connect_timeout,
         upstream_keepalive=settings.upstream_keepalive_timeout,
         keepalive=settings.keepalive_timeout,
+        client_timeout=settings.client_timeout,
         shutdown_timeout=settings.shutdown_timeout,
         access_log=settings.access_log,
     )

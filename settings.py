@@ -52,6 +52,7 @@ class Settings:
     upstream_preserve_host: bool
     sse_keepalive: float  # 0 is never
     keepalive_timeout: float
+    client_timeout: float
     db_pool_size: int
     db_pool_timeout: float
     db_connect_timeout: float
@@ -464,12 +465,21 @@ def _networks(text: str) -> tuple[Network, ...]:
     networks, others = [], []
     for item in filter(None, (part.strip() for part in text.split(","))):
         try:
-            networks.append(ipaddress.ip_network(item, strict=False))
+            networks.append(_as_ipv4(ipaddress.ip_network(item, strict=False)))
         except ValueError:
             others.append(repr(item))
     if others:
         raise ValueError(f"must be addresses or CIDRs, and not {', '.join(others)}")
     return tuple(networks)
+
+
+def _as_ipv4(network: Network) -> Network:
+    """A network of IPv4 addresses that are mapped into IPv6, as one of IPv4, as which the addresses
+    of clients are compared; any other as it is."""
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped is None or network.prefixlen < 96:
+        return network
+    return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
 
 
 # name: (how to read it, default as text; None where it is required)
@@ -489,6 +499,7 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
     "UPSTREAM_PRESERVE_HOST": (_auto_or_switch, "auto"),
     "SSE_KEEPALIVE": (_seconds(0, 86400), "0"),
     "KEEPALIVE_TIMEOUT": (_seconds(1, 86400), "120"),
+    "CLIENT_TIMEOUT": (_seconds(1, 86400), "60"),
     "DB_POOL_SIZE": (_integer(1, 1000), "8"),
     "DB_POOL_TIMEOUT": (_seconds(0.01, 3600), "2"),
     "DB_CONNECT_TIMEOUT": (_seconds(1, 3600), "2"),

@@ -96,7 +96,9 @@ def main(again: bool) -> int:
             if read(failed) == made and not again:
                 print("Not compiled, as before. To try again: make install")
                 return 0
-            print("Compiling. This takes half a minute, or two on a small machine ...", flush=True)
+            print(
+                "Compiling. This takes half a minute, or minutes on a busy machine ...", flush=True
+            )
             # It is made in site-packages: a file system for temporary files may forbid to run
             # what is there.
             with tempfile.TemporaryDirectory(prefix=f".{PACKAGE}-", dir=packages) as folder:

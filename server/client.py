@@ -28,11 +28,8 @@ log = logging.getLogger("gatehouse")
 # A head has this many seconds, plus one for each MIN_BYTES_PER_SECOND that have arrived.
 HEAD_SECONDS: Final = 30.0
 MIN_BYTES_PER_SECOND: Final = 500
-# A client that sends nothing of its body for this many seconds is cut. One that sends slowly but
-# steadily is served, as one that reads slowly is.
-SENDER_SECONDS: Final = 60.0
-# A client that takes nothing for READER_SECONDS is cut. How often that is looked at, in seconds.
-READER_SECONDS: Final = 60.0
+# How often it is looked at whether a client takes anything, in seconds: at least four times before
+# it is cut.
 READER_LOOK_SECONDS: Final = 15.0
 # A client that has sent nothing of its body for this many seconds may be closed to make room.
 STILL_SECONDS: Final = 1.0
@@ -80,12 +77,15 @@ class Responder(Protocol):
 class Desk(Protocol):
     """The server that accepted a client connection, as far as the connection is concerned.
 
-    `keepalive` is how many seconds an idle connection is kept, `closing` whether connections end
-    with the present answer.
+    `keepalive` is how many seconds an idle connection is kept. For `client_timeout` seconds a
+    client may send nothing of its body, or take nothing of an answer; one that sends slowly but
+    steadily is served, as one that reads slowly is. `closing` says whether connections end with the
+    present answer.
     """
 
     loop: Loop
     keepalive: float
+    client_timeout: float
     closing: bool
 
     def respond(self, client: Client, head: Head) -> None:
@@ -421,7 +421,7 @@ class Client(Stream):
         if self.queued and not waited:
             self._took = self.loop.now
             self._untaken = self.untaken()
-            self._timer.set(min(self._timer.when, self.loop.now + READER_LOOK_SECONDS))
+            self._timer.set(min(self._timer.when, self._next_look()))
 
     def finish(self, *, more: bool = False) -> None:
         """The answer is complete. If `more` of the request's body is still passed on, this is
@@ -597,7 +597,7 @@ class Client(Stream):
         """When to check next whether the client takes too long: to send, to read, or to ask."""
         when = NEVER
         if self.queued:
-            when = self.loop.now + READER_LOOK_SECONDS
+            when = self.loop.now + min(READER_LOOK_SECONDS, self._desk.client_timeout / 4)
         if self.phase is Phase.READING:
             least = 0.0 if self.served else HEAD_SECONDS
             until = self.idle_since + max(self._desk.keepalive, least)
@@ -605,7 +605,7 @@ class Client(Stream):
                 until = self._began + HEAD_SECONDS + self._received / MIN_BYTES_PER_SECOND
             when = min(when, until)
         elif self.responder is not None and self.responder.hurries_client and not self._waits:
-            when = min(when, self._began + SENDER_SECONDS)
+            when = min(when, self._began + self._desk.client_timeout)
         return when
 
     @property
@@ -624,12 +624,15 @@ class Client(Stream):
             else:
                 self._timer.set(until)
         elif self.queued and not self._reads(now):
-            self.hang_up(reset=True, why=f"the client took nothing for {READER_SECONDS:g} s")
+            why = f"the client took nothing for {self._desk.client_timeout:g} s"
+            self.hang_up(reset=True, why=why)
         elif self._next_look() <= now:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None
             complete = self._complete and not self.queued
-            self.hang_up(reset=bool(self.status) and not framed and not complete)
+            sent = self.phase is Phase.READING or self._complete
+            why = "" if sent else f"the client sent nothing for {self._desk.client_timeout:g} s"
+            self.hang_up(reset=bool(self.status) and not framed and not complete, why=why)
         else:
             self._timer.set(self._next_look())
 
@@ -640,7 +643,7 @@ class Client(Stream):
         if untaken < self._untaken:
             self._took = now
         self._untaken = untaken
-        return now - self._took < READER_SECONDS
+        return now - self._took < self._desk.client_timeout
 
     @property
     def closing(self) -> bool:

@@ -25,6 +25,7 @@ from urllib3.util.connection import allowed_gai_family
 from urllib3.util.ssl_ import create_urllib3_context
 
 from problems import Problem, UpstreamTimeout, UpstreamUnreachable
+from server.stream import PROBING
 
 # An address is tried for this many seconds at least.
 LEAST_SECONDS = 0.05
@@ -121,7 +122,7 @@ class UpstreamConnector(HTTPAdapter):
                 connection.ca_certs = connection.ca_cert_dir = None
             with contextlib.ExitStack() as unless_made:
                 sock = unless_made.enter_context(socket.socket(family, socket.SOCK_STREAM))
-                for option in connection.socket_options or ():
+                for option in (*(connection.socket_options or ()), *PROBING):
                     sock.setsockopt(*option)
                 sock.settimeout(seconds)
                 with attempt.using(sock):

@@ -26,6 +26,8 @@ log = logging.getLogger("gatehouse")
 
 # How much of an answer may wait for a client that is still sending its body.
 UNTAKEN_BYTES: Final = 33554432
+# How much of an answer is held back for a proxy in front: see `Job`.
+HELD_BYTES: Final = UNTAKEN_BYTES
 # What the client of a job is told that has waited for a thread for too long.
 ALL_HELD: Final = "As many imports and exports as there may be are under way. Try again later."
 
@@ -75,8 +77,10 @@ class Job:
     `answer` is called on a thread of the lane, with this job: it gives the answer, or raises Left,
     a Problem, or what else went wrong. `largest` is how many bytes the body may have (0: any
     number). If it is `streamed`, the application begins when the head is complete, and reads the
-    body while it arrives. `patience` is how many seconds it may wait for a thread. It is not begun
-    when that time is over, or when its client has gone.
+    body while it arrives. If it `holds`, nothing of its answer goes out before all of the body is
+    there, or before HELD_BYTES of answer have gathered: once nginx has begun to pass an answer on,
+    it sends no more of a body than fits into the sockets. `patience` is how many seconds it may
+    wait for a thread. It is not begun when that time is over, or when its client has gone.
     """
 
     over = False
@@ -90,6 +94,7 @@ class Job:
         *,
         largest: int,
         streamed: bool,
+        holds: bool,
         arrived: float,
         patience: float = NEVER,
     ) -> None:
@@ -105,6 +110,8 @@ class Job:
         self.body = head.body()
         self._largest = largest
         self._gathered = bytearray()  # Not a list of the pieces, for the same reason as in Inbox.
+        self._holds = holds
+        self._held = bytearray()  # what is held back of the answer
         self.input: Any = None
         self._inbox: Inbox | None = None
         self._taken: threading.Event | None = None  # set when the client has taken what was written
@@ -241,6 +248,12 @@ class Job:
         self.client.begin(status, text_of(headers), length=length, dated=dated)
 
     def give_piece(self, piece: bytes) -> None:
+        if self._holds:
+            self._held += piece
+            if self.wants_body and len(self._held) < HELD_BYTES:
+                self._let_go_on()
+                return
+            piece, self._held, self._holds = bytes(self._held), bytearray(), False
         self.client.write(piece)
         # Many clients read only after they have sent all of their body. If the application waited
         # until such a client reads, it would not take the rest of the body: neither would go on.

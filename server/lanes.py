@@ -18,13 +18,15 @@ log = logging.getLogger("gatehouse")
 IDLE_SECONDS: Final = 5.0
 # A lane none of whose jobs has been taken for this many seconds gets more threads.
 STALLED_SECONDS: Final = 0.05
+# The log says at most once in this many seconds that no thread can be started.
+SAY_SECONDS: Final = 10.0
 # These further threads stay for at least this many seconds.
 RELIEF_SECONDS: Final = 1.0
 
 
 class Lane:
     """Threads for one kind of job, up to `limit`, started when none is idle and ended when there
-    has been nothing to do for a while.
+    has been nothing to do for a while. The last one stays: another might not be allowed.
 
     The first `eager` of them are started as jobs come. More are only started if no job has been
     taken for a while, because all threads are held up, and they end when that is over. Many short
@@ -43,6 +45,7 @@ class Lane:
         self._lock = threading.Lock()
         self._spare = 0  # idle threads minus queued jobs
         self._threads = 0
+        self._said = -SAY_SECONDS
         self._moved = 0.0  # when a job was last taken, or came while none was waiting
 
     def add(self, job: Callable[[], None]) -> None:
@@ -55,18 +58,25 @@ class Lane:
             self._count(int(start))
         self._queue.put(job)
         if start:
-            self._start()
+            self._start(1)
         # After the start, which may have failed: then nobody else would look again.
         if self._spare < 0 and self._relief.when == NEVER:
             self._relief.set(self._loop.now + STALLED_SECONDS)
 
-    def _start(self) -> None:
+    def _start(self, number: int) -> None:
+        """Start so many threads, which have been counted, or as many of them as can be."""
         try:
-            threading.Thread(target=self._work, name=self.name, daemon=True).start()
-        except RuntimeError:
-            log.exception("no thread can be started; the job waits for another")
+            for _ in range(number):
+                threading.Thread(target=self._work, name=self.name, daemon=True).start()
+                number -= 1
+        except RuntimeError as error:
             with self._lock:
-                self._count(-1)
+                self._count(-number)
+                waiting = -self._spare
+            now = time.monotonic()
+            if now - self._said >= SAY_SECONDS:
+                self._said = now
+                log.error("%s: jobs that wait for a thread (%s): %d", error, self.name, waiting)
 
     def relieve(self) -> None:
         """Start threads for all jobs that wait, if none has been taken for a while, and look again
@@ -79,8 +89,7 @@ class Lane:
                 more = min(waiting, self._limit - self._threads)
                 self._count(more)
                 self._relieved = now
-        for _ in range(more):
-            self._start()
+        self._start(more)
         if waiting > 0:
             self._relief.set(self._loop.now + STALLED_SECONDS)
 
@@ -94,7 +103,8 @@ class Lane:
                 job = self._queue.get(timeout=IDLE_SECONDS)
             except Empty:
                 with self._lock:
-                    if self._spare > 0:  # Otherwise a job has just come, and counts on this thread.
+                    # If no thread is spare, a job has just come, and counts on this one.
+                    if self._spare > 0 and self._threads > 1:
                         self._count(-1)
                         return
                 continue

@@ -25,6 +25,7 @@ from server.listener import connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
+from server.stream import PROBING
 from server.tunnel import Tunnel
 from server.upstream import Upstream
 from server.wsgi import Gateway
@@ -114,6 +115,7 @@ class Options:
     connect_timeout: float
     upstream_keepalive: float
     keepalive: float
+    client_timeout: float
     shutdown_timeout: float
     access_log: bool
 
@@ -127,6 +129,7 @@ class Server:
         self.options = options
         self.loop = Loop()
         self.keepalive = options.keepalive
+        self.client_timeout = options.client_timeout
         self.alone = True
         self.stopping = False
         self.closing = False  # whether connections end with the answers that are under way
@@ -186,8 +189,9 @@ class Server:
         give_large_pieces_back()
         self._await_others()
         self._listener.setblocking(False)
-        # Connections inherit this option: small pieces are sent at once.
-        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Connections inherit these options. The first has small pieces sent at once.
+        for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *PROBING):
+            self._listener.setsockopt(*option)
         self._watch_listener(True)
         self._tick.set(self.loop.now)
         while not (self.closing and (not self._clients or self.loop.now >= self._deadline)):
@@ -343,6 +347,7 @@ class Server:
             self._answer,
             largest=largest,
             streamed=lane in self.options.streamed,
+            holds=self.served.rules.trusts(client.peer[0]),
             arrived=client.arrived,
             patience=self.options.waits.get(lane, NEVER),
         )

@@ -38,6 +38,22 @@ JOINED_BYTES: Final = 4096
 SPLICES: Final = hasattr(os, "splice")
 SPLICE: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if SPLICES else 0
 
+# The kernel asks a side from which nothing has come for KEEPIDLE seconds whether it is still there,
+# and again every KEEPINTVL seconds. If nobody answers KEEPCNT questions, the connection is broken.
+# Nothing else tells of a machine that has vanished while nothing is sent to it, nor of a client
+# that has left while so much of what it sent is unread that its end cannot arrive. Systems differ
+# in what they call the first option.
+PROBING: Final = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in {
+        "TCP_KEEPIDLE": 45,
+        "TCP_KEEPALIVE": 45,
+        "TCP_KEEPINTVL": 15,
+        "TCP_KEEPCNT": 3,
+    }.items()
+    if hasattr(socket, name)
+]
+
 WAIT: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 

@@ -24,6 +24,10 @@ FRESH_SECONDS: Final = 1.0
 # it has closed one so early, it is not trusted to keep any for this many seconds.
 WARY_SECONDS: Final = 60.0
 NEVER_YET: Final = -WARY_SECONDS
+# So many connections a second are closed in order. More are reset: whoever closes a connection
+# first keeps its port for a minute (TIME_WAIT), and to one address there are 28,000 ports. A client
+# that asks with HEAD, whose answers end their connections, could use them all up.
+CLOSED_IN_ORDER: Final = 32
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS: Final = 10.0
 
@@ -204,6 +208,8 @@ class Upstream:
         self._early = 0.0  # and for how many seconds that one had been idle
         # Connections on which nothing has come yet, with the moment at which they were made.
         self._unheard: dict[Connection, float] = {}
+        self._closed = 0  # how many were closed in the second that began at the moment after it
+        self._closed_since = 0.0
         self._to_close = 0  # how many that become idle are to be closed: see `look`
         self._last_outcome = 0  # when a request was answered, or failed, as it was at the last look
 
@@ -381,7 +387,11 @@ class Upstream:
                 del self._own[connection.client]
         else:
             self._idle.pop(connection, None)
-        connection.close()
+        if not connection.closed:
+            if self.loop.now - self._closed_since >= 1.0:
+                self._closed, self._closed_since = 0, self.loop.now
+            self._closed += 1
+            connection.close(reset=self._closed > CLOSED_IN_ORDER)
         self._connections.discard(connection)
         self._unheard.pop(connection, None)
 

@@ -569,6 +569,9 @@ ELSEWHERE = {
     ' `"status": 0`': (
         "server/test_client.py: test_a_body_that_stops_is_cut_however_much_of_it_has_come"
     ),
+    "redirects lead to `/shop/shop/…`, which is 404": (
+        "proxy/test_response.py: test_redirects_are_not_followed_nor_rewritten"
+    ),
     "a WebSocket is refused": "proxy/test_behind_proxies.py: test_a_websocket_goes_through_both",
     "`docker attach`, `docker exec`, or another upgrade that is not a WebSocket's, does not work": (
         "proxy/test_upgrades.py: test_another_upgrade_is_dropped_and_the_request_goes_on"
@@ -591,6 +594,9 @@ ELSEWHERE = {
     "requests that come together wait for some seconds; one after the other they are fast": (
         "proxy/test_upstream_connections.py:"
         " test_an_upstream_that_serves_one_connection_at_a_time_does_not_wait_for_idle_ones"
+    ),
+    "calls of `/users` wait, and the log has `can't start new thread: …`": (
+        "server/test_lanes.py: test_threads_that_cannot_be_started_are_told_of_once_and_tried_again"
     ),
     "it takes long to stop": (
         "operating/test_stopping.py: test_a_stream_that_never_ends_is_cut_at_the_shutdown_timeout"
@@ -671,11 +677,15 @@ def code_of_root_alone(folder: Path) -> str:
 
     def said() -> str:
         command = [*unprivileged(), sys.executable, "app.py"]
-        return subprocess.run(command, cwd=project, capture_output=True, text=True).stderr
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+        return f"{done.returncode} {done.stderr}"
 
     (project / "wire").chmod(0)
     assert "ModuleNotFoundError: No module named 'wire." in said()
     (project / "wire").chmod(0o700)
+    (project / "app.py").chmod(0)
+    assert re.match("2 .*can't open file '.*app.py'", said())
+    (project / "app.py").chmod(0o600)
     (project / "settings.py").chmod(0)
     return said()
 

@@ -55,6 +55,7 @@ DEFAULTS = {
     "upstream_preserve_host": True,
     "sse_keepalive": 0,
     "keepalive_timeout": 120,
+    "client_timeout": 60,
     "db_pool_size": 8,
     "db_pool_timeout": 2,
     "db_connect_timeout": 2,
@@ -118,6 +119,7 @@ BAD = {
     "UPSTREAM_PRESERVE_HOST": ["maybe", "2", "onn"],
     "SSE_KEEPALIVE": ["-1", "on"],
     "KEEPALIVE_TIMEOUT": ["0", "-1", "off"],
+    "CLIENT_TIMEOUT": ["0", "-1", "off"],
     "DB_POOL_SIZE": ["0", "-1", "8.0", "big"],
     "DB_POOL_TIMEOUT": ["0", "-1", "soon"],
     "DB_CONNECT_TIMEOUT": ["0", "-1", "0.5", "soon"],
@@ -276,6 +278,13 @@ def test_a_switch_is_off(text: str) -> None:
 def test_trusted_proxies_are_addresses_and_networks_of_both_families() -> None:
     trusted = load(TRUSTED_PROXIES="10.1.2.3, 192.168.0.0/16,::1 ,fd00::/8").trusted_proxies
     names = ["10.1.2.3/32", "192.168.0.0/16", "::1/128", "fd00::/8"]
+    assert trusted == tuple(ipaddress.ip_network(name) for name in names)
+
+
+def test_trusted_proxies_of_ipv4_may_be_written_as_ipv6() -> None:
+    """Clients are compared as IPv4: such a network was taken, and no proxy was ever in it."""
+    trusted = load(TRUSTED_PROXIES="::ffff:10.1.2.3, ::ffff:10.0.0.0/104, ::/0").trusted_proxies
+    names = ["10.1.2.3/32", "10.0.0.0/8", "::/0"]
     assert trusted == tuple(ipaddress.ip_network(name) for name in names)
 
 

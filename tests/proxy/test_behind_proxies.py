@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import socket
@@ -330,6 +331,20 @@ def hears_itself(client: RawClient) -> None:
             client.buffer += data
         assert client.buffer == word.upper()
         client.buffer = b""
+
+
+def test_an_import_of_many_megabytes_goes_through_both(site: Site) -> None:
+    """nginx sends no more of a body, once the answer to it has begun, than fits into the sockets.
+    So it stopped after four megabytes, and the import was cut after a minute."""
+    rows = 60_000
+    body = b'{"email": "nobody", "name": "%b"}\n' % (b"x" * 100) * rows
+    lines = [b"Content-Type: application/x-ndjson", b"Content-Length: %d" % len(body)]
+    with site.client(60) as client:
+        client.send(message(b"POST /users HTTP/1.1", SITE, *lines, body=body))
+        reply = client.reply("POST")
+    assert reply.complete
+    totals = json.loads(reply.body.splitlines()[-1])
+    assert (totals["rows"], totals["refused"]) == (rows, rows)
 
 
 def test_a_websocket_goes_through_both(site: Site) -> None:

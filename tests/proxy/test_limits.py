@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from server.client import HEAD_SECONDS, SENDER_SECONDS
+from server.client import HEAD_SECONDS
 from tests.harness import (
     RawClient,
     Reply,
@@ -341,6 +341,51 @@ def test_a_hostile_caller_costs_its_own_connection_only(
             assert bystander.reply().status == status
 
 
+@pytest.mark.parametrize("pause", ["sends", "takes"])
+def test_a_client_that_pauses_for_longer_than_it_may_is_cut(
+    start: Callable[..., Service], upstream: ScriptedUpstream, pause: str
+) -> None:
+    upstream.script(message(b"HTTP/1.1 200 OK", b"Content-Length: 80000000", body=bytes(80000000)))
+    service = start(UPSTREAM_URL=upstream.url, CLIENT_TIMEOUT=1)
+    with service.client() as client:
+        body = request(b"PUT /a HTTP/1.1", b"Content-Length: 9", body=b"x")
+        client.send(body if pause == "sends" else request())
+        told = f"the client {'sent' if pause == 'sends' else 'took'} nothing for 1 s"
+        wait_for(lambda: told in service.log, what="the line of the log")
+
+
+@pytest.mark.slow
+def test_a_client_that_has_vanished_leaves_its_place(
+    start: Callable[..., Service], database: str
+) -> None:
+    """So much of what it sent is unread that its end never arrives, and its kernel gives up without
+    a word: nothing comes of it, and nothing is sent to it."""
+
+    def quiet(sock: socket.socket, seen: Seen) -> None:
+        sock.sendall(message(b"HTTP/1.1 200 OK", b"Content-Type: text/event-stream"))
+        left.wait(150)
+
+    left = threading.Event()
+    upstream = ScriptedUpstream(quiet)
+    service = start(POSTGRES_URI=database, UPSTREAM_URL=upstream.url)
+    client = service.client()
+    client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)  # milliseconds
+    client.send(request())
+    assert b"event-stream" in client.sock.recv(4096)
+    client.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        client.sock.sendall(b"GET /" + b"x" * 16 * MIB)
+    client.close()
+
+    def in_flight() -> int:
+        return int(service.call("GET", "/health").json()["upstream"]["in_flight"])
+
+    assert in_flight() == 1
+    wait_for(lambda: not in_flight(), 120, what="the place")
+    left.set()
+    upstream.close()
+
+
 def latency(service: Service, target: str, times: int = 40) -> float:
     """Median seconds of a request on a new connection; each must be 200."""
     taken = []
@@ -507,7 +552,6 @@ def test_the_time_of_a_request_is_counted_while_it_may_arrive(
         list(threads.map(try_one, ways))
 
 
-@pytest.mark.slow
 def test_one_who_is_answered_meanwhile_may_send_slowly(
     start: Callable[..., Service], upstream: ScriptedUpstream
 ) -> None:
@@ -523,13 +567,13 @@ def test_one_who_is_answered_meanwhile_may_send_slowly(
         return False
 
     upstream.early = talk
-    service = start(UPSTREAM_URL=upstream.url)
+    service = start(UPSTREAM_URL=upstream.url, CLIENT_TIMEOUT=2)
     # A body that is larger than what is gathered: the application is asked at once.
     head = request(b"POST /talk HTTP/1.1", b"Content-Length: 70000")
     with service.client() as client:
         client.send(head + b"hi")
         assert client.head().startswith(b"HTTP/1.1 200 ")
-        assert not client.closed(SENDER_SECONDS + 3)
+        assert not client.closed(5)
         client.sock.settimeout(15)
         client.send(bytes(70000 - 2))
         assert client.sock.recv(2, socket.MSG_WAITALL) == b"ok"

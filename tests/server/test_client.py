@@ -17,7 +17,6 @@ from server.client import (
     MIN_BYTES_PER_SECOND,
     READER_LOOK_SECONDS,
     REQUESTS_AT_ONCE,
-    SENDER_SECONDS,
     STILL_SECONDS,
     Client,
     Phase,
@@ -26,6 +25,8 @@ from server.loop import Loop
 from tests.harness import request
 from wire.request import Head, end_of_head
 
+# How long a client may send nothing of its body, or take nothing of an answer.
+CLIENT_SECONDS = 60.0
 # A client that waits to be asked for its body.
 EXPECTING = request(b"POST / HTTP/1.1", b"Content-Length: 3", b"Expect: 100-continue")
 
@@ -87,6 +88,7 @@ class Desk:
     """What lets a client in: it gives each request to a responder of the test's."""
 
     keepalive = 120.0
+    client_timeout = CLIENT_SECONDS
 
     def __init__(self) -> None:
         self.loop = Loop()
@@ -272,7 +274,7 @@ def test_a_client_may_take_nothing_for_as_long_as_it_sends_steadily(
 
 def has_a_whole_time(desk: Desk, client: Client) -> None:
     """The client is cut when all the time that it may send nothing in is over, and not before."""
-    seconds = SENDER_SECONDS if client.responder is not None else HEAD_SECONDS
+    seconds = CLIENT_SECONDS if client.responder is not None else HEAD_SECONDS
     desk.pass_time(seconds - 1)
     assert desk.gone == []
     desk.pass_time(2)
@@ -297,7 +299,7 @@ def test_a_body_may_come_as_slowly_as_it_likes_if_it_comes_steadily(
     client, _ = let_in()
     client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
     for _ in range(20):
-        desk.pass_time(SENDER_SECONDS - 1)
+        desk.pass_time(CLIENT_SECONDS - 1)
         client.received(b"x")
     assert desk.gone == []
     has_a_whole_time(desk, client)
@@ -310,7 +312,7 @@ def test_a_body_has_its_clock_again_after_its_client_was_made_to_wait(
     client, _ = let_in()
     client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
     client.pause()
-    desk.pass_time(2 * SENDER_SECONDS)
+    desk.pass_time(2 * CLIENT_SECONDS)
     assert desk.gone == []
     client.resume()
     has_a_whole_time(desk, client)
@@ -325,7 +327,7 @@ def test_a_request_is_given_no_time_for_the_pause_before_it(
     first = request(b"POST / HTTP/1.1", b"Content-Length: 2", body=b"ab")
     client.received(first + b"GET / HT")
     client.pause()
-    desk.pass_time(2 * SENDER_SECONDS)
+    desk.pass_time(2 * CLIENT_SECONDS)
     desk.responders[0].answer()
     has_a_whole_time(desk, client)
 
@@ -338,7 +340,7 @@ def test_a_body_has_its_clock_anew_after_a_conversation(
     client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
     desk.responders[0].patient = True
     client.begin("200 OK", b"Content-Length: 2\r\n", length=2, dated=True, close=True)
-    desk.pass_time(2 * SENDER_SECONDS)
+    desk.pass_time(2 * CLIENT_SECONDS)
     assert desk.gone == []
     desk.responders[0].patient = False
     client.write(b"ok")
@@ -590,10 +592,10 @@ def test_a_client_that_waits_to_be_asked_for_its_body_makes_no_room(
 def test_a_client_may_wait_to_be_asked_for_its_body_for_as_long_as_that_takes(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:
-    """It was cut after SENDER_SECONDS, while a refused upstream was still tried again."""
+    """It was cut after CLIENT_SECONDS, while a refused upstream was still tried again."""
     client, _ = let_in()
     client.received(EXPECTING)
-    desk.pass_time(2 * SENDER_SECONDS)
+    desk.pass_time(2 * CLIENT_SECONDS)
     assert desk.gone == []
     client.ask_for_body()
     has_a_whole_time(desk, client)
@@ -604,7 +606,7 @@ def test_a_client_that_does_not_wait_to_be_asked_has_its_clock_too(
 ) -> None:
     client, _ = let_in()
     client.received(EXPECTING)
-    desk.pass_time(2 * SENDER_SECONDS)
+    desk.pass_time(2 * CLIENT_SECONDS)
     client.received(b"x")
     has_a_whole_time(desk, client)
 

@@ -17,7 +17,9 @@ def test_a_body_in_pieces_of_two_bytes_takes_no_more_memory_than_a_whole_one() -
     """Each piece took fifty bytes, so that one body of 64 KiB, which asks for no token, took 2 MB."""
     head = request(b"POST /health HTTP/1.1", b"Content-Length: 65536").removesuffix(b"\r\n\r\n")
     nobody: Any = None
-    job = Job(nobody, Head(head), nobody, nobody, largest=65536, streamed=False, arrived=0.0)
+    job = Job(
+        nobody, Head(head), nobody, nobody, largest=65536, streamed=False, holds=False, arrived=0.0
+    )
     tracemalloc.start()
     try:
         for number in range(32000):

@@ -87,13 +87,42 @@ def test_there_are_never_more_threads_than_the_limit() -> None:
     assert threads("limited") <= 6
 
 
-def test_threads_end_when_there_has_been_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_but_one_end_when_there_has_been_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no more threads are allowed, a lane without any did nothing ever again."""
     monkeypatch.setattr(lanes, "IDLE_SECONDS", 0.1)
-    lane, done = Lane(Loop(), "ending", 8), []
+    lane = Lane(Loop(), "ending", 8)
     for _ in range(3):
-        lane.add(lambda: done.append(1))
-        wait_for(lambda: done and threads("ending") == 0)
-        done.clear()
+        hold = threading.Event()
+        for _ in range(3):
+            lane.add(lambda hold=hold: hold.wait(20))
+        wait_for(lambda: threads("ending") == 3)
+        hold.set()
+        wait_for(lambda: threads("ending") == 1)
+        time.sleep(0.3)
+        assert threads("ending") == 1
+
+
+def test_threads_that_cannot_be_started_are_told_of_once_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four calls wrote twenty thousand tracebacks into the log, in ten seconds."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lane, done = Lane(Loop(), "refused", 8), []
+    with monkeypatch.context() as refused:
+        refused.setattr(threading.Thread, "start", refuse)
+        for number in range(4):
+            lane.add(lambda number=number: done.append(number))
+        for _ in range(100):
+            time.sleep(lanes.STALLED_SECONDS / 10)
+            lane.relieve()
+    told = "can't start new thread: jobs that wait for a thread (refused): 1"
+    assert [record.getMessage() for record in caplog.records] == [told] and not done
+    wait_for(lambda: lane.relieve() or sorted(done) == [0, 1, 2, 3])
 
 
 def test_a_job_that_fails_does_not_take_its_thread_along() -> None:

@@ -84,6 +84,7 @@ class Running:
             connect_timeout=5.0,
             upstream_keepalive=50.0,
             keepalive=120.0,
+            client_timeout=60.0,
             shutdown_timeout=shutdown_timeout,
             access_log=False,
         )

@@ -15,7 +15,7 @@ from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.loop import Loop
-from server.upstream import FRESH_SECONDS, WARY_SECONDS, Connection, Upstream
+from server.upstream import CLOSED_IN_ORDER, FRESH_SECONDS, WARY_SECONDS, Connection, Upstream
 from tests.harness.servers import unanswered_port
 
 KEEPALIVE = 50.0
@@ -134,6 +134,14 @@ def place() -> Iterator[Place]:
     place.loop.turn_over()
     place.loop.shut()
     place.listener.close()
+
+
+def was_reset(far: socket.socket) -> bool:
+    """Whether the other side of `far` has been reset, and not closed in order."""
+    try:
+        return far.recv(1) != b""
+    except ConnectionResetError:
+        return True
 
 
 def reset(sock: socket.socket) -> None:
@@ -262,6 +270,21 @@ def test_of_an_upstream_that_closes_idle_ones_early_none_is_taken_for_what_may_g
     connection.release(keep=True)
     assert place.take(repeatable=False) is connection
     far.close()
+
+
+def test_one_on_which_nothing_ever_came_is_waited_for_no_longer_than_it_is_there(
+    place: Place,
+) -> None:
+    """Idle connections were closed for the sake of requests that were long over."""
+    _, connection, far = place.connect()
+    connection.release(keep=False)
+    idle, kept = place.keep()
+    place.upstream.heard(idle)
+    place.loop.now += 10
+    place.upstream.look()
+    assert place.upstream.open == 1
+    far.close()
+    kept.close()
 
 
 def test_an_end_that_is_seen_only_as_it_is_taken_counts_as_well(place: Place) -> None:
@@ -475,3 +498,25 @@ def test_each_address_of_a_name_has_its_share_of_the_time(
             sock.close()
             with pytest.raises(UpstreamTimeout):
                 UpstreamConnector(f"http://127.0.0.2:{port}").connect(0.3, Attempt())
+
+
+def test_of_many_that_are_closed_in_a_second_most_are_reset(place: Place) -> None:
+    """Each one that is closed in order keeps its port for a minute. HEAD after HEAD, each of which
+    ends its connection, used up all ports to an application on another machine."""
+
+    for second in (1000, 2000):
+        made = [place.connect() for _ in range(CLOSED_IN_ORDER + 8)]
+        place.loop.now += second
+        for _, connection, _ in made:
+            connection.release(keep=False)
+        place.loop.turn_over()
+        ends = [was_reset(far) for _, _, far in made]
+        assert ends == [False] * CLOSED_IN_ORDER + [True] * 8
+        for _, _, far in made:
+            far.close()
+
+
+def test_the_kernel_asks_whether_the_upstream_is_still_there(place: Place) -> None:
+    _, connection, far = place.connect()
+    assert connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    far.close()
