@@ -69,9 +69,10 @@ class Application(bottle.Bottle):  # type: ignore[misc]
     what Bottle would guess at: see the comments there.
 
     A server may put into the environ `gatehouse.request_id`; `gatehouse.arrived`, when the request
-    was complete, in seconds on the monotonic clock; and `gatehouse.lane`, if it has asked
-    `Gatehouse.admit`, so that access is not checked again. A ConnectionError that `wsgi.input`
-    raises says that the client has left; it is not answered.
+    was complete (its head, if the body is read while it arrives), in seconds on the monotonic
+    clock; and `gatehouse.lane`, if it has asked `Gatehouse.admit`, so that access is not checked
+    again. A ConnectionError that `wsgi.input` raises says that the client has left; it is not
+    answered.
     """
 
     def __init__(self, settings: Settings, health: Health) -> None:

@@ -127,7 +127,8 @@ class Board:
         """Count a request. This is done before a byte of its answer is sent, so that a client that
         has the answer finds it counted.
 
-        `owner` is one of OWNERS, `seconds` how long the head took since the request was complete.
+        `owner` is one of OWNERS, `seconds` how long it took from the end of the request's head to
+        the head of its answer.
         """
         number = _owner[owner]
         kind = number * len(METHOD_LABELS) + _method.get(method, len(METHOD_LABELS) - 1)

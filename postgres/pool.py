@@ -157,7 +157,7 @@ class Pool:
         with self._mutex:
             # Several threads may come here at once, and the second one has nothing to forget.
             if self._pid != os.getpid():
-                self._parents = self._ready
+                self._parents = self._ready  # Kept, or the garbage collector would close them.
                 self._forget()
 
     def _enqueue(self, now: float, urgent: bool) -> Waiter:

@@ -167,10 +167,11 @@ class Client(Stream):
         self.arrived = 0.0
         self._ahead = b""  # bytes that have come and are not read yet
         self._scanned = 0  # how many of them have been searched for the end of a head
-        # When the first byte of the present head came, or the last one of the present body; 0
-        # between requests.
+        # From when on the client's time counts: since the first byte of the present head, or the
+        # last one of the present body, later by as long as it was paused or not asked for its body.
+        # 0 between requests, NEVER in a tunnel.
         self._began = 0.0
-        self._received = 0  # bytes of the present head
+        self._received = 0  # bytes of the present head, or those that came ahead of it
         self._paused_at = 0.0
         self.idle_since = desk.loop.now
         self._linger_until = 0.0

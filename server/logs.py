@@ -18,7 +18,8 @@ from wire.request import USERINFO, Head
 PENDING_BYTES: Final = 1 << 20
 # A line of the access log must not be longer than PIPE_BUF: the kernel writes that much in one
 # piece, so that the lines of two workers do not mix. So long methods and targets are cut to this
-# many characters. One character may become six bytes of JSON.
+# many characters. One of a target may become six bytes of JSON: if the target has more than
+# LONGEST_ESCAPED of these, a sixth of LONGEST_TARGET is kept.
 LONGEST_METHOD: Final = 100
 LONGEST_TARGET: Final = 3000
 LONGEST_ESCAPED: Final = 3500

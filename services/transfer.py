@@ -45,7 +45,7 @@ COLUMNS = Columns(
     objects=[one.name for one in FIELDS if one.kind == "jsonb"],
 )
 BATCH_ROWS = 500
-BATCH_BYTES = 1 << 20
+BATCH_CHARACTERS = 1 << 20
 
 
 # Export
@@ -164,7 +164,7 @@ def imported(kind: str, lines: Lines) -> Iterator[bytes]:
         if row.has_id:
             ids.add(row.id)
         size += sum(len(value) for value in row.values.values() if isinstance(value, str))
-        if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES or lines.dry:
+        if len(batch) >= BATCH_ROWS or size >= BATCH_CHARACTERS or lines.dry:
             yield _done(batch, counts)
             batch, ids, size = [], set(), 0
     yield _done(batch, counts) + json.dumps(counts).encode() + b"\n"
