@@ -15,6 +15,8 @@ from typing import Any
 import psycopg2
 import pytest
 
+from metrics import Board
+from services.health import Health
 from tests.harness import (
     DEAD_DATABASE,
     Databases,
@@ -302,3 +304,34 @@ def test_requests_with_the_upstream_are_counted(
             release.set()
         assert [future.result().status for future in held] == [200] * 3
     wait_for(lambda: health(service)["upstream"]["in_flight"] == 0, what="none in flight")
+
+
+def test_a_table_that_is_gone_is_unmigrated_whatever_the_history_says(
+    start: Start, databases: Databases
+) -> None:
+    uri = databases.create()
+    service = start(POSTGRES_URI=uri)
+    assert health(service)["database"]["status"] == "up"
+    with databases.admin(uri) as cursor:
+        cursor.execute("ALTER TABLE users RENAME TO kept")
+    document = health(service)["database"]
+    assert (document["status"], document["pending_migrations"]) == ("unmigrated", [])
+    problem(service.call("GET", "/health/ready"), 503, "schema-not-migrated")
+
+
+def test_who_waited_for_a_thread_has_what_was_measured_meanwhile() -> None:
+    """Otherwise a crowd of callers would measure one after the other, each for longer."""
+    measured = []
+
+    class Measuring(Health):
+        def _measure(self) -> dict[str, Any]:
+            measured.append(time.monotonic())
+            return {"status": "up", "latency_ms": 1.0}
+
+    board = Board(1)
+    health = Measuring(version="1", migrations=[], started=0.0, board=board, pool_size=8)
+    asked = time.monotonic()
+    assert health.database(asked)["status"] == health.database(asked)["status"] == "up"
+    assert len(measured) == 1
+    health.database(time.monotonic())
+    assert len(measured) == 2

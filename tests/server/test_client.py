@@ -611,6 +611,16 @@ def test_a_client_that_does_not_wait_to_be_asked_has_its_clock_too(
     has_a_whole_time(desk, client)
 
 
+def test_a_comment_is_no_part_of_the_body_that_the_log_counts(let_in: Callable[[], Pair]) -> None:
+    client, far = let_in()
+    client.received(request())
+    client.begin("200 OK", b"", length=None, dated=True)
+    client.write(b"data: 1\n\n")
+    client.comment(b": keep-alive\n\n")
+    assert client.sent == len(b"data: 1\n\n")
+    assert far.recv(4096).endswith(b"\r\n: keep-alive\n\n\r\n")
+
+
 def test_clients_that_are_yet_to_send_a_body_are_few_objects(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:

@@ -529,6 +529,13 @@ def test_it_is_sent_again_once() -> None:
     assert world.upstream.learnt == [0.5, 0.5]
 
 
+def test_the_end_of_a_connection_with_a_log_in_says_nothing_of_the_others() -> None:
+    world = kept()
+    world.connections[0].client = world.client
+    upstream_ends(world)
+    assert world.upstream.connecting == 1 and world.upstream.learnt == []
+
+
 def test_a_body_that_is_still_here_is_sent_again_with_it() -> None:
     world = kept(b"PUT / HTTP/1.1", b"Content-Length: 5", body=b"hello")
     upstream_ends(world)
