@@ -132,6 +132,7 @@ class Client(Stream):
         "_complete",
         "_desk",
         "_head_out",
+        "_held",
         "_linger_until",
         "_nested",
         "_paused_at",
@@ -192,6 +193,7 @@ class Client(Stream):
         self.status = ""
         self.sent = 0
         self._head_out = b""  # a head that waits for the first piece of its body
+        self._held: bytearray | None = None  # the head and the pieces that are held back
         self._chunked = False
         self._body_left: int | None = None
         self._complete = False
@@ -375,8 +377,9 @@ class Client(Stream):
         self._began = NEVER  # What comes now is not a request, and may take any time.
         self._send(status_line(status) + lines + b"\r\n")
 
-    def write(self, piece: bytes) -> None:
-        """Send a piece of the body, and the head before the first."""
+    def write(self, piece: bytes, *, hold: bool = False) -> None:
+        """Send a piece of the body, and the head before the first; or `hold` it back until
+        something else is sent."""
         if self._body_left is not None:
             piece = piece[: self._body_left]
             self._body_left -= len(piece)
@@ -385,11 +388,22 @@ class Client(Stream):
         self.sent += len(piece)
         if self._chunked:
             piece = chunk(piece)
+        if hold:
+            self._held = self._held or bytearray()
+            self._held += self._head_out
+            self._held += piece
+            self._head_out = b""
+            return
         if len(piece) > COPIED_BYTES:
             self.flush()
         elif self._head_out:
             piece, self._head_out = self._head_out + piece, b""
         self._send(piece)
+
+    @property
+    def held(self) -> int:
+        """How many bytes of the answer are held back."""
+        return len(self._held or b"")
 
     def pass_from(self, source: Stream) -> tuple[int, bytes] | None:
         """Have the kernel pass on the bytes of the body that have arrived at the socket of
@@ -405,8 +419,8 @@ class Client(Stream):
         return moved
 
     def flush(self) -> None:
-        """Send the head, if it still waits for the body."""
-        if self._head_out:
+        """Send the head, if it still waits for the body, and what is held back."""
+        if self._head_out or self._held:
             head, self._head_out = self._head_out, b""
             self._send(head)
 
@@ -417,6 +431,8 @@ class Client(Stream):
         self.sent = sent
 
     def _send(self, data: bytes) -> None:
+        if self._held:
+            data, self._held = bytes(self._held) + data, None
         waited = bool(self.queued)
         self.send(data)
         if self.queued and not waited:
@@ -627,15 +643,20 @@ class Client(Stream):
         elif self.queued and not self._reads(now):
             why = f"the client took nothing for {self._desk.client_timeout:g} s"
             self.hang_up(reset=True, why=why)
+        elif self._next_look() <= now and self._held:
+            self.cut(self._sent_nothing())  # It has a right to what is held back.
         elif self._next_look() <= now:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None
             complete = self._complete and not self.queued
             sent = self.phase is Phase.READING or self._complete
-            why = "" if sent else f"the client sent nothing for {self._desk.client_timeout:g} s"
+            why = "" if sent else self._sent_nothing()
             self.hang_up(reset=bool(self.status) and not framed and not complete, why=why)
         else:
             self._timer.set(self._next_look())
+
+    def _sent_nothing(self) -> str:
+        return f"the client sent nothing for {self._desk.client_timeout:g} s"
 
     def _reads(self, now: float) -> bool:
         """Whether the client has taken something lately. The kernel may take no more from us for

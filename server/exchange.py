@@ -666,7 +666,9 @@ class Exchange:
         connection, self._connection = self._connection, None
         self._timer.cancel()
         if connection is not None:
-            connection.release(keep=keep)
+            answer = self._answer
+            stray = answer is not None and answer.stray and self.body is None
+            connection.release(keep=keep, stray=stray)
 
     # The client ends.
 

@@ -43,9 +43,11 @@ class JobClient(Protocol):
     def queued(self) -> int: ...
     @property
     def paused(self) -> bool: ...
+    @property
+    def held(self) -> int: ...
 
     def begin(self, status: str, lines: bytes, *, length: int | None, dated: bool) -> None: ...
-    def write(self, piece: bytes) -> None: ...
+    def write(self, piece: bytes, *, hold: bool = False) -> None: ...
     def finish(self) -> None: ...
     def refuse(self, problem: Problem) -> None: ...
     def cut(self) -> None: ...
@@ -111,7 +113,6 @@ class Job:
         self._largest = largest
         self._gathered = bytearray()  # Not a list of the pieces, for the same reason as in Inbox.
         self._holds = holds
-        self._held = bytearray()  # what is held back of the answer
         self.input: Any = None
         self._inbox: Inbox | None = None
         self._taken: threading.Event | None = None  # set when the client has taken what was written
@@ -248,13 +249,8 @@ class Job:
         self.client.begin(status, text_of(headers), length=length, dated=dated)
 
     def give_piece(self, piece: bytes) -> None:
-        if self._holds:
-            self._held += piece
-            if self.wants_body and len(self._held) < HELD_BYTES:
-                self._let_go_on()
-                return
-            piece, self._held, self._holds = bytes(self._held), bytearray(), False
-        self.client.write(piece)
+        self._holds = self._holds and self.wants_body and self.client.held < HELD_BYTES
+        self.client.write(piece, hold=self._holds)
         # Many clients read only after they have sent all of their body. If the application waited
         # until such a client reads, it would not take the rest of the body: neither would go on.
         if self.client.queued < (UNTAKEN_BYTES if self.wants_body else HIGH_WATER):

@@ -65,13 +65,14 @@ class Lane:
 
     def _start(self, number: int) -> None:
         """Start so many threads, which have been counted, or as many of them as can be."""
+        started = 0
         try:
-            for _ in range(number):
+            while started < number:
                 threading.Thread(target=self._work, name=self.name, daemon=True).start()
-                number -= 1
+                started += 1
         except RuntimeError as error:
             with self._lock:
-                self._count(-number)
+                self._count(started - number)
                 waiting = -self._spare
             now = time.monotonic()
             if now - self._said >= SAY_SECONDS:

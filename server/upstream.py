@@ -24,9 +24,10 @@ FRESH_SECONDS: Final = 1.0
 # it has closed one so early, it is not trusted to keep any for this many seconds.
 WARY_SECONDS: Final = 60.0
 NEVER_YET: Final = -WARY_SECONDS
-# So many connections a second are closed in order. More are reset: whoever closes a connection
-# first keeps its port for a minute (TIME_WAIT), and to one address there are 28,000 ports. A client
-# that asks with HEAD, whose answers end their connections, could use them all up.
+# After an answer to HEAD so many connections a second are closed in order, and more are reset.
+# Whoever closes a connection first keeps its port for a minute (TIME_WAIT), and to one address
+# there are 28,000 ports: a client that asks with HEAD after HEAD could use them all up. Nothing is
+# reset that may still have to arrive: such a request has no body, and its answer is complete.
 CLOSED_IN_ORDER: Final = 32
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS: Final = 10.0
@@ -158,8 +159,9 @@ class Connection(Stream):
         poller.register(self.sock, select.POLLIN)
         return not poller.poll(0)
 
-    def release(self, *, keep: bool) -> None:
-        """The exchange needs it no more: keep it for another, or close it."""
+    def release(self, *, keep: bool, stray: bool = False) -> None:
+        """The exchange needs it no more: keep it for another, or close it. `stray` says that it is
+        closed only because bytes may come that nobody asked for."""
         self.exchange = None
         self.straight = False
         if keep and not (
@@ -167,7 +169,7 @@ class Connection(Stream):
         ):
             self.upstream.keep(self)
         else:
-            self.upstream.discard(self)
+            self.upstream.discard(self, reset=stray and self.upstream.hurries())
 
 
 class Upstream:
@@ -379,21 +381,25 @@ class Upstream:
         if self._expiry.when == NEVER:
             self._expiry.set(self.loop.now + self._keepalive)
 
-    def discard(self, connection: Connection) -> None:
-        """Close a connection, kept or not. One that broke may be discarded twice: before its
-        `failed` is called, and then by that."""
+    def discard(self, connection: Connection, *, reset: bool = False) -> None:
+        """Close a connection, kept or not, in order or with a reset. One that broke may be
+        discarded twice: before its `failed` is called, and then by that."""
         if connection.client is not None:
             if self._own.get(connection.client) is connection:
                 del self._own[connection.client]
         else:
             self._idle.pop(connection, None)
-        if not connection.closed:
-            if self.loop.now - self._closed_since >= 1.0:
-                self._closed, self._closed_since = 0, self.loop.now
-            self._closed += 1
-            connection.close(reset=self._closed > CLOSED_IN_ORDER)
+        connection.close(reset=reset)
         self._connections.discard(connection)
         self._unheard.pop(connection, None)
+
+    def hurries(self) -> bool:
+        """Whether one more connection is to be reset because so many have been closed: see
+        CLOSED_IN_ORDER."""
+        if self.loop.now - self._closed_since >= 1.0:
+            self._closed, self._closed_since = 0, self.loop.now
+        self._closed += 1
+        return self._closed > CLOSED_IN_ORDER
 
     def forget(self, client: object) -> None:
         """A client has left: close the connection that was kept for it alone."""

@@ -508,7 +508,7 @@ def test_of_many_that_are_closed_in_a_second_most_are_reset(place: Place) -> Non
         made = [place.connect() for _ in range(CLOSED_IN_ORDER + 8)]
         place.loop.now += second
         for _, connection, _ in made:
-            connection.release(keep=False)
+            connection.release(keep=False, stray=True)
         place.loop.turn_over()
         ends = [was_reset(far) for _, _, far in made]
         assert ends == [False] * CLOSED_IN_ORDER + [True] * 8

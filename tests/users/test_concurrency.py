@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from tests.harness import Reply, Service, create_user, new_email, problem
+import pytest
+
+from server.lanes import IDLE_SECONDS
+from tests.harness import Databases, Reply, Service, create_user, new_email, problem
 
 WRITERS = 12
 ROUNDS = 5
@@ -195,3 +199,22 @@ def test_a_walk_while_users_are_added_sees_all_that_were_there_exactly_once(
     assert len(seen) == len(set(seen))
     assert seen == sorted(seen)
     assert there <= set(seen)
+
+
+@pytest.mark.slow
+def test_a_crowd_that_has_waited_for_a_lock_leaves_threads_for_those_who_come_later(
+    start: Callable[..., Service], databases: Databases
+) -> None:
+    """Threads that were started together, and counted, were not all there when compiled. When the
+    others had ended, for want of work, nobody was left, and every call hung."""
+    uri = databases.create()
+    service = start(POSTGRES_URI=uri, WORKERS=1)
+    with databases.admin(uri) as cursor, ThreadPoolExecutor(14) as pool:
+        cursor.execute("BEGIN; LOCK TABLE users")
+        waiting = [pool.submit(service.call, "GET", "/users?limit=1") for _ in range(14)]
+        time.sleep(0.6)
+        cursor.execute("ROLLBACK")
+        assert [one.result().status for one in waiting] == [200] * 14
+    time.sleep(2 * IDLE_SECONDS + 1)
+    for _ in range(3):
+        assert service.call("GET", "/users?limit=1", timeout=5).status == 200

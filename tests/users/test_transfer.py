@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import socket
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -664,3 +665,68 @@ def test_of_a_row_that_is_refused_only_the_reason_is_kept() -> None:
         assert [one() for one in gone] == [None] * 4
     finally:
         gc.enable()
+
+
+# Behind a trusted proxy an answer waits for the end of the file: see Job in server/jobs.py.
+
+
+@pytest.fixture(scope="module")
+def behind(database: str, upstream: ScriptedUpstream) -> Iterator[Service]:
+    settings = {"TRUSTED_PROXIES": "127.0.0.1", "CLIENT_TIMEOUT": 1}
+    with Service(POSTGRES_URI=database, UPSTREAM_URL=upstream.url, **settings) as running:
+        yield running
+
+
+def begun(client: RawClient, rows: int) -> None:
+    """The client has sent so many rows that are refused, in chunks, and no end."""
+    body = b'{"email": "nobody", "name": "Ann"}\n' * rows
+    lines = b"Content-Type: application/x-ndjson\r\nTransfer-Encoding: chunked"
+    head = b"POST /users HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % lines
+    client.send(head + b"%x\r\n%b\r\n" % (len(body), body))
+
+
+def test_behind_a_trusted_proxy_nothing_is_told_before_the_end_of_the_file(
+    behind: Service,
+) -> None:
+    with behind.client() as client:
+        begun(client, 2000)
+        client.sock.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.sock.recv(1)
+        client.sock.settimeout(10)
+        client.send(b"0\r\n\r\n")
+        lines, counts = told(client.reply("POST"))
+        assert (len(lines), counts) == (2000, (2000, 0, 0, 0, 2000))
+        client.send(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert client.reply().status == 200
+
+
+@pytest.mark.parametrize("end", [b"zz\r\n", b""])
+def test_behind_a_trusted_proxy_what_was_done_is_told_though_the_file_is_cut(
+    behind: Service, end: bytes
+) -> None:
+    """A bad chunk, or a pause that is too long: the rows are in the table, and nobody was told."""
+    with behind.client() as client:
+        begun(client, 2000)
+        time.sleep(0.5)
+        client.send(end)
+        reply = client.reply("POST")
+    assert not reply.complete
+    assert [json.loads(line)["line"] for line in reply.body.splitlines()] == [*range(1, 2001)]
+
+
+@pytest.mark.parametrize("kind", [CSV, NDJSON])
+def test_behind_a_trusted_proxy_an_export_is_whole_whatever_body_it_comes_with(
+    behind: Service, kind: str
+) -> None:
+    """It was empty, and looked whole."""
+    create_user(behind)
+    expected = export(behind, kind).body
+    assert expected
+    with behind.client() as client:
+        head = f"GET /users HTTP/1.1\r\nHost: a\r\nAccept: {kind}\r\nContent-Length: 5\r\n\r\n"
+        client.send(head.encode())
+        time.sleep(0.3)
+        client.send(b"hello")
+        reply = client.reply()
+    assert (reply.status, reply.complete, reply.body) == (200, True, expected)
