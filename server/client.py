@@ -140,6 +140,7 @@ class Client(Stream):
         "_scanned",
         "_timer",
         "_took",
+        "_torn",
         "_tunnel",
         "_unread",
         "_untaken",
@@ -179,6 +180,7 @@ class Client(Stream):
         self._nested = False
         self._close = False  # whether the connection ends after the present answer
         self._unread = False  # whether bytes are still coming that nobody will read
+        self._torn = False  # whether the answer was cut, and only a reset can show that
         self._tunnel = False  # whether the connection has become a tunnel
         self._took = 0.0  # when the client last took something
         self._untaken = 0
@@ -432,7 +434,7 @@ class Client(Stream):
 
     def _send(self, data: bytes) -> None:
         if self._held:
-            data, self._held = bytes(self._held) + data, None
+            data, self._held = b"".join((self._held, data)), None
         waited = bool(self.queued)
         self.send(data)
         if self.queued and not waited:
@@ -489,13 +491,13 @@ class Client(Stream):
         self.flush()
         self._go_on()
 
-    def cut(self, why: str = "") -> None:
+    def cut(self, why: str = "", level: int = logging.ERROR) -> None:
         """End the connection so that the answer cannot be taken for a complete one. `why` is for
-        the log; it is empty if the client itself was the cause."""
+        the log; it is empty if the client has left."""
         if self.phase is not Phase.ANSWERING:
             return
         if why and self.head is not None:
-            log.error("%s cut: %s request_id=%s", asked(self.head), why, self.head.id)
+            log.log(level, "%s cut: %s request_id=%s", asked(self.head), why, self.head.id)
         self.flush()
         framed = self._chunked or self._body_left is not None
         self._leave_unread()
@@ -503,10 +505,8 @@ class Client(Stream):
         if self.closed:
             return
         self._close = True
-        if self.status and not (framed or self._complete):
-            self.hang_up(reset=True)
-        else:
-            self._go_on()
+        self._torn = bool(self.status) and not (framed or self._complete)
+        self._go_on()
 
     def _go_on(self) -> None:
         """Nothing more is written of this answer: go on when the client has taken all of it."""
@@ -514,6 +514,9 @@ class Client(Stream):
             return
         if self.queued:
             self.phase = Phase.FLUSHING
+            return
+        if self._torn:
+            self.hang_up(reset=True)
             return
         try:
             self._settle()
@@ -644,7 +647,7 @@ class Client(Stream):
             why = f"the client took nothing for {self._desk.client_timeout:g} s"
             self.hang_up(reset=True, why=why)
         elif self._next_look() <= now and self._held:
-            self.cut(self._sent_nothing())  # It has a right to what is held back.
+            self.cut(self._sent_nothing(), logging.WARNING)  # What is held back is sent first.
         elif self._next_look() <= now:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None

@@ -45,6 +45,8 @@ class JobClient(Protocol):
     def paused(self) -> bool: ...
     @property
     def held(self) -> int: ...
+    @property
+    def closing(self) -> bool: ...
 
     def begin(self, status: str, lines: bytes, *, length: int | None, dated: bool) -> None: ...
     def write(self, piece: bytes, *, hold: bool = False) -> None: ...
@@ -249,11 +251,13 @@ class Job:
         self.client.begin(status, text_of(headers), length=length, dated=dated)
 
     def give_piece(self, piece: bytes) -> None:
-        self._holds = self._holds and self.wants_body and self.client.held < HELD_BYTES
-        self.client.write(piece, hold=self._holds)
+        client = self.client
+        if not self.wants_body or client.closing or client.held >= HELD_BYTES:
+            self._holds = False
+        client.write(piece, hold=self._holds)
         # Many clients read only after they have sent all of their body. If the application waited
         # until such a client reads, it would not take the rest of the body: neither would go on.
-        if self.client.queued < (UNTAKEN_BYTES if self.wants_body else HIGH_WATER):
+        if client.queued < (UNTAKEN_BYTES if self.wants_body else HIGH_WATER):
             self._let_go_on()
 
     def give_end(self) -> None:

@@ -451,6 +451,8 @@ class Server:
             responder = client.responder
             if isinstance(responder, Tunnel):
                 self.loop.attempt(responder.part)
+            elif client.held:
+                self.loop.attempt(client.flush)
         goodbye = Timer(self.loop, self._close_idle)
         goodbye.set(now + min(IDLE_GOODBYE_SECONDS, self.options.shutdown_timeout))
 
