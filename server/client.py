@@ -646,17 +646,17 @@ class Client(Stream):
         elif self.queued and not self._reads(now):
             why = f"the client took nothing for {self._desk.client_timeout:g} s"
             self.hang_up(reset=True, why=why)
-        elif self._next_look() <= now and self._held:
+        elif self._next_look() > now:
+            self._timer.set(self._next_look())
+        elif self._held:
             self.cut(self._sent_nothing(), logging.WARNING)  # What is held back is sent first.
-        elif self._next_look() <= now:
+        else:
             # The part of an answer that ends with its connection must not look whole.
             framed = self._chunked or self._body_left is not None
             complete = self._complete and not self.queued
             sent = self.phase is Phase.READING or self._complete
             why = "" if sent else self._sent_nothing()
             self.hang_up(reset=bool(self.status) and not framed and not complete, why=why)
-        else:
-            self._timer.set(self._next_look())
 
     def _sent_nothing(self) -> str:
         return f"the client sent nothing for {self._desk.client_timeout:g} s"

@@ -26,8 +26,6 @@ log = logging.getLogger("gatehouse")
 
 # How much of an answer may wait for a client that is still sending its body.
 UNTAKEN_BYTES: Final = 33554432
-# How much of an answer is held back for a proxy in front: see `Job`.
-HELD_BYTES: Final = UNTAKEN_BYTES
 # What the client of a job is told that has waited for a thread for too long.
 ALL_HELD: Final = "As many imports and exports as there may be are under way. Try again later."
 
@@ -82,8 +80,8 @@ class Job:
     a Problem, or what else went wrong. `largest` is how many bytes the body may have (0: any
     number). If it is `streamed`, the application begins when the head is complete, and reads the
     body while it arrives. If it `holds`, nothing of its answer goes out before all of the body is
-    there, or before HELD_BYTES of answer have gathered: once nginx has begun to pass an answer on,
-    it sends no more of a body than fits into the sockets. `patience` is how many seconds it may
+    there, or before UNTAKEN_BYTES of answer have gathered: once nginx has begun to pass an answer
+    on, it sends no more of a body than fits into the sockets. `patience` is how many seconds it may
     wait for a thread. It is not begun when that time is over, or when its client has gone.
     """
 
@@ -252,7 +250,7 @@ class Job:
 
     def give_piece(self, piece: bytes) -> None:
         client = self.client
-        if not self.wants_body or client.closing or client.held >= HELD_BYTES:
+        if not self.wants_body or client.closing or client.held >= UNTAKEN_BYTES:
             self._holds = False
         client.write(piece, hold=self._holds)
         # Many clients read only after they have sent all of their body. If the application waited

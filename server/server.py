@@ -340,14 +340,15 @@ class Server:
             client.responder = exchange
             exchange.start()
             return
+        streamed = lane in self.options.streamed
         job = Job(
             client,
             head,
             self._lanes[lane],
             self._answer,
             largest=largest,
-            streamed=lane in self.options.streamed,
-            holds=self.served.rules.trusts(client.peer[0]),
+            streamed=streamed,
+            holds=streamed and self.served.rules.trusts(client.peer[0]),
             arrived=client.arrived,
             patience=self.options.waits.get(lane, NEVER),
         )

@@ -169,7 +169,7 @@ class Connection(Stream):
         ):
             self.upstream.keep(self)
         else:
-            self.upstream.discard(self, reset=stray and self.upstream.hurries())
+            self.upstream.discard(self, reset=stray and self.upstream.closes_many())
 
 
 class Upstream:
@@ -210,8 +210,8 @@ class Upstream:
         self._early = 0.0  # and for how many seconds that one had been idle
         # Connections on which nothing has come yet, with the moment at which they were made.
         self._unheard: dict[Connection, float] = {}
-        self._closed = 0  # how many were closed in the second that began at the moment after it
-        self._closed_since = 0.0
+        self._closed = 0  # how many `closes_many` has counted in the present second
+        self._closed_since = 0.0  # when that second began
         self._to_close = 0  # how many that become idle are to be closed: see `look`
         self._last_outcome = 0  # when a request was answered, or failed, as it was at the last look
 
@@ -393,9 +393,9 @@ class Upstream:
         self._connections.discard(connection)
         self._unheard.pop(connection, None)
 
-    def hurries(self) -> bool:
-        """Whether one more connection is to be reset because so many have been closed: see
-        CLOSED_IN_ORDER."""
+    def closes_many(self) -> bool:
+        """Count one more that is closed after an answer to HEAD. Returns whether these are so many
+        in this second that it is to be reset: see CLOSED_IN_ORDER."""
         if self.loop.now - self._closed_since >= 1.0:
             self._closed, self._closed_since = 0, self.loop.now
         self._closed += 1

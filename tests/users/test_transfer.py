@@ -713,8 +713,8 @@ def test_behind_a_trusted_proxy_what_was_done_is_told_though_the_file_is_cut(
         client.send(end)
         reply = client.reply("POST")
     assert not reply.complete
-    told = [json.loads(line)["line"] for line in reply.body.splitlines()]
-    assert told and told == [*range(1, len(told) + 1)]
+    numbers = [json.loads(line)["line"] for line in reply.body.splitlines()]
+    assert numbers and numbers == [*range(1, len(numbers) + 1)]
 
 
 @pytest.mark.parametrize("kind", [CSV, NDJSON])
@@ -747,7 +747,7 @@ def test_behind_a_trusted_proxy_what_was_done_is_told_though_the_service_stops(
         assert not reply.complete and reply.body.count(b"\n") > 0
 
 
-def test_behind_a_trusted_proxy_a_cut_answer_in_http_1_0_has_all_that_was_done(
+def test_behind_a_trusted_proxy_a_cut_answer_in_http_1_0_has_much_of_what_was_done(
     behind: Service,
 ) -> None:
     """It ends with a reset, which came before most of it had been taken."""
@@ -759,10 +759,10 @@ def test_behind_a_trusted_proxy_a_cut_answer_in_http_1_0_has_all_that_was_done(
             target=client.send, args=(b"POST /users HTTP/1.0\r\n%b\r\n\r\n" % lines + body,)
         )
         sender.start()
-        told = b""
+        taken = b""
         with contextlib.suppress(ConnectionResetError):
             while piece := client.sock.recv(1 << 20):
-                told += piece
+                taken += piece
         sender.join()
     # A reset also drops what the kernel has not sent yet.
-    assert told.count(b"\n{") > rows // 4
+    assert taken.count(b"\n{") > rows // 4
