@@ -153,6 +153,12 @@ class Loop:
             self._pipe = intake, outlet
         return self._pipe
 
+    def drop_pipe(self) -> None:
+        """Close the pipe, with what is left in it. The next user gets another."""
+        pipe, self._pipe = self._pipe, None
+        for descriptor in pipe or ():
+            os.close(descriptor)
+
     # Time.
 
     def queue_timer(self, when: float, timer: Timer) -> None:

@@ -54,6 +54,8 @@ PROBING: Final = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     if hasattr(socket, name)
 ]
 
+SIOCOUTQNSD: Final = 0x894B  # of Linux; no module of Python has it
+
 WAIT: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -319,23 +321,34 @@ class Stream:
         if not taken:
             return None
         given = 0
-        # If the other side has failed, the next write to it, which is of the rest, finds that out.
-        with contextlib.suppress(OSError):
-            while given < taken:
-                given += os.splice(outlet, target, taken - given, flags=SPLICE)
         rest = b""
-        while len(rest) < taken - given:
-            rest += os.read(outlet, taken - given)
+        try:
+            # If the other side has failed, the next write to it, of the rest, finds that out.
+            with contextlib.suppress(OSError):
+                while given < taken:
+                    given += os.splice(outlet, target, taken - given, flags=SPLICE)
+            while len(rest) < taken - given:
+                rest += os.read(outlet, taken - given)
+        except BaseException:  # There may be no memory. The next client must not get what is left.
+            self.loop.drop_pipe()
+            raise
         self._move_bytes = READ_BYTES if rest else min(self._move_bytes + READ_BYTES, PIPE_BYTES)
         return taken, rest
 
     def untaken(self) -> int:
         """How many bytes the kernel holds that the other side has not acknowledged yet. Only Linux
         tells: elsewhere it is 0."""
+        return self._in_kernel(termios.TIOCOUTQ)
+
+    def unsent(self) -> int:
+        """How many of these it has not even sent yet."""
+        return self._in_kernel(SIOCOUTQNSD)
+
+    def _in_kernel(self, what: int) -> int:
         if sys.platform != "linux":
             return 0
         try:
-            answer = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
+            answer = fcntl.ioctl(self._fd, what, bytes(4))
         except OSError:
             return 0
         return int.from_bytes(answer, sys.byteorder)
@@ -371,6 +384,11 @@ class Stream:
             self.loop.watch(self._fd, self, self._events, 0)
             self._events = 0
         if reset:
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_at_close(self.sock)
         self.loop.close(self.sock)
+
+
+def reset_at_close(sock: Any) -> None:
+    """Have the end of a socket be a reset. Then its port is free at once."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

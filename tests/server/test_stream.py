@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import ssl
 import struct
@@ -109,6 +110,10 @@ def quiet(loop: Loop, stream: Recorded) -> None:
     assert stream.calls == calls, "the selector says so at every turn"
 
 
+def readable(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
+
+
 def reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
@@ -205,6 +210,31 @@ def test_an_end_behind_bytes_that_are_not_read_is_told_of_once_and_is_read_in_it
     stream.resume()
     turn(loop, lambda: stream.told == ["leaving", "ended"])
     assert stream.data == b"hello"
+
+
+def test_what_could_not_be_moved_to_the_end_is_not_left_for_the_next(
+    loop: Loop, connect: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All connections share one pipe. Once there was no memory for what one side did not take, each
+    client got the last bytes of the answer to the one before."""
+    (source, far_source), (slow, _) = connect(), connect()
+    while not slow.queued:
+        slow.send(bytes(65536))
+    far_source.sendall(b"not for others")
+    turn(loop, lambda: readable(source.sock))
+
+    def fail(descriptor: int, size: int) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.stream.os.read", fail)
+        with pytest.raises(MemoryError):
+            source.move_to(slow, 65536)
+    (other, far_other), (target, far_target) = connect(), connect()
+    far_other.sendall(b"for this one")
+    turn(loop, lambda: readable(other.sock))
+    assert other.move_to(target, 65536) == (12, b"")
+    assert far_target.recv(100) == b"for this one"
 
 
 def test_urgent_data_before_an_end_does_not_spin(loop: Loop, connect: Callable[..., Pair]) -> None:
