@@ -25,7 +25,7 @@ from urllib3.util.connection import allowed_gai_family
 from urllib3.util.ssl_ import create_urllib3_context
 
 from problems import Problem, UpstreamTimeout, UpstreamUnreachable
-from server.stream import PROBING
+from server.stream import PROBING, reset_at_close
 
 # An address is tried for this many seconds at least.
 LEAST_SECONDS = 0.05
@@ -45,6 +45,7 @@ class Attempt:
         with self._lock:
             self.given_up = True
             if self._sock is not None:
+                reset_at_close(self._sock)
                 with contextlib.suppress(OSError):
                     self._sock.shutdown(socket.SHUT_RDWR)
 

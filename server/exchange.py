@@ -22,7 +22,7 @@ from problems import (
 from server.connector import Attempt
 from server.logs import LONGEST_TARGET
 from server.loop import NEVER
-from server.stream import HIGH_WATER, SPLICES, WAIT, Stream
+from server.stream import HIGH_WATER, SPLICES, Stream
 from server.tunnel import Talker, Tunnel
 from server.upstream import Connection, Upstream
 from wire.answer import EVENT_ENDS, Answer, end_of_head
@@ -205,10 +205,6 @@ class Exchange:
         self._deadline = NEVER  # when the upstream is late
         self._nudge_at = NEVER  # when the client is to be sent a 100 or a comment
 
-    @property
-    def over(self) -> bool:
-        return self.state is State.ENDED or self.state is State.FAILED
-
     # The request arrives.
 
     def start(self) -> None:
@@ -248,8 +244,6 @@ class Exchange:
             self._refuse(BodyTooLarge(f"The body is larger than {self._largest} bytes."))
         elif self._connection is not None:
             self._send_on(self._connection, piece)
-        elif self._answer is not None:
-            pass  # The upstream takes it no more.
         else:
             self._gathered = self._gathered + piece if self._gathered else piece
             if self.state is State.GATHERING:
@@ -306,9 +300,6 @@ class Exchange:
     def connected(self, connection: Connection) -> None:
         """Here is a connection: send the part of the request that has arrived."""
         self._attempt = None
-        if self.over:
-            connection.release(keep=True)
-            return
         head = self._head
         assert head is not None
         connection.exchange = self
@@ -517,10 +508,10 @@ class Exchange:
             return True
         try:
             moved = self.client.pass_from(connection)
-        except WAIT:
-            return True
         except OSError:
-            return False  # An ordinary read finds out what is wrong.
+            # An ordinary read finds out what is wrong, or takes what stands in the way: where an
+            # urgent byte comes next, nothing can be moved, although there is something to read.
+            return False
         if moved is None:
             return False
         answer.body.left -= moved[0]
@@ -666,9 +657,7 @@ class Exchange:
         connection, self._connection = self._connection, None
         self._timer.cancel()
         if connection is not None:
-            answer = self._answer
-            stray = answer is not None and answer.stray and self.body is None
-            connection.release(keep=keep, stray=stray)
+            connection.release(keep=keep)
 
     # The client ends.
 

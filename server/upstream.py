@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import select
 from collections.abc import Callable
-from itertools import islice
 from typing import Any, Final, Protocol
 
 from metrics import IN_FLIGHT, OUTCOME_AT, STREAMS, UNHEARD, Board
@@ -13,7 +12,7 @@ from problems import Problem, UpstreamBusy
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.lanes import Lane
 from server.loop import NEVER, Loop, Timer
-from server.stream import Stream
+from server.stream import Stream, reset_at_close
 
 log = logging.getLogger("gatehouse")
 
@@ -24,10 +23,10 @@ FRESH_SECONDS: Final = 1.0
 # it has closed one so early, it is not trusted to keep any for this many seconds.
 WARY_SECONDS: Final = 60.0
 NEVER_YET: Final = -WARY_SECONDS
-# After an answer to HEAD so many connections a second are closed in order, and more are reset.
-# Whoever closes a connection first keeps its port for a minute (TIME_WAIT), and to one address
-# there are 28,000 ports: a client that asks with HEAD after HEAD could use them all up. Nothing is
-# reset that may still have to arrive: such a request has no body, and its answer is complete.
+# Of the connections that are closed because a client leaves, or asks for what ends one, so many a
+# second are closed in order, and more are reset. Whoever closes a connection first keeps its port
+# for a minute (TIME_WAIT), and to one address there are 28,000 ports: a client that asks and
+# leaves, or asks with HEAD after HEAD, could use them all up.
 CLOSED_IN_ORDER: Final = 32
 # The log says at most once in this many seconds that the limit is reached.
 SAY_SECONDS: Final = 10.0
@@ -159,9 +158,8 @@ class Connection(Stream):
         poller.register(self.sock, select.POLLIN)
         return not poller.poll(0)
 
-    def release(self, *, keep: bool, stray: bool = False) -> None:
-        """The exchange needs it no more: keep it for another, or close it. `stray` says that it is
-        closed only because bytes may come that nobody asked for."""
+    def release(self, *, keep: bool) -> None:
+        """The exchange needs it no more: keep it for another, or close it."""
         self.exchange = None
         self.straight = False
         if keep and not (
@@ -169,7 +167,7 @@ class Connection(Stream):
         ):
             self.upstream.keep(self)
         else:
-            self.upstream.discard(self, reset=stray and self.upstream.closes_many())
+            self.upstream.cast_off(self)
 
 
 class Upstream:
@@ -210,8 +208,8 @@ class Upstream:
         self._early = 0.0  # and for how many seconds that one had been idle
         # Connections on which nothing has come yet, with the moment at which they were made.
         self._unheard: dict[Connection, float] = {}
-        self._closed = 0  # how many `closes_many` has counted in the present second
-        self._closed_since = 0.0  # when that second began
+        self._cast_off = 0  # how many were cast off in the present second
+        self._cast_off_since = 0.0  # when that second began
         self._to_close = 0  # how many that become idle are to be closed: see `look`
         self._last_outcome = 0  # when a request was answered, or failed, as it was at the last look
 
@@ -296,7 +294,8 @@ class Upstream:
             self._closed_early, self._early = self.loop.now, idle
 
     def closed(self, connection: Connection) -> None:
-        """The upstream closed one that was kept."""
+        """One that was kept is of no use any more: the upstream has closed it, or has sent bytes
+        that nobody asked for."""
         if connection in self._idle:
             self.learn(self.loop.now - connection.idle_since)
         self.discard(connection)
@@ -323,9 +322,13 @@ class Upstream:
         except Problem as problem:
             self.loop.call(exchange.unconnected, problem, was_refused(problem))
             return
-        self.loop.call(self._connected, sock, exchange)
+        self.loop.call(self._connected, sock, exchange, attempt)
 
-    def _connected(self, sock: Any, exchange: Waiting) -> None:
+    def _connected(self, sock: Any, exchange: Waiting, attempt: Attempt) -> None:
+        if attempt.given_up:  # Its client has left since. There may be as many as `limit` already.
+            reset_at_close(sock)
+            sock.close()
+            return
         connection = Connection(self.loop, sock, self)
         self._connections.add(connection)
         self._unheard[connection] = self.loop.now
@@ -334,10 +337,10 @@ class Upstream:
         # the upstream has.
         oldest = next(iter(self._idle), None)
         if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
-            self.discard(oldest)
+            self.cast_off(oldest)
         elif len(self._idle) > 1 and self.is_wary():
             # The oldest stays: it shows whether the upstream keeps it.
-            self.discard(next(reversed(self._idle)))
+            self.cast_off(next(reversed(self._idle)))
         self.loop.attempt(exchange.connected, connection)
 
     def heard(self, connection: Connection) -> None:
@@ -393,18 +396,21 @@ class Upstream:
         self._connections.discard(connection)
         self._unheard.pop(connection, None)
 
-    def closes_many(self) -> bool:
-        """Count one more that is closed after an answer to HEAD. Returns whether these are so many
-        in this second that it is to be reset: see CLOSED_IN_ORDER."""
-        if self.loop.now - self._closed_since >= 1.0:
-            self._closed, self._closed_since = 0, self.loop.now
-        self._closed += 1
-        return self._closed > CLOSED_IN_ORDER
+    def cast_off(self, connection: Connection) -> None:
+        """Discard a connection for a reason that clients can bring about as often as they like: see
+        CLOSED_IN_ORDER. One with bytes that the kernel has yet to send is closed in order. So is
+        one that the upstream has ended, for then it is the upstream's port that is kept."""
+        if self.loop.now - self._cast_off_since >= 1.0:
+            self._cast_off, self._cast_off_since = 0, self.loop.now
+        first = not (connection.closed or connection.ended_reading)
+        self._cast_off += first
+        many = first and self._cast_off > CLOSED_IN_ORDER
+        self.discard(connection, reset=many and not connection.queued and not connection.unsent())
 
     def forget(self, client: object) -> None:
         """A client has left: close the connection that was kept for it alone."""
         if self._own and (own := self._own.get(client)) is not None:
-            self.discard(own)
+            self.cast_off(own)
 
     def drop_one(self, *, own: bool = False) -> bool:
         """Close the one that has been idle longest, of those that are for any client, or of those
@@ -416,18 +422,13 @@ class Upstream:
 
     def _expire(self) -> None:
         """Close the connections that have been idle for too long."""
-        while self._idle:
-            oldest = next(iter(self._idle))
-            if self.loop.now - oldest.idle_since < self._keepalive:
-                break
-            self.discard(oldest)
-        for own in list(self._own.values()):
-            if self.loop.now - own.idle_since >= self._keepalive:
-                self.discard(own)
-        kept = [*islice(self._idle, 1), *self._own.values()]
-        if kept:
-            since = min(connection.idle_since for connection in kept)
-            self._expiry.set(since + self._keepalive)
+        for kept in (self._idle, self._own.values()):  # Both are in the order of time.
+            while (oldest := next(iter(kept), None)) is not None:
+                until = oldest.idle_since + self._keepalive
+                if self.loop.now < until:
+                    self._expiry.set(min(self._expiry.when, until))
+                    break
+                self.discard(oldest)
 
     def close(self) -> None:
         """Close the connections that are kept."""

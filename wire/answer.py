@@ -46,9 +46,8 @@ class Answer:
     `length` is how long the body is, in bytes, None if no length frames it. `body` takes the body
     apart; it is None if there is no body. `options` are the members of Connection, `switches` those
     of Upgrade, in lower case. `reusable` says whether the connection may carry another request
-    after this answer, `stray` that a body is announced which may not come, `events` whether the
-    body is an event stream, `coded` whether it has a Content-Encoding, `dated` whether there is a
-    Date.
+    after this answer, `events` whether the body is an event stream, `coded` whether it has a
+    Content-Encoding, `dated` whether there is a Date.
     """
 
     __slots__ = (
@@ -62,7 +61,6 @@ class Answer:
         "reason",
         "reusable",
         "status",
-        "stray",
         "switches",
     )
 
@@ -128,9 +126,9 @@ class Answer:
         persistent = "close" not in options and (version == "1.1" or "keep-alive" in options)
         # An answer that may not have a body but announces one may be followed by it all the same.
         # On a connection that is used again that would be taken for the next answer.
-        self.stray = bodiless and bool(codings or self.length)
+        stray = bodiless and bool(codings or self.length)
         ends = not isinstance(self.body, UntilClose)
-        self.reusable = ends and persistent and not self.stray and not ambiguous
+        self.reusable = ends and persistent and not stray and not ambiguous
 
     def _say_length(self, length: str | None) -> None:
         """Leave one Content-Length line, with this value; none if it is None."""

@@ -692,6 +692,24 @@ def test_an_answer_that_comes_before_the_body_was_read_is_passed_on(
     assert (reply.status, reply.body, reply.complete) == (413, b"full", True)
 
 
+def test_an_urgent_byte_in_a_large_body_stops_nothing(
+    service: Service, upstream: ScriptedUpstream
+) -> None:
+    """The kernel moves nothing past it: the loop tried that as fast as it could, and the answer
+    never came to its end."""
+    body = os.urandom(4_000_000)
+
+    def answer(sock: socket.socket, seen: Seen) -> None:
+        sock.sendall(message(b"HTTP/1.1 200 OK", b"Content-Length: %d" % len(body)))
+        sock.sendall(body[:2_000_000])
+        sock.send(b"!", socket.MSG_OOB)  # It is no part of the body.
+        sock.sendall(body[2_000_000:])
+
+    upstream.script(answer)
+    reply = service.call("GET", "/")
+    assert reply.complete and reply.body == body
+
+
 def test_an_upstream_that_answers_as_it_reads_gets_all_of_the_body(
     service: Service, upstream: ScriptedUpstream
 ) -> None:

@@ -171,7 +171,7 @@ class Connection:
     def resume(self) -> None:
         self.paused = False
 
-    def release(self, *, keep: bool, stray: bool = False) -> None:
+    def release(self, *, keep: bool) -> None:
         self.exchange = None
         self.released.append(keep)
 

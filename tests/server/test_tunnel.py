@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from server.exchange import State as Exchanged
 from server.stream import HIGH_WATER
 from server.tunnel import State
 from tests.harness import message
@@ -72,7 +73,7 @@ def test_every_event_in_every_state(state: Callable[[], World], event: str) -> N
     # Whatever happened: at the end nothing is held, nothing is counted, and nothing happens again.
     if tunnel.state is not State.ENDED:
         world.client.settle()
-    assert tunnel.state is State.ENDED and world.exchange.over
+    assert tunnel.state is State.ENDED and world.exchange.state is Exchanged.ENDED
     assert (world.upstream.in_flight, world.upstream.streams) == (0, 0)
     assert world.connection is None
     assert [connection.released for connection in world.connections] == [[False]]

@@ -429,6 +429,41 @@ def test_no_thread_connects_for_an_exchange_that_has_given_up(place: Place) -> N
     assert exchange.told == [] and place.upstream.open == 0
 
 
+def test_a_connection_that_was_made_for_one_that_has_given_up_since_is_closed(place: Place) -> None:
+    """It was kept, beyond the limit, and as one on which a request waits: once a second a good one
+    was closed for it."""
+    kept, far_kept = place.keep()
+    place.upstream.heard(kept)
+    anything: Any = Exchange()
+    attempt = place.upstream.connect(anything)
+    place.lane.jobs.pop()()
+    far, _ = place.listener.accept()
+    far.settimeout(5)
+    attempt.give_up()
+    place.turn()
+    assert anything.told == [] and place.upstream.open == 1
+    assert was_reset(far), "its port is to be free at once"
+    place.pass_time(1.5)
+    place.upstream.look()
+    assert place.take() is kept
+    far_kept.close()
+
+
+def test_connections_are_closed_when_they_have_been_idle_for_too_long(place: Place) -> None:
+    """Of both kinds, each when its own time is over."""
+    _, own, far_own = place.connect()
+    own.client = object()
+    own.release(keep=True)
+    kept, far_kept = place.keep()
+    kept.idle_since += 10
+    place.pass_time(KEEPALIVE + 1)
+    assert own.closed and not kept.closed
+    place.pass_time(10)
+    assert kept.closed and place.upstream.open == 0
+    far_own.close()
+    far_kept.close()
+
+
 def test_a_failure_of_whom_a_connection_is_for_ends_that(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -500,20 +535,56 @@ def test_each_address_of_a_name_has_its_share_of_the_time(
                 UpstreamConnector(f"http://127.0.0.2:{port}").connect(0.3, Attempt())
 
 
-def test_of_many_that_are_closed_in_a_second_most_are_reset(place: Place) -> None:
-    """Each one that is closed in order keeps its port for a minute. HEAD after HEAD, each of which
-    ends its connection, used up all ports to an application on another machine."""
+def let_go(place: Place, connection: Connection) -> None:
+    connection.release(keep=False)
 
+
+def leave(place: Place, connection: Connection) -> None:
+    connection.client = object()
+    connection.release(keep=True)
+    place.upstream.forget(connection.client)
+
+
+@pytest.mark.parametrize("part", [let_go, leave])
+def test_of_many_that_are_closed_in_a_second_most_are_reset(
+    place: Place, part: Callable[[Place, Connection], None]
+) -> None:
+    """Each one that is closed in order keeps its port for a minute. Clients that asked with HEAD, or
+    logged in with NTLM, or left before they were answered, used up all ports to an application on
+    another machine."""
     for second in (1000, 2000):
         made = [place.connect() for _ in range(CLOSED_IN_ORDER + 8)]
         place.loop.now += second
         for _, connection, _ in made:
-            connection.release(keep=False, stray=True)
+            part(place, connection)
         place.loop.turn_over()
         ends = [was_reset(far) for _, _, far in made]
         assert ends == [False] * CLOSED_IN_ORDER + [True] * 8
         for _, _, far in made:
             far.close()
+
+
+def test_nothing_is_reset_that_has_yet_to_be_sent_or_has_ended(place: Place) -> None:
+    for _ in range(CLOSED_IN_ORDER):
+        place.upstream.cast_off(place.connect()[1])
+    _, unsent, far = place.connect()
+    size = 0
+    while not unsent.queued:
+        unsent.send(bytes(65536))
+        size += 65536
+    unsent.stop_sending()  # What the kernel holds goes on its way all the same.
+    unsent.release(keep=False)
+    place.loop.turn_over()
+    received = 0
+    while piece := far.recv(1 << 20):
+        received += len(piece)
+    assert 0 < received < size
+    _, ended, far = place.connect()
+    far.shutdown(socket.SHUT_WR)
+    place.turn(lambda: ended.ended_reading)
+    ended.release(keep=False)
+    place.loop.turn_over()
+    assert not was_reset(far)
 
 
 def test_the_kernel_asks_whether_the_upstream_is_still_there(place: Place) -> None:
