@@ -609,6 +609,8 @@ class Client(Stream):
         if self.phase is Phase.FLUSHING:
             self._go_on()
         elif self.responder is not None:
+            if self._complete:  # From now on it has time for the rest of its body.
+                self._began = self.loop.now
             self.responder.client_drained()
 
     # Time.
@@ -624,9 +626,18 @@ class Client(Stream):
             if self._began:
                 until = self._began + HEAD_SECONDS + self._received / MIN_BYTES_PER_SECOND
             when = min(when, until)
-        elif self.responder is not None and self.responder.hurries_client and not self._waits:
+        elif self._hurried:
             when = min(when, self._began + self._desk.client_timeout)
         return when
+
+    @property
+    def _hurried(self) -> bool:
+        """Whether the client has only a limited time to send more of its body. While it still takes
+        a complete answer it has not: `_reads` sees to that."""
+        responder = self.responder
+        if responder is None or not responder.hurries_client or self._waits:
+            return False
+        return not (self._complete and self.queued)
 
     @property
     def _waits(self) -> bool:

@@ -27,6 +27,7 @@ class Inbox(io.RawIOBase):
         self._full = False
         self._over = False
         self._cut = False
+        self.is_read = False  # whether the application wants the body at all
 
     def put(self, piece: bytes) -> bool:
         """Add what has arrived; False if no more should be given for now."""
@@ -48,6 +49,7 @@ class Inbox(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Wait for what arrives. Raises Left if the client has gone before the body's end."""
+        self.is_read = True
         with self._moved:
             self._moved.wait_for(lambda: self._waiting or self._over)
             if self._cut and not self._waiting:

@@ -207,10 +207,10 @@ class Job:
         except Left:
             pass
         except Problem as problem:  # In the middle of an answer, which can only be cut.
-            self.client.loop.call(self._told, self._failed, (problem,))
-        except Exception:
+            self.client.loop.call(self._told, self._refuse, (problem,))
+        except BaseException:  # SystemExit too: nobody else would answer.
             log.exception("%s request_id=%s", asked(self.head), self.head.id)
-            self.client.loop.call(self._told, self._failed, (Problem(),))
+            self.client.loop.call(self._told, self._refuse, (Problem(),))
 
     def tell(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have the loop call a function for the client. Raises Left if the client has gone."""
@@ -225,10 +225,6 @@ class Job:
     def abandon(self) -> None:
         """A method of it failed, which never should happen: end it. The loop calls this."""
         self.client.hang_up(reset=True)
-
-    def _failed(self, problem: Problem) -> None:
-        self.over = True
-        self.client.refuse(problem)
 
     def give_whole(self, status: str, headers: list[Header], body: bytes) -> None:
         """The whole answer, on the loop's thread."""
@@ -250,12 +246,13 @@ class Job:
 
     def give_piece(self, piece: bytes) -> None:
         client = self.client
-        if not self.wants_body or client.closing or client.held >= UNTAKEN_BYTES:
+        reads = self._inbox is not None and self._inbox.is_read and self.wants_body
+        if not reads or client.closing or client.held >= UNTAKEN_BYTES:
             self._holds = False
         client.write(piece, hold=self._holds)
         # Many clients read only after they have sent all of their body. If the application waited
         # until such a client reads, it would not take the rest of the body: neither would go on.
-        if client.queued < (UNTAKEN_BYTES if self.wants_body else HIGH_WATER):
+        if client.queued < (UNTAKEN_BYTES if reads else HIGH_WATER):
             self._let_go_on()
 
     def give_end(self) -> None:

@@ -9,8 +9,9 @@ import socket
 import struct
 import sys
 
-# How many clients may wait to be accepted.
+# How many clients may wait to be accepted. The kernel lets one more in.
 BACKLOG = 1024
+MOST_WAITING = BACKLOG + 1
 SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
 # Descriptors that are neither client connections nor connections to the upstream: those of the
 # database, the logs, and of what libraries open for a moment.

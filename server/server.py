@@ -21,7 +21,7 @@ from server.connector import UpstreamConnector
 from server.exchange import Exchange, Patience, Rules
 from server.jobs import Job
 from server.lanes import Lane
-from server.listener import connection_room, let_nobody_in, most_streams
+from server.listener import MOST_WAITING, connection_room, let_nobody_in, most_streams
 from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
@@ -209,7 +209,7 @@ class Server:
         self.loop.turn_over()
         if self._lines:
             self._write_log()
-        self._see_to_logs(min(LAST_LINES_SECONDS, max(0.0, self._deadline - time.monotonic())))
+        self._see_to_logs(min(self._deadline, time.monotonic() + LAST_LINES_SECONDS))
         self.loop.shut()
 
     def stop(self) -> None:
@@ -253,7 +253,11 @@ class Server:
     def _accept(self) -> None:
         if self.closing:
             return
-        self._watch_listener(True)
+        try:
+            self._watch_listener(True)
+        except OSError:  # The kernel has no memory for that at the moment.
+            self._again.set(self.loop.now + CROWDED_SECONDS)
+            return
         # With other processes at the socket, accept one client at a time: they may want the next.
         # Alone, accept those that wait.
         for _ in range(16 if self.alone else 1):
@@ -407,9 +411,9 @@ class Server:
                 at, size = number, len(line)
         self._log.write("".join(lines[at:]))
 
-    def _see_to_logs(self, seconds: float = 0.0) -> None:
+    def _see_to_logs(self, until: float = 0.0) -> None:
         for name, output in self._outputs.items():
-            output.finish(seconds)
+            output.finish(until)
             self._count_dropped(name, output.dropped())
         for name, number in self._untold.items():
             if not number:
@@ -441,11 +445,13 @@ class Server:
         self.keepalive = min(self.keepalive, IDLE_GOODBYE_SECONDS)
         if self.alone:
             let_nobody_in(self._listener)
-        # The kernel has accepted the clients in the queue: closing the socket now would reset them.
+        # The kernel has accepted the clients in the queue: closing the socket now would reset them,
+        # unless another process has it too. Then more may come without end.
         waiting = select.poll()
         waiting.register(self._listener, select.POLLIN)
-        while waiting.poll(0) and self._let_in():
-            pass
+        for _ in range(MOST_WAITING):
+            if not (waiting.poll(0) and self._let_in()):
+                break
         self._watch_listener(False)
         self._listener.close()
         for client in list(self._clients):

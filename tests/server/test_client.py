@@ -349,6 +349,27 @@ def test_a_body_has_its_clock_anew_after_a_conversation(
     assert desk.responders[0].told == ["settled"]
 
 
+def test_a_client_that_still_takes_its_answer_is_not_hurried_for_its_body(
+    desk: Desk, let_in: Callable[[], Pair]
+) -> None:
+    """Its answer was cut, and the log said that all of it was sent."""
+    client, far = let_in()
+    client.received(request(b"POST / HTTP/1.1", b"Content-Length: 100", body=b"x"))
+    client.begin("200 OK", b"", length=None, dated=True)
+    for _ in range(20):
+        client.write(bytes(1 << 20))
+    client.finish(more=True)
+    for _ in range(20):
+        desk.pass_time(CLIENT_SECONDS / 4)
+        assert far.recv(1 << 17)
+    assert client.queued and desk.gone == []
+    empty(desk, client, far)
+    desk.pass_time(CLIENT_SECONDS - 1)
+    assert desk.gone == []
+    desk.pass_time(100 * CLIENT_SECONDS)
+    assert desk.gone == [client]
+
+
 def test_a_client_that_ends_while_it_is_answered_is_closed_after_that(
     desk: Desk, let_in: Callable[[], Pair]
 ) -> None:

@@ -1,7 +1,9 @@
-"""Jobs: the body that is gathered for one, and the inbox that it is read from while it arrives."""
+"""Jobs: the body that is gathered for one, the inbox that it is read from while it arrives, and how
+much of an answer may wait."""
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from typing import Any
 
@@ -54,3 +56,32 @@ def test_a_body_that_is_cut_is_read_to_where_it_was_cut() -> None:
     assert inbox.read(10) == b"some"
     with pytest.raises(ConnectionError):
         inbox.read(10)
+
+
+class Crammed:
+    """A client with a megabyte of its answer before it."""
+
+    queued = 1 << 20
+    held = 0
+    closing = False
+
+    def __init__(self) -> None:
+        self.loop = self
+
+    def write(self, piece: bytes, *, hold: bool = False) -> None:
+        pass
+
+
+def test_much_of_an_answer_waits_only_where_the_body_is_read_meanwhile() -> None:
+    """Each export with a body that never ended had 32 MB of its answer wait."""
+    client: Any = Crammed()
+    nobody: Any = None
+    head = Head(request(b"POST /users HTTP/1.1", b"Content-Length: 5").removesuffix(b"\r\n\r\n"))
+    job = Job(client, head, nobody, nobody, largest=0, streamed=True, holds=False, arrived=0.0)
+    job._taken = threading.Event()
+    job.from_client(b"ab")
+    job.give_piece(b"1")
+    assert not job._taken.is_set()
+    assert job.input.read1(1) == b"a"
+    job.give_piece(b"2")
+    assert job._taken.is_set()

@@ -127,13 +127,15 @@ def test_threads_that_cannot_be_started_are_told_of_once_and_tried_again(
     wait_for(lambda: lane.relieve() or sorted(done) == [0, 1, 2, 3])
 
 
-def test_a_job_that_fails_does_not_take_its_thread_along() -> None:
-    lane, done = Lane(Loop(), "failing", 1), []
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_job_that_fails_does_not_take_its_thread_along(error: type[BaseException]) -> None:
+    name = f"failing {error.__name__}"
+    lane, done = Lane(Loop(), name, 1), []
 
     def fail() -> None:
-        raise ValueError("as it never should")
+        raise error("as it never should")
 
     lane.add(fail)
     lane.add(lambda: done.append(1))
     wait_for(lambda: done)
-    assert threads("failing") == 1
+    assert threads(name) == 1

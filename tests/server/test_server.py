@@ -15,25 +15,28 @@ import pytest
 
 from metrics import CLIENTS, Board
 from server.exchange import Exchange, Patience
+from server.listener import MOST_WAITING
 from server.server import MOST_AHEAD, Options, Server
 from tests.harness import RawClient, ScriptedUpstream, Seen, chunked, message, ok, request, wait_for
 from wire.request import Head
 
 
 class Rules:
-    """An application whose every request is proxied; `broken` names the rule that fails, for
-    targets that begin with /bad."""
+    """An application whose requests are proxied, or fail with what it `raises` on another `lane`.
+    `broken` names the rule that fails, for targets that begin with /bad."""
 
     def __init__(self) -> None:
         self.board = Board(1)
         self.broken = ""
+        self.lane = "proxy"
+        self.raises: type[BaseException] = AssertionError
 
     @property
     def rules(self) -> Rules:
         return self
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        raise AssertionError("all is proxied")
+        raise self.raises("as it never should")
 
     def _check(self, rule: str, head: Head) -> None:
         if rule == self.broken and head.target.startswith("/bad"):
@@ -41,7 +44,7 @@ class Rules:
 
     def admit(self, head: Head) -> tuple[str, int]:
         self._check("admit", head)
-        return "proxy", 0
+        return self.lane, 0
 
     def owner(self, head: Head) -> str:
         return "proxy"
@@ -290,6 +293,59 @@ def test_for_a_client_without_a_descriptor_one_connection_is_closed_and_no_more(
         assert last.reply().body == b"ok"
         # The connection to the upstream was closed first, which helps nobody in this test.
         assert listener.attempts == 2 and len(running.server._clients) == 10
+
+
+def test_a_worker_accepts_again_after_the_kernel_had_no_memory_for_watching(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never accepted anybody again."""
+    server = running.server
+    watch, failed = server.loop.watch, threading.Event()
+
+    def without_memory(descriptor: int, watched: Any, before: int, events: int) -> None:
+        if watched is server and events and not failed.is_set():
+            failed.set()
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        watch(descriptor, watched, before, events)
+
+    for number in range(2):
+        with RawClient(running.port, 5) as client:
+            client.send(request())
+            assert client.reply().body == b"ok"
+        if not number:
+            monkeypatch.setattr(server.loop, "watch", without_memory)
+            server.loop.call(server._look_again, 0.0)
+            assert failed.wait(5)
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_call_that_fails_is_answered_whatever_it_raises(
+    running: Running, error: type[BaseException]
+) -> None:
+    """One that called sys.exit was never answered, and its thread was lost."""
+    running.rules.lane, running.rules.raises = "bulk", error
+    for _ in range(3):
+        with RawClient(running.port, 5) as client:
+            client.send(request())
+            assert client.reply().status == 500
+
+
+def test_a_worker_that_stops_accepts_only_so_many_of_a_queue_that_does_not_end(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another process has the socket too, more may come without end."""
+    let_in = 0
+
+    def one_more() -> bool:
+        nonlocal let_in
+        let_in += 1
+        return True
+
+    monkeypatch.setattr(running.server, "_let_in", one_more)
+    with RawClient(running.port):
+        running.server.stop()
+        running.thread.join(10)
+    assert not running.thread.is_alive() and MOST_WAITING <= let_in <= MOST_WAITING + 16
 
 
 def test_a_worker_gives_way_only_if_another_has_far_fewer_clients(running: Running) -> None:
