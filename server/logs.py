@@ -58,21 +58,25 @@ class Output:
         # The usual case: nothing waits, and the reader takes all of it.
         if short and not self._pending and self._writing.acquire(blocking=False):
             try:
-                data = self._give(data)
+                if rest := self._give(data):
+                    self._keep(rest, first=True)  # Before any other line can be written.
             finally:
                 self._writing.release()
-        if data:
+        else:
             self._keep(data)
         if self._pending:
             self.flush()
 
-    def _keep(self, data: bytes) -> None:
+    def _keep(self, data: bytes, *, first: bool = False) -> None:
         with self._lock:
             if self._size + len(data) > PENDING_BYTES:
                 self._dropped += data.count(b"\n")
                 self.why = "the reader is too slow"
                 return
-            self._pending.append(data)
+            if first:
+                self._pending.appendleft(data)
+            else:
+                self._pending.append(data)
             self._size += len(data)
 
     def flush(self) -> None:
@@ -87,9 +91,8 @@ class Output:
             finally:
                 self._writing.release()
 
-    def finish(self, seconds: float) -> None:
-        """Give the reader what is left, and wait for it at most this many seconds."""
-        until = time.monotonic() + seconds
+    def finish(self, until: float) -> None:
+        """Give the reader what is left, and wait for it until then (on the monotonic clock)."""
         while self._pending:
             self.flush()
             left = until - time.monotonic()

@@ -173,6 +173,24 @@ def test_after_a_full_disk_the_log_tells_of_all_that_was_lost(
     assert 30 <= int(dropped) == dropped_lines(port)
 
 
+def test_a_line_that_is_taken_in_pieces_is_whole_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's line got between."""
+    with (tmp_path / "log").open("wb") as file:
+        output = Output(file.fileno())
+        write = os.write
+
+        def three_bytes(descriptor: int, data: bytes) -> int:
+            monkeypatch.undo()
+            output.write("another\n")  # as another thread does, which cannot write now
+            return write(descriptor, data[:3])
+
+        monkeypatch.setattr("server.logs.os.write", three_bytes)
+        output.write("one line\n")
+    assert (tmp_path / "log").read_text() == "one line\nanother\n"
+
+
 def test_a_line_that_a_full_disk_cuts_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with path.open("wb") as file:
