@@ -426,7 +426,7 @@ class Generations:
             SHUTDOWN_TIMEOUT=10,
         )
         self.count += 1
-        while self._told.next() != "READY=1":
+        while self._told.next(60) != "READY=1":
             pass
         if last is not None:
             last.send_signal(signal.SIGHUP)

@@ -260,12 +260,12 @@ class Statements(Pool):
                 prepares = False
 
     def read(
-        self, statement: Statement, params: Mapping[str, Any], within: float | None = None
+        self, statement: Statement, params: Mapping[str, Any], within: float = math.inf
     ) -> list[Row]:
         """Run a statement that changes nothing. If its connection is lost, run it again on another.
         All of it takes at most `within` seconds. Raises DatabaseUnavailable and other Problems."""
-        until = math.inf if within is None else time.monotonic() + within
-        attempts, retries = 0, Retries(self.statement_timeout)
+        until = time.monotonic() + within
+        attempts, retries = 0, Retries(min(self.statement_timeout, within))
         while attempts < ATTEMPTS:
             try:
                 return self.run(statement, params, until)

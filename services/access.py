@@ -14,7 +14,7 @@ from services.proxy import address_of
 BROWSER_HEADERS = frozenset({"accept-language", "origin", "sec-fetch-mode", "sec-fetch-site"})
 # Headers by which a proxy says for whom it forwards a request.
 FORWARDING = frozenset({"x-forwarded-for", "x-real-ip", "forwarded"})
-FOR = re.compile(r'(?:\A|[;,\s])for\s*=\s*"?([^;,"]*)', re.IGNORECASE)  # RFC 7239 section 4
+FOR = re.compile(r'(?:\A|[;\s])for\s*=\s*"?([^;"]*)', re.IGNORECASE)  # RFC 7239 section 4
 # A header of FORWARDING that has more characters counts as another machine's. To read 64 KB of
 # addresses takes ninety milliseconds.
 LONGEST = 1000
@@ -91,9 +91,11 @@ def is_of_this_machine(headers: Mapping[str, Sequence[str]], peer: str) -> bool:
         if len(value) > LONGEST:
             return False
         if name == "forwarded":
-            addresses += FOR.findall(value) or ["unknown"]
+            # Each proxy adds a member, some of them without saying for whom they forward.
+            for member in filter(None, map(str.strip, value.split(","))):
+                addresses += FOR.findall(member) or ["unknown"]
         else:
-            addresses += filter(None, (member.strip() for member in value.split(",")))
+            addresses += filter(None, map(str.strip, value.split(",")))
     try:
         return all(address_of(address).is_loopback for address in addresses)
     except ValueError:

@@ -87,6 +87,8 @@ class Health:
         began = time.monotonic()
         try:
             rows = statements.read(PROBE, {}, within=statements.connect_timeout + MARGIN_SECONDS)
+            applied = {name for name, _ in rows}
+            allowed = next(allowed for name, allowed in rows if name is None)
         except SchemaNotMigrated:
             applied, allowed = set(), None
         except Problem:
@@ -94,9 +96,6 @@ class Health:
         except Exception:
             log.exception("the database could not be asked how it is")
             return {"status": "down", "latency_ms": None}
-        else:
-            applied = {name for name, _ in rows}
-            allowed = next(allowed for name, allowed in rows if name is None)
         latency = round((time.monotonic() - began) * 1000, 3)
         pending = [name for name in self.migrations if name not in applied]
         if allowed is False:

@@ -61,16 +61,18 @@ UPGRADE: Final = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
 
 # The Allow header for a target that the upstream has. Gatehouse does not know its methods.
 ALLOW: Final = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"
+# The port after an address, or a name that stands for one (RFC 7239 section 6).
+PORT: Final = re.compile(r":(?:[0-9]*|_[A-Za-z0-9._-]+)\Z")
 
 
 def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """The address in a member of X-Forwarded-For, which may have a port, brackets or a zone. An
     IPv4 address that is mapped into IPv6 is returned as IPv4. Raises ValueError."""
     text = text.strip().strip('"')
-    if text.startswith("["):
-        text = text[1:].partition("]")[0]
-    elif text.count(":") == 1:
-        text = text.partition(":")[0]
+    if text.startswith("[") or text.count(":") == 1:
+        text = PORT.sub("", text)
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
     # The zone of an IPv6 address is dropped: it may be any text, and means nothing here.
     address = ipaddress.ip_address(text.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
@@ -150,9 +152,10 @@ class Proxy:
         if trusted:
             hops = filter(None, listed(values.get("x-forwarded-for", [])))
             forwarded_for = ", ".join([*hops, peer])
-            forwarded_host = values.get("x-forwarded-host", [host])[0]
+            forwarded_host = values.get("x-forwarded-host", [host])[0] or host
             # Some proxies say ws or wss of a WebSocket.
-            if listed(values.get("x-forwarded-proto", [""]))[0].lower() in ("https", "wss"):
+            protos = filter(None, listed(values.get("x-forwarded-proto", [])))
+            if next(protos, "").lower() in ("https", "wss"):
                 proto = "https"
         via = f"{head.version} {self.name}"
         if "via" in values:
@@ -211,6 +214,8 @@ class Proxy:
         if self.trusted and self.trusts(peer):
             hops = ",".join(head.values.get("x-forwarded-for", ())).rsplit(",", MOST_HOPS)
             for hop in reversed(hops[-MOST_HOPS:]):
+                if not hop.strip():
+                    continue  # An empty member counts for nothing (RFC 9110 section 5.6.1).
                 try:
                     found = str(address_of(hop))
                 except ValueError:

@@ -134,6 +134,24 @@ def test_a_dead_database_is_told_in_time(start: Start, dead_uri: str) -> None:
         assert service.call("GET", "/health/live").json()["status"] == "ok"
 
 
+def test_a_database_that_answers_with_conflicts_is_told_in_time(
+    databases: Databases, start: Start
+) -> None:
+    """As one that recovers does. It was asked again for as long as a statement may take."""
+    uri = databases.create()
+    with databases.admin(uri) as cursor:
+        cursor.execute(
+            "CREATE FUNCTION conflict() RETURNS text LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE EXCEPTION 'quux' USING ERRCODE = '40001'; END $$;"
+            "ALTER TABLE migratehistory RENAME TO elsewhere;"
+            "CREATE VIEW migratehistory AS SELECT conflict() AS name"
+        )
+    service = start(POSTGRES_URI=uri, DB_CONNECT_TIMEOUT=CONNECT_TIMEOUT, DB_STATEMENT_TIMEOUT=30)
+    began = time.monotonic()
+    assert health(service)["database"]["status"] == "down"
+    assert time.monotonic() - began < BOUND
+
+
 def test_the_first_call_after_start_may_be_ready(start: Start, dead_uri: str) -> None:
     service = start(POSTGRES_URI=dead_uri, DB_CONNECT_TIMEOUT=CONNECT_TIMEOUT)
     began = time.monotonic()

@@ -577,6 +577,10 @@ AFAR = [
     ("Forwarded", 'for="[::1]:80", for=10.0.0.1'),
     ("Forwarded", "proto=https"),
     ("Forwarded", "for=127.0.0.1, for = 8.8.8.8"),
+    ("Forwarded", "for=127.0.0.1, proto=https;by=_proxy"),
+    ("Forwarded", 'x="a,for=127.0.0.1"'),
+    ("X-Forwarded-For", "127.0.0.1:6.6.6.6"),
+    ("X-Forwarded-For", "[::1]6.6.6.6"),
     ("X-Forwarded-For", ",".join(["127.0.0.1"] * 1000)),
 ]
 
