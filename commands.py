@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 from dotenv.parser import parse_stream
 
+from cpus import available_cpus
+from env_file import chosen, contents, doubtful, environment
 from postgres import connect, schema
 from problems import Problem
 from server.connector import Attempt, UpstreamConnector
@@ -40,14 +42,9 @@ from settings import (
     Settings,
     SettingsError,
     address_to_ask,
-    available_cpus,
-    doubtful,
-    env_file,
-    environment,
     host_and_port,
     is_loopback,
     leads_here,
-    near_misses,
     postgres_uri,
     upstream,
     value_of,
@@ -165,13 +162,7 @@ def load_settings() -> Settings:
     """The settings from the environment and, where it has none, from `.env` beside this file.
     Raises SettingsError that names every problem."""
     environ = environment(ROOT / ".env", parse_stream, os.environ)
-    problems: list[str] = []
-    settings = None
-    try:
-        settings = Settings.from_env(environ)
-    except SettingsError as error:
-        problems = error.problems
-    problems += near_misses(env_file(ROOT / ".env", parse_stream))
+    settings, problems = chosen(environ, contents(ROOT / ".env", parse_stream))
 
     def of(name: str) -> str:
         wrong = any(problem.startswith(f"{name} ") for problem in problems)
@@ -202,7 +193,7 @@ def load_settings() -> Settings:
 def doubts() -> list[str]:
     """A warning for each name in the environment or in `.env` that is probably misspelt, and one if
     there are too few descriptors."""
-    warnings = doubtful(os.environ | env_file(ROOT / ".env", parse_stream))
+    warnings = doubtful(os.environ | contents(ROOT / ".env", parse_stream))
     descriptors = raise_descriptor_limit()
     if descriptors < FEWEST_DESCRIPTORS:
         warnings.append(

@@ -32,15 +32,13 @@ import psycopg2
 from dotenv.parser import parse_stream
 
 import demo
+from env_file import chosen, contents, environment
 from postgres.connect import Connector, Target
 from settings import (
     Settings,
     SettingsError,
     address_to_ask,
-    env_file,
-    environment,
     host_and_port,
-    near_misses,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -96,13 +94,9 @@ def run() -> int:
         placeholders = {"UPSTREAM_URL": "http://127.0.0.1"}
         if "POSTGRES_URI_FILE" not in given:
             placeholders["POSTGRES_URI"] = "postgresql:///"
-        misspelt = near_misses(env_file(ROOT / ".env", parse_stream))
-        try:
-            settings = Settings.from_env(placeholders | given)
-        except SettingsError as error:
-            raise SettingsError(error.problems + misspelt) from None
-        if misspelt:
-            raise SettingsError(misspelt)
+        settings, problems = chosen(placeholders | given, contents(ROOT / ".env", parse_stream))
+        if settings is None or problems:
+            raise SettingsError(problems)
     except SettingsError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return 2

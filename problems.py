@@ -112,7 +112,9 @@ class PreconditionFailed(Problem):
 
 class BodyTooLarge(Problem):
     status, name, title = 413, "body-too-large", "Body too large"
-    detail = "The body is larger than is allowed here."
+
+    def __init__(self, largest: int) -> None:
+        super().__init__(f"The body is larger than {largest} bytes.")
 
 
 class UnsupportedMediaType(Problem):

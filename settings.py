@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
-import math
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
+
+from cpus import available_cpus
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -102,51 +102,6 @@ class Settings:
         return cls(**values)
 
 
-def environment(
-    file: Path, parse: Callable[[IO[str]], Iterable[Any]], environ: Mapping[str, str]
-) -> dict[str, str]:
-    """What is set: in `environ`, or else in `file` (see `env_file`), of which only the settings
-    count. An empty value counts as none.
-
-    Raises SettingsError where the file, or a line of it, cannot be read.
-    """
-    known = {*VARIABLES, *FILE_VARIABLES}
-    there = {name: value for name, value in env_file(file, parse).items() if name in known}
-    return {name: value for name, value in [*there.items(), *environ.items()] if value.strip()}
-
-
-def env_file(file: Path, parse: Callable[[IO[str]], Iterable[Any]]) -> dict[str, str]:
-    """The names and values of `file`, which `parse` takes apart as python-dotenv's `parse_stream`
-    does; nothing where there is no such file.
-
-    Raises SettingsError where the file, or a line of it, cannot be read, or a line has a setting's
-    name and no value: python-dotenv itself would skip the line, and a token in it.
-    """
-    lines: list[Any] = []
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            lines += parse(stream)
-    except FileNotFoundError:
-        pass
-    except UnicodeDecodeError:
-        raise SettingsError([".env is not in UTF-8"]) from None
-    except OSError as error:
-        raise SettingsError([f".env cannot be read: {error.strerror}"]) from None
-    wrong = [
-        f".env cannot be read at line {line.original.line}: write NAME=value"
-        for line in lines
-        if line.error
-    ]
-    wrong += [
-        f".env has no = after {line.key} at line {line.original.line}"
-        for line in lines
-        if line.value is None and (line.key in VARIABLES or line.key in FILE_VARIABLES)
-    ]
-    if wrong:
-        raise SettingsError(wrong)
-    return {line.key: line.value or "" for line in lines if line.key}
-
-
 def value_of(name: str, environ: Mapping[str, str]) -> str:
     """The text of a setting, from `environ` or from the file that its other form NAME_FILE names;
     empty where neither is set.
@@ -173,64 +128,6 @@ def value_of(name: str, environ: Mapping[str, str]) -> str:
     if "\0" in text:  # libpq would take it for the end.
         raise ValueError(f"cannot be read from {name}_FILE: it has a NUL")
     return text
-
-
-def near_misses(names: Iterable[str]) -> list[str]:
-    """A problem for each of `names` that is close to a setting's name and is not one.
-
-    It is close if it differs from that in one letter (in a long name, two), or only in the case,
-    the order or the plural of its words: WORKER, users_token, TRUSTED_PROXY. Any other name is left
-    to another program that shares the file.
-    """
-    return [
-        f"{name} in .env is no setting: write {meant}, or take the line out"
-        for name in names
-        if (meant := _nearest(name))
-    ]
-
-
-def doubtful(names: Iterable[str]) -> list[str]:
-    """A warning for each of `names` that was probably meant for a setting. In the environment are
-    the names of the whole system, and to refuse one of these would be worse than to overlook one.
-
-    So only names that begin with a word that is hardly another program's count: those that are
-    close to a setting's, as above, or that have only some of its words, as UPSTREAM_TIMEOUT has.
-    """
-    found = []
-    for name in names:
-        if not name.startswith(OWN_WORDS):
-            continue
-        nearest, words = _nearest(name), set(_words(name))
-        meant = [nearest] if nearest else [one for one in VARIABLES if words < set(_words(one))]
-        if meant:
-            found.append(f"{name} is no setting, and has no effect. There is {', '.join(meant)}")
-    return found
-
-
-def _nearest(name: str) -> str | None:
-    """The setting whose name is so close to `name`, which is not one, that it must be meant."""
-    settings = [*VARIABLES, *FILE_VARIABLES]
-    if name in settings:
-        return None
-    upper = name.upper().replace("-", "_")
-    distance, meant = min(
-        (0 if _words(upper) == _words(one) else _distance(upper, one), one) for one in settings
-    )
-    return meant if distance <= (1 if len(meant) <= 7 else 2) else None
-
-
-def _words(name: str) -> list[str]:
-    return sorted(re.sub("IES$", "Y", word).removesuffix("S") for word in name.split("_"))
-
-
-def _distance(one: str, other: str) -> int:
-    """How many letters have to be put in, taken out or replaced to make one name of the other."""
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one):
-        above, row = row, [i + 1]
-        for j, wanted in enumerate(other):
-            row.append(min(above[j] + (letter != wanted), above[j + 1] + 1, row[j] + 1))
-    return row[-1]
 
 
 def is_loopback(host: str) -> bool:
@@ -274,60 +171,6 @@ def upstream(upstream_url: str) -> tuple[str, int]:
 def host_and_port(host: str, port: int) -> str:
     """Both as a URL has them, in which an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def available_cpus(system: Path = Path("/")) -> int:
-    """How many CPUs this process may use: as many as it may run on, but no more than the quotas of
-    its control groups allow. A part of a CPU counts as one.
-
-    `system` is where /proc and /sys are.
-    """
-    pinned = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
-    return min([cpus, *(max(1, math.ceil(quota)) for quota in cpu_quotas(system))])
-
-
-def cpu_quotas(system: Path = Path("/")) -> list[float]:
-    """The quotas, in CPUs, of the control groups that this process is in, of version 1 or 2. A
-    group without a quota has no entry. See cgroup-v2.rst (cpu.max) and sched-bwc.rst (cfs_quota_us)
-    of the kernel.
-    """
-    quotas = []
-    for folder, v2 in _cpu_groups(system):
-        try:
-            if v2:
-                quota, period = (folder / "cpu.max").read_text().split()
-            else:
-                quota, period = (
-                    (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
-                )
-            if quota != "max" and int(quota) > 0:
-                quotas.append(int(quota) / int(period))
-        except (OSError, ValueError, ZeroDivisionError):
-            continue  # The root group has no such file, nor has one without the controller.
-    return quotas
-
-
-def _cpu_groups(system: Path) -> Iterator[tuple[Path, bool]]:
-    # The folders of the groups over this process that can have a quota, and whether they are of
-    # version 2. Only a part of the tree may be mounted, as in a container that shows the paths of
-    # the host. Then the folder of the mount itself is the container's group.
-    proc = system / "proc/self"
-    try:
-        groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
-    except OSError:  # no Linux
-        return
-    for mount in mounts:
-        kind, options = mount[mount.index("-") + 1], mount[-1].split(",")
-        if kind != "cgroup2" and not (kind == "cgroup" and "cpu" in options):
-            continue
-        top = system / mount[4].lstrip("/")
-        for _, controllers, path in groups:
-            if ("cpu" in controllers.split(",")) if kind == "cgroup" else not controllers:
-                inside = Path(path.removeprefix(mount[3]).lstrip("/"))
-                for folder in (inside, *inside.parents):
-                    yield top / folder, kind == "cgroup2"
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -517,5 +360,3 @@ VARIABLES: dict[str, tuple[Callable[[str], Any], str | None]] = {
 # or systemd's.
 FROM_FILE = ("POSTGRES_URI", "USERS_TOKEN")
 FILE_VARIABLES = tuple(f"{name}_FILE" for name in FROM_FILE)
-# Names with POSTGRES_, DB_, MAX_ and the like are other programs' too: POSTGRES_URL, DB_POOL.
-OWN_WORDS = ("UPSTREAM_", "USERS_", "TRUSTED_", "SHUTDOWN_", "DRAIN_")

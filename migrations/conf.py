@@ -25,11 +25,12 @@ MIGRATIONS = Path(CONTEXT.params["directory"]).resolve()
 ROOT = MIGRATIONS.parent
 sys.path.insert(0, str(ROOT))
 
+from env_file import environment  # noqa: E402
 from postgres.connect import Connector, Target, reason  # noqa: E402
 from postgres.deadlines import ended_after  # noqa: E402
 from postgres.migrating import Migrating, advice, explain, losses  # noqa: E402
 from postgres.schema import ReplayFailed, applied, names, unsuitable  # noqa: E402
-from settings import SettingsError, environment, postgres_uri, value_of  # noqa: E402
+from settings import SettingsError, postgres_uri, value_of  # noqa: E402
 
 CONNECT_SECONDS = 10
 # A role's own limits are for requests, and a migration may take longer.

@@ -79,14 +79,14 @@ class Desk(Protocol):
 
     `keepalive` is how many seconds an idle connection is kept. For `client_timeout` seconds a
     client may send nothing of its body, or take nothing of an answer; one that sends slowly but
-    steadily is served, as one that reads slowly is. `closing` says whether connections end with the
-    present answer.
+    steadily is served, as one that reads slowly is. `draining` says whether connections end with
+    the present answer.
     """
 
     loop: Loop
     keepalive: float
     client_timeout: float
-    closing: bool
+    draining: bool
 
     def respond(self, client: Client, head: Head) -> None:
         """Give the request to a responder. Raises the Problem to refuse it with."""
@@ -134,12 +134,12 @@ class Client(Stream):
         "_head_out",
         "_held",
         "_linger_until",
+        "_moved",
         "_nested",
         "_paused_at",
         "_received",
         "_scanned",
         "_timer",
-        "_took",
         "_torn",
         "_tunnel",
         "_unread",
@@ -151,9 +151,9 @@ class Client(Stream):
         "lane",
         "peer",
         "phase",
+        "requests",
         "responder",
         "sent",
-        "served",
         "status",
     )
 
@@ -165,13 +165,13 @@ class Client(Stream):
         self.head: Head | None = None  # the request that is being answered
         self.responder: Responder | None = None
         self.lane = ""  # who answers the present request; empty if it is refused before that
-        self.served = 0
+        self.requests = 0  # how many are over
         self.arrived = 0.0
         self._ahead = b""  # bytes that have come and are not read yet
         self._scanned = 0  # how many of them have been searched for the end of a head
         # From when on the client's time counts: since the first byte of the present head, or the
         # last one of the present body, later by as long as it was paused or not asked for its body.
-        # 0 between requests, NEVER in a tunnel.
+        # 0 between requests.
         self._began = 0.0
         self._received = 0  # bytes of the present head, or those that came ahead of it
         self._paused_at = 0.0
@@ -182,7 +182,7 @@ class Client(Stream):
         self._unread = False  # whether bytes are still coming that nobody will read
         self._torn = False  # whether the answer was cut, and only a reset can show that
         self._tunnel = False  # whether the connection has become a tunnel
-        self._took = 0.0  # when the client last took something
+        self._moved = 0.0  # when the client last took something, or sent something while we linger
         self._untaken = 0
         self._forget_answer()
         # The responder's timer. All requests of a connection share it: none has to make its own.
@@ -204,14 +204,14 @@ class Client(Stream):
 
     def received(self, data: bytes) -> None:
         if self.phase is Phase.LINGERING:
-            self._took = self.loop.now
+            self._moved = self.loop.now
             return
         responder = self.responder
         if self.phase is Phase.ANSWERING and responder is not None and responder.wants_body:
             # Many clients read only after they have sent all. So a client that sends is not cut as
             # one that takes nothing, but only for as long as so many bytes may take. Otherwise it
             # could keep its answer, and the upstream, for ever with a byte a minute.
-            self._took = min(self.loop.now, self._took + len(data) / MIN_BYTES_PER_SECOND)
+            self._moved = min(self.loop.now, self._moved + len(data) / MIN_BYTES_PER_SECOND)
             self._began = self.loop.now
             waited = self.head is not None and self.head.expects
             data = responder.from_client(data)
@@ -296,7 +296,7 @@ class Client(Stream):
             if responder.wants_body:
                 head.fold()
         elif self.phase is Phase.ANSWERING and len(self._ahead) > AHEAD_BYTES:
-            self.pause()  # The end of the answer before has resumed it.
+            self.pause()  # Reading was resumed when the answer before ended.
         return True
 
     def pause(self) -> None:
@@ -310,14 +310,14 @@ class Client(Stream):
         if paused and self._began:
             # The pause was ours: its time is not the client's.
             self._began += self.loop.now - self._paused_at
-            self._timer.set(min(self._timer.when, self._next_look()))
+            self._look_in_time()
 
     def ask_for_body(self) -> None:
         """Send the 100 that a client may wait for before it sends a body."""
         if self.head is not None and self.head.expects:
             self.head.expects = False
             self._began = self.loop.now  # Until now it had nothing to send.
-            self._timer.set(min(self._timer.when, self._next_look()))
+            self._look_in_time()
             self.interim("100 Continue", b"")
 
     def interim(self, status: str, lines: bytes) -> None:
@@ -347,7 +347,7 @@ class Client(Stream):
         assert head is not None
         self.status = status
         self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
-        if close or self.ended_reading or self._desk.closing or not head.persistent:
+        if close or self.ended_reading or self._desk.draining or not head.persistent:
             self._close = True
         out = status_line(status) + lines
         if head.method == "HEAD" or status.startswith(("204", "304")):
@@ -376,7 +376,6 @@ class Client(Stream):
         self._desk.begun(self, head, int(status[:3]), self.loop.now - self.arrived)
         self.responder = tunnel
         self._close = self._tunnel = True
-        self._began = NEVER  # What comes now is not a request, and may take any time.
         self._send(status_line(status) + lines + b"\r\n")
 
     def write(self, piece: bytes, *, hold: bool = False) -> None:
@@ -438,9 +437,9 @@ class Client(Stream):
         waited = bool(self.queued)
         self.send(data)
         if self.queued and not waited:
-            self._took = self.loop.now
+            self._moved = self.loop.now
             self._untaken = self.untaken()
-            self._timer.set(min(self._timer.when, self._next_look()))
+            self._look_in_time()
 
     def finish(self, *, more: bool = False) -> None:
         """The answer is complete. If `more` of the request's body is still passed on, this is
@@ -499,13 +498,12 @@ class Client(Stream):
         if why and self.head is not None:
             log.log(level, "%s cut: %s request_id=%s", asked(self.head), why, self.head.id)
         self.flush()
-        framed = self._chunked or self._body_left is not None
         self._leave_unread()
         self._settle()
         if self.closed:
             return
         self._close = True
-        self._torn = bool(self.status) and not (framed or self._complete)
+        self._torn = bool(self.status) and not (self._framed or self._complete)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -540,13 +538,18 @@ class Client(Stream):
             self.abandon()
             raise
 
+    @property
+    def _framed(self) -> bool:
+        """Whether the answer says where it ends: else its end is that of the connection."""
+        return self._chunked or self._body_left is not None
+
     def _settle(self) -> None:
         """The request is over: let go of its responder, and have the log written. Done once."""
         head, self.head = self.head, None
         responder, self.responder = self.responder, None
         if head is None:
             return
-        self.served += 1
+        self.requests += 1
         try:
             self._desk.answered(self, head)
         finally:
@@ -559,7 +562,7 @@ class Client(Stream):
         """End our sending half, and read what is still coming: see LINGER_SECONDS."""
         self.phase = Phase.LINGERING
         self._ahead = b""
-        self._took = self.loop.now
+        self._moved = self.loop.now
         self._linger_until = self.loop.now + LINGER_SECONDS
         self._timer.set(self.loop.now + LINGER_IDLE_SECONDS)
         self.end()
@@ -603,7 +606,7 @@ class Client(Stream):
         self.hang_up(reset=True)  # The part of an answer that has been sent must not look whole.
 
     def progressed(self) -> None:
-        self._took = self.loop.now
+        self._moved = self.loop.now
 
     def drained(self) -> None:
         if self.phase is Phase.FLUSHING:
@@ -621,7 +624,7 @@ class Client(Stream):
         if self.queued:
             when = self.loop.now + min(READER_LOOK_SECONDS, self._desk.client_timeout / 4)
         if self.phase is Phase.READING:
-            least = 0.0 if self.served else HEAD_SECONDS
+            least = 0.0 if self.requests else HEAD_SECONDS
             until = self.idle_since + max(self._desk.keepalive, least)
             if self._began:
                 until = self._began + HEAD_SECONDS + self._received / MIN_BYTES_PER_SECOND
@@ -629,6 +632,10 @@ class Client(Stream):
         elif self._hurried:
             when = min(when, self._began + self._desk.client_timeout)
         return when
+
+    def _look_in_time(self) -> None:
+        """Check that then, or earlier if it was to be checked earlier."""
+        self._timer.set(min(self._timer.when, self._next_look()))
 
     @property
     def _hurried(self) -> bool:
@@ -649,7 +656,7 @@ class Client(Stream):
         """Close the connection of a client that has used up its time."""
         now = self.loop.now
         if self.phase is Phase.LINGERING:
-            until = min(self._linger_until, self._took + LINGER_IDLE_SECONDS)
+            until = min(self._linger_until, self._moved + LINGER_IDLE_SECONDS)
             if now >= until:
                 self.hang_up()
             else:
@@ -663,11 +670,10 @@ class Client(Stream):
             self.cut(self._sent_nothing(), logging.WARNING)  # What is held back is sent first.
         else:
             # The part of an answer that ends with its connection must not look whole.
-            framed = self._chunked or self._body_left is not None
             complete = self._complete and not self.queued
             sent = self.phase is Phase.READING or self._complete
             why = "" if sent else self._sent_nothing()
-            self.hang_up(reset=bool(self.status) and not framed and not complete, why=why)
+            self.hang_up(reset=bool(self.status) and not self._framed and not complete, why=why)
 
     def _sent_nothing(self) -> str:
         return f"the client sent nothing for {self._desk.client_timeout:g} s"
@@ -677,14 +683,14 @@ class Client(Stream):
         minutes, while a slow reader takes what the kernel holds. But that then becomes less."""
         untaken = self.untaken()
         if untaken < self._untaken:
-            self._took = now
+            self._moved = now
         self._untaken = untaken
-        return now - self._took < self._desk.client_timeout
+        return now - self._moved < self._desk.client_timeout
 
     @property
-    def closing(self) -> bool:
+    def draining(self) -> bool:
         """Whether the service stops, so that connections end with what is under way."""
-        return self._desk.closing
+        return self._desk.draining
 
     @property
     def idle(self) -> bool:
@@ -709,7 +715,7 @@ class Client(Stream):
             return (3, self._began) if still else None
         if self._began:
             return 2, self._began
-        return (0 if self.served else 2), self.idle_since
+        return (0 if self.requests else 2), self.idle_since
 
 
 @remembering_short

@@ -1,10 +1,12 @@
 """Making connections to the upstream, by requests' adapter, on a helper thread.
 
-requests finds the host's addresses, connects, does TLS and has the bundle of certificates to trust.
-Writing requests and reading answers is not left to requests, because the layers below it change
-what passes. urllib3 encodes the target anew and adds User-Agent and Accept-Encoding. http.client
-takes a 103 for the answer and gives the real one to the next caller, loses every header after a
-malformed line, and takes a body that was cut inside its chunks for a complete one.
+requests has the pool that knows the host, and the bundle of certificates to trust; urllib3 does
+TLS. Finding the addresses and connecting is done here, for each address has to have its share of
+the time, and an attempt may be given up. Writing requests and reading answers is not left to
+requests, because the layers below it change what passes. urllib3 encodes the target anew and adds
+User-Agent and Accept-Encoding. http.client takes a 103 for the answer and gives the real one to the
+next caller, loses every header after a malformed line, and takes a body that was cut inside its
+chunks for a complete one.
 """
 
 from __future__ import annotations

@@ -12,21 +12,15 @@ import logging
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from problems import (
-    BadRequest,
-    BodyTooLarge,
-    Problem,
-    UpstreamBroken,
-    UpstreamTimeout,
-)
+from problems import Problem, UpstreamBroken, UpstreamTimeout
 from server.connector import Attempt
 from server.logs import LONGEST_TARGET
 from server.loop import NEVER
 from server.stream import HIGH_WATER, SPLICES, Stream
-from server.tunnel import Talker, Tunnel
+from server.tunnel import Tunnel, TunnelClient
 from server.upstream import Connection, Upstream
 from wire.answer import EVENT_ENDS, Answer, end_of_head
-from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk
+from wire.chunks import LAST_CHUNK, Chunks, Sized, UntilClose, chunk, fault_of
 from wire.headers import answers_credentials, authenticates_connection
 from wire.request import Head
 
@@ -56,7 +50,7 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 STREAM_TARGET: Final = 200
 
 
-class ExchangeClient(Talker, Protocol):
+class ExchangeClient(TunnelClient, Protocol):
     """The client's side, as far as an exchange is concerned."""
 
     head: Head | None
@@ -238,10 +232,9 @@ class Exchange:
         if data and self._head is not None:
             self._head.expects = False  # The client does not wait for a 100.
         piece, rest = self.body.feed(data)
-        if self.body.malformed:
-            self._refuse(BadRequest("The chunked body is malformed."))
-        elif self._largest and self.body.announced > self._largest:
-            self._refuse(BodyTooLarge(f"The body is larger than {self._largest} bytes."))
+        fault = fault_of(self.body, self._largest)
+        if fault is not None:
+            self._refuse(fault)
         elif self._connection is not None:
             self._send_on(self._connection, piece)
         else:
@@ -468,7 +461,7 @@ class Exchange:
         self._silent_since = self.loop.now
         self._wait_for_piece()
         if isinstance(answer.body, Sized) and answer.body.left > STRAIGHT_BYTES:
-            connection.straight = SPLICES and not connection.tls
+            connection.straight = self._pass_straight if SPLICES and not connection.tls else None
         self._answer_on(data)
 
     def _answer_on(self, data: bytes) -> None:
@@ -497,7 +490,7 @@ class Exchange:
         elif piece:  # The framing of the next piece may come without an end.
             self._wait_for_piece()
 
-    def pass_straight(self, connection: Connection) -> bool:
+    def _pass_straight(self, connection: Connection) -> bool:
         """Pass on the bytes of a large body that have arrived, from socket to socket, without
         taking them into this process; False if that cannot be done now."""
         answer = self._answer

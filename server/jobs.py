@@ -13,12 +13,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Protocol
 
-from problems import BadRequest, BodyTooLarge, DatabaseUnavailable, Problem
+from problems import DatabaseUnavailable, Problem
 from server.inbox import Inbox, Left
 from server.lanes import Lane
 from server.logs import asked
 from server.loop import NEVER, Loop, Timer
 from server.stream import HIGH_WATER
+from wire.chunks import fault_of
 from wire.headers import Header, lowered, text_of
 from wire.request import Head
 
@@ -44,7 +45,7 @@ class JobClient(Protocol):
     @property
     def held(self) -> int: ...
     @property
-    def closing(self) -> bool: ...
+    def draining(self) -> bool: ...
 
     def begin(self, status: str, lines: bytes, *, length: int | None, dated: bool) -> None: ...
     def write(self, piece: bytes, *, hold: bool = False) -> None: ...
@@ -131,10 +132,9 @@ class Job:
         """Take bytes of the body; returns what follows it."""
         assert self.body is not None
         piece, rest = self.body.feed(data)
-        if self.body.malformed:
-            self._refuse(BadRequest("The chunked body is malformed."))
-        elif self._largest and self.body.announced > self._largest:
-            self._refuse(BodyTooLarge(f"The body is larger than {self._largest} bytes."))
+        fault = fault_of(self.body, self._largest)
+        if fault is not None:
+            self._refuse(fault)
         elif self._inbox is not None:
             if piece and not self._inbox.put(piece):
                 self.client.pause()
@@ -247,7 +247,7 @@ class Job:
     def give_piece(self, piece: bytes) -> None:
         client = self.client
         reads = self._inbox is not None and self._inbox.is_read and self.wants_body
-        if not reads or client.closing or client.held >= UNTAKEN_BYTES:
+        if not reads or client.draining or client.held >= UNTAKEN_BYTES:
             self._holds = False
         client.write(piece, hold=self._holds)
         # Many clients read only after they have sent all of their body. If the application waited

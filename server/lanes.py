@@ -10,6 +10,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final
 
+from server.logs import Seldom
 from server.loop import NEVER, Loop, Timer
 
 log = logging.getLogger("gatehouse")
@@ -18,9 +19,7 @@ log = logging.getLogger("gatehouse")
 IDLE_SECONDS: Final = 5.0
 # A lane none of whose jobs has been taken for this many seconds gets more threads.
 STALLED_SECONDS: Final = 0.05
-# The log says at most once in this many seconds that no thread can be started.
-SAY_SECONDS: Final = 10.0
-# These further threads stay for at least this many seconds.
+# Those that it got then stay for at least this many seconds.
 RELIEF_SECONDS: Final = 1.0
 
 
@@ -45,7 +44,7 @@ class Lane:
         self._lock = threading.Lock()
         self._spare = 0  # idle threads minus queued jobs
         self._threads = 0
-        self._said = -SAY_SECONDS
+        self._unstarted = Seldom()
         self._moved = 0.0  # when a job was last taken, or came while none was waiting
 
     def add(self, job: Callable[[], None]) -> None:
@@ -74,9 +73,7 @@ class Lane:
             with self._lock:
                 self._count(started - number)
                 waiting = -self._spare
-            now = time.monotonic()
-            if now - self._said >= SAY_SECONDS:
-                self._said = now
+            if self._unstarted.due():
                 log.error("%s: jobs that wait for a thread (%s): %d", error, self.name, waiting)
 
     def relieve(self) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 
 from wire.request import USERINFO, Head
 
+SAY_SECONDS: Final = 10.0
 # At most this many bytes wait for a slow reader. Lines beyond that are dropped.
 PENDING_BYTES: Final = 1 << 20
 # A line of the access log must not be longer than PIPE_BUF: the kernel writes that much in one
@@ -23,6 +24,22 @@ PENDING_BYTES: Final = 1 << 20
 LONGEST_METHOD: Final = 100
 LONGEST_TARGET: Final = 3000
 LONGEST_ESCAPED: Final = 3500
+
+
+class Seldom:
+    """Whether something that may happen all the time is logged once more: at most once in
+    SAY_SECONDS."""
+
+    def __init__(self) -> None:
+        self._said = -SAY_SECONDS
+
+    def due(self) -> bool:
+        """Whether to log it now."""
+        now = time.monotonic()
+        if now - self._said < SAY_SECONDS:
+            return False
+        self._said = now
+        return True
 
 
 class Output:

@@ -132,7 +132,7 @@ class Server:
         self.client_timeout = options.client_timeout
         self.alone = True
         self.stopping = False
-        self.closing = False  # whether connections end with the answers that are under way
+        self.draining = False  # whether connections end with the answers that are under way
         self._listener = listener
         self._accepting = False
         self._clients: set[Client] = set()
@@ -194,11 +194,11 @@ class Server:
             self._listener.setsockopt(*option)
         self._watch_listener(True)
         self._tick.set(self.loop.now)
-        while not (self.closing and (not self._clients or self.loop.now >= self._deadline)):
+        while not (self.draining and (not self._clients or self.loop.now >= self._deadline)):
             self.loop.turn()
             if self._lines:
                 self._write_log()
-            if self.stopping and not self.closing:
+            if self.stopping and not self.draining:
                 self._drain()
         if under_way := sum(client.head is not None for client in self._clients):
             requests = "request" if under_way == 1 else "requests"
@@ -251,7 +251,7 @@ class Server:
         self._again.set(self.loop.now + seconds)
 
     def _accept(self) -> None:
-        if self.closing:
+        if self.draining:
             return
         try:
             self._watch_listener(True)
@@ -330,7 +330,7 @@ class Server:
             head.caller = self.served.caller(head, client.peer[0])
         most = largest or ABSURD_BYTES - 1
         if head.length is not None and head.length > most:
-            raise BodyTooLarge(f"The body is larger than {most} bytes.")
+            raise BodyTooLarge(most)
         if lane == "proxy":
             exchange = Exchange(
                 client,
@@ -437,7 +437,7 @@ class Server:
 
     def _drain(self) -> None:
         """Begin to stop: answer what is under way, and accept no more clients."""
-        self.closing = True
+        self.draining = True
         now = self.loop.now
         self._deadline = now + self.options.shutdown_timeout
         Timer(self.loop).set(self._deadline)  # Otherwise the loop might sleep a second longer.

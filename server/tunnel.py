@@ -22,7 +22,7 @@ GOODBYE_SECONDS: Final = 1.0
 HALF_CLOSED_SECONDS: Final = 60.0
 
 
-class Talker(Protocol):
+class TunnelClient(Protocol):
     """The client's side, as far as a tunnel is concerned."""
 
     loop: Loop
@@ -31,7 +31,7 @@ class Talker(Protocol):
     ended_reading: bool
 
     @property
-    def closing(self) -> bool: ...
+    def draining(self) -> bool: ...
     def write(self, piece: bytes) -> None: ...
     def finish(self) -> None: ...
     def end(self) -> None: ...
@@ -67,7 +67,7 @@ class Tunnel:
     hurries_client = False
 
     def __init__(
-        self, client: Talker, connection: Connection, upstream: Upstream, silence: float
+        self, client: TunnelClient, connection: Connection, upstream: Upstream, silence: float
     ) -> None:
         self.client = client
         self.state = State.TUNNELLING
@@ -90,7 +90,7 @@ class Tunnel:
         if ahead:
             self.from_client(ahead)
         self.client.resume()
-        if self.client.closing:
+        if self.client.draining:
             self.part()
 
     def _heard(self) -> None:
@@ -144,11 +144,6 @@ class Tunnel:
             connection.pause()
             if self.state is State.TUNNELLING:
                 self._heard()
-
-    def pass_straight(self, connection: Connection) -> bool:
-        """Never called: the tunnel has to see where frames end, so it leaves its connection's
-        `straight` False. It is here because a connection asks for it of whatever it carries."""
-        return False
 
     # One side has taken all that was sent to it.
 

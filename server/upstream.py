@@ -11,6 +11,7 @@ from metrics import IN_FLIGHT, OUTCOME_AT, STREAMS, UNHEARD, Board
 from problems import Problem, UpstreamBusy
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.lanes import Lane
+from server.logs import Seldom
 from server.loop import NEVER, Loop, Timer
 from server.stream import Stream, reset_at_close
 
@@ -28,8 +29,6 @@ NEVER_YET: Final = -WARY_SECONDS
 # for a minute (TIME_WAIT), and to one address there are 28,000 ports: a client that asks and
 # leaves, or asks with HEAD after HEAD, could use them all up.
 CLOSED_IN_ORDER: Final = 32
-# The log says at most once in this many seconds that the limit is reached.
-SAY_SECONDS: Final = 10.0
 
 
 class Waiting(Protocol):
@@ -47,9 +46,6 @@ class Carried(Protocol):
 
     def from_upstream(self, data: bytes) -> None:
         """Bytes of the answer."""
-
-    def pass_straight(self, connection: Connection) -> bool:
-        """Pass on what has arrived without looking at it; False if that cannot be done now."""
 
     def upstream_ended(self) -> None:
         """No more bytes of the answer come."""
@@ -96,13 +92,14 @@ class Connection(Stream):
         self.used = False
         self.heard = False
         self.stopped_reading = False
-        self.straight = False  # whether what arrives may go straight to the client's socket
+        # What passes on what arrives without looking at it, or is False if that cannot be done now.
+        self.straight: Callable[[Connection], bool] | None = None
         self.idle_for = 0.0
         self.idle_since = 0.0
         self.watch()
 
     def _read(self) -> None:
-        if not self.straight or self.exchange is None or not self.exchange.pass_straight(self):
+        if self.straight is None or not self.straight(self):
             super()._read()
 
     def received(self, data: bytes) -> None:
@@ -161,7 +158,7 @@ class Connection(Stream):
     def release(self, *, keep: bool) -> None:
         """The exchange needs it no more: keep it for another, or close it."""
         self.exchange = None
-        self.straight = False
+        self.straight = None
         if keep and not (
             self.closed or self.ended_reading or self.stopped_reading or self.queued or self.paused
         ):
@@ -203,7 +200,7 @@ class Upstream:
         self._idle: dict[Connection, None] = {}  # the one that was used last is the last
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
         self._expiry = Timer(loop, self._expire)
-        self._said = -SAY_SECONDS
+        self._at_limit = Seldom()
         self._closed_early = NEVER_YET  # when the upstream last closed one within FRESH_SECONDS
         self._early = 0.0  # and for how many seconds that one had been idle
         # Connections on which nothing has come yet, with the moment at which they were made.
@@ -218,8 +215,7 @@ class Upstream:
     def enter(self) -> None:
         """Count one more request. Raises UpstreamBusy if that is one too many."""
         if self.in_flight >= self.limit:
-            if self.loop.now - self._said >= SAY_SECONDS:
-                self._said = self.loop.now
+            if self._at_limit.due():
                 log.warning(
                     "%d %s with the upstream, which is the limit: others are told 503",
                     self.limit,

@@ -44,9 +44,9 @@ def _whole(environ: Mapping[str, Any]) -> bytes:
     length = length_of(environ)
     body, left = b"", MAX_BYTES + 1 if length is None else length
     if length is not None and length > MAX_BYTES:
-        raise BodyTooLarge(f"The body is larger than {MAX_BYTES} bytes.")
+        raise BodyTooLarge(MAX_BYTES)
     while piece := environ["wsgi.input"].read(left) if left else b"":
         body, left = body + piece, left - len(piece)
     if len(body) > MAX_BYTES:
-        raise BodyTooLarge(f"The body is larger than {MAX_BYTES} bytes.")
+        raise BodyTooLarge(MAX_BYTES)
     return body

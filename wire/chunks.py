@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from problems import BadRequest, BodyTooLarge, Problem
+
 MAX_LINE_BYTES: Final = 65536
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\0\r]*)?")
 # Some servers pad the size with spaces.
@@ -154,3 +156,13 @@ class Chunks:
             field = not self._exact or not line or TRAILER_LINE.fullmatch(line)
             self.malformed = not field or self._trailer > MAX_LINE_BYTES
             self.complete = not line
+
+
+def fault_of(body: Sized | Chunks, largest: int) -> Problem | None:
+    """What is wrong with a request's body as far as it has come, if anything is. `largest` is how
+    many bytes it may have (0: any number)."""
+    if body.malformed:
+        return BadRequest("The chunked body is malformed.")
+    if largest and body.announced > largest:
+        return BodyTooLarge(largest)
+    return None

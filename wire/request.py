@@ -178,7 +178,7 @@ class Head:
         rest = target[absolute.end() :]
         if not rest and self.method == "OPTIONS":
             return "*"  # RFC 9112 section 3.2.4
-        return rest if rest.startswith(("/", "*")) else "/" + rest
+        return rest if rest.startswith("/") else "/" + rest
 
     @property
     def query(self) -> str:

@@ -73,7 +73,6 @@ from tests.harness import (
 )
 from tests.users.test_problems import CONTRACT
 
-README = ROOT / "README.md"
 API = ROOT / "docs" / "api.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 APPLICATIONS = ROOT / "docs" / "applications.md"

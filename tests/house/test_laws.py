@@ -34,7 +34,9 @@ GROUND = {"problems", "metrics"}
 MAY_IMPORT: dict[str, set[str]] = {
     "problems": set(),
     "metrics": {"problems"},
-    "settings": set(),
+    "cpus": set(),
+    "settings": {"cpus"},
+    "env_file": {"settings"},
     "wire": {"problems"},
     "postgres": GROUND | {"peewee", "playhouse", "peewee_migrate", "psycopg2"},
     "application": GROUND | {"services", "settings", "wire", "bottle"},

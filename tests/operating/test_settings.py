@@ -15,15 +15,13 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
+from cpus import available_cpus, cpu_quotas
+from env_file import doubtful, near_misses
 from settings import (
     FILE_VARIABLES,
     VARIABLES,
     Settings,
     SettingsError,
-    available_cpus,
-    cpu_quotas,
-    doubtful,
-    near_misses,
 )
 from tests.harness import (
     DEAD_DATABASE,
@@ -310,7 +308,7 @@ def test_workers_auto_is_one_for_each_cpu_that_may_be_used() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process")
 def test_a_process_that_is_pinned_counts_its_own_cpus() -> None:
-    command = "import os, settings; print(settings.available_cpus())"
+    command = "import os, cpus; print(cpus.available_cpus())"
     first = min(os.sched_getaffinity(0))
     done = subprocess.run(
         [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{first}}}); {command}"],
@@ -412,7 +410,7 @@ def quota_of_half_a_cpu() -> Iterator[Path]:
 
 
 def test_half_a_cpu_is_one_worker(quota_of_half_a_cpu: Path) -> None:
-    code = "import settings; print(settings.cpu_quotas(), settings.available_cpus())"
+    code = "import cpus; print(cpus.cpu_quotas(), cpus.available_cpus())"
     enter = f"open('{quota_of_half_a_cpu}/cgroup.procs', 'w').write('0')"
     done = subprocess.run(
         [sys.executable, "-c", f"{enter}; {code}"], cwd=ROOT, capture_output=True, text=True

@@ -59,7 +59,7 @@ class Client:
         self.head: Head | None = head
         self.queued = 0
         self.ended_reading = False
-        self.closing = False
+        self.draining = False
         self.paused = False
         self.ahead = b""
         self.told: list[tuple[Any, ...]] = []
@@ -139,7 +139,7 @@ class Connection:
     """The upstream's side: `sent` is all that it was sent, `released` whether it was kept."""
 
     tls = False
-    straight = False
+    straight = None
     client: Any = None
 
     def __init__(self, *, used: bool = False) -> None:

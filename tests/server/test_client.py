@@ -50,7 +50,7 @@ class Responder:
 
     @property
     def hurries_client(self) -> bool:
-        return self.wants_body and not self.patient
+        return self.wants_body and not (self.patient or self.tunnel)
 
     def from_client(self, data: bytes) -> bytes:
         if self.fails:
@@ -92,7 +92,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.loop = Loop()
-        self.closing = False
+        self.draining = False
         self.responders: list[Responder] = []
         self.lines: list[str] = []
         self.gone: list[Client] = []

@@ -63,7 +63,7 @@ class Crammed:
 
     queued = 1 << 20
     held = 0
-    closing = False
+    draining = False
 
     def __init__(self) -> None:
         self.loop = self

@@ -285,6 +285,6 @@ def test_a_side_that_ends_in_the_middle_of_its_frame_is_not_waited_for() -> None
 def test_a_tunnel_that_begins_while_the_service_stops_parts_at_once() -> None:
     world = World(b"GET / HTTP/1.1", *UPGRADE).start()
     world.connect()
-    world.client.closing = True
+    world.client.draining = True
     world.exchange.from_upstream(SWITCHES)
     assert world.tunnel.state is State.PARTING and world.client.written == AWAY
