@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import heapq
 import logging
 import select
 import socket
@@ -25,6 +24,7 @@ from server.listener import MOST_WAITING, connection_room, let_nobody_in, most_s
 from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
+from server.room import Room
 from server.stream import PROBING
 from server.tunnel import Tunnel
 from server.upstream import Upstream
@@ -61,14 +61,6 @@ CROWDED_SECONDS = 0.025
 # seconds. That is in a later turn, because sockets are closed at the end of a turn. In the same one
 # it would close all that are idle, one after the other.
 DROPPED_SECONDS = 0.001
-# To make room, no client is closed that has connected, or begun its head, less than this many
-# seconds ago.
-GRACE_SECONDS = 0.1
-# A search for clients to close finds at most SPARE_AT_ONCE. These are used for SPARE_SECONDS, or
-# longer if the search took long, but for MOST_SPARE_SECONDS at most.
-SPARE_AT_ONCE = 4096
-SPARE_SECONDS = 0.025
-MOST_SPARE_SECONDS = 2.0
 
 
 class Served(Protocol):
@@ -136,12 +128,7 @@ class Server:
         self._listener = listener
         self._accepting = False
         self._clients: set[Client] = set()
-        self._room = connection_room()
         most = most_streams()
-        # Clients to close for room, the last one first, as the last search found them.
-        self._spare: list[tuple[tuple[int, float], Client]] = []
-        self._more_spare = False  # whether the search has left some out
-        self._spare_until = 0.0  # until when what was found is used
         self.upstream = Upstream(
             self.loop,
             Lane(self.loop, "connecting", CONNECTING_THREADS, eager=CONNECTING_EAGERLY),
@@ -151,7 +138,8 @@ class Server:
             keepalive=options.upstream_keepalive,
             board=served.board,
         )
-        self.upstream.make_room = self._make_room
+        self._room = Room(self._clients, self.upstream, connection_room())
+        self.upstream.make_room = self._room.make
         self._answer = Gateway(served).answer
         self._lanes = {
             name: Lane(self.loop, name, limit, options.eager.get(name))
@@ -265,7 +253,7 @@ class Server:
                 return
 
     def _let_in(self) -> bool:
-        if not self._make_room():
+        if not self._room.make():
             self._look_again(CROWDED_SECONDS)
             return False
         try:
@@ -278,7 +266,7 @@ class Server:
             # No descriptor is free. The client goes on waiting, and the selector would report it at
             # every turn. So make room, or wait a moment.
             full = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-            self._look_again(DROPPED_SECONDS if full and self._drop_one() else CROWDED_SECONDS)
+            self._look_again(DROPPED_SECONDS if full and self._room.drop_one() else CROWDED_SECONDS)
             return False
         sock.setblocking(False)
         # A socket that listens for both IPv6 and IPv4 shows IPv4 addresses with a prefix.
@@ -286,38 +274,6 @@ class Server:
         self._clients.add(Client(self, sock, peer))
         self.served.board.set(CLIENTS, len(self._clients))
         return True
-
-    def _make_room(self) -> bool:
-        """If there are as many connections as there may be, close one that nobody waits for. False
-        if there is none to close."""
-        return len(self._clients) + self.upstream.open < self._room or self._drop_one()
-
-    def _drop_one(self) -> bool:
-        """Close a connection that nobody waits for: first one that is kept to the upstream, then a
-        client's, in the order of `Client.spare`, and last one on which a client has logged in to
-        the upstream. False if there is none.
-
-        To look through ten thousand clients takes tens of milliseconds, and a flood of connections
-        would do that each time. So what was found is used again: for SPARE_SECONDS, or for ten
-        times as long as the search took, so that searching takes a tenth of the time at most.
-        """
-        if self.upstream.drop_one():
-            return True
-        now = time.monotonic()
-        if now >= self._spare_until or (self._more_spare and not self._spare):
-            found = [(spare, client) for client in self._clients if (spare := client.spare)]
-            self._spare = heapq.nsmallest(SPARE_AT_ONCE, found, key=lambda one: one[0])[::-1]
-            self._more_spare = len(found) > SPARE_AT_ONCE
-            took = time.monotonic() - now
-            self._spare_until = now + min(max(SPARE_SECONDS, 10 * took), MOST_SPARE_SECONDS)
-        while self._spare:
-            spare, client = self._spare.pop()
-            # A client that was just accepted may have sent its request, which is not read yet.
-            old_enough = not spare[0] or spare[1] <= now - GRACE_SECONDS
-            if old_enough and client.spare == spare:
-                client.hang_up()
-                return True
-        return self.upstream.drop_one(own=True)
 
     # What clients ask for.
 
@@ -391,8 +347,7 @@ class Server:
         self.upstream.look()
         self.served.board.turned(self.loop.longest_turn)
         self.loop.longest_turn = 0.0
-        # It would keep clients alive whose connections are closed.
-        self._spare = [one for one in self._spare if not one[1].closed]
+        self._room.forget_closed()
         self._most_clients = max(self._most_clients, len(self._clients))
         crowd_has_left = self._most_clients > CROWD and len(self._clients) < self._most_clients / 2
         if crowd_has_left or self._was_large:
