@@ -15,7 +15,7 @@ from gatehouse_client.api.users import (
     patch_user,
     put_user,
 )
-from gatehouse_client.models import ListUsersCount, NewUser, UserChange
+from gatehouse_client.models import NewUser, UserChange, WholeUser
 
 base_url, token = sys.argv[1:]
 client = AuthenticatedClient(base_url=base_url, token=token)
@@ -28,7 +28,7 @@ said += [created.status_code, created.parsed.name]
 taken = create_user.sync_detailed(client=client, body=ann)
 said += [taken.status_code, taken.parsed.type_]
 
-bob = NewUser.from_dict({"email": "bob@example.com", "name": "Bob", "metadata": {"plan": "pro"}})
+bob = WholeUser.from_dict({"email": "bob@example.com", "name": "Bob", "metadata": {"plan": "pro"}})
 put = put_user.sync_detailed(id, client=client, body=bob, if_none_match="*")
 said += [put.status_code, put.parsed.email]
 version = put.headers["ETag"]
@@ -39,7 +39,7 @@ late = patch_user.sync_detailed(id, client=client, body=bert, if_match=version)
 said += [late.status_code, late.parsed.title]
 got = get_user.sync_detailed(id, client=client)
 said += [got.status_code, got.parsed.metadata["plan"]]
-page = list_users.sync_detailed(client=client, limit=1, count=ListUsersCount.TRUE)
+page = list_users.sync_detailed(client=client, limit=1, count=True)
 said += [page.status_code, len(page.parsed.users), page.parsed.total]
 
 # It makes no calls with bodies or answers of text/csv: these go through its own httpx client.

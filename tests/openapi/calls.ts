@@ -40,7 +40,7 @@ said.push(late.response.status, late.error?.title);
 const got = await client.GET("/users/{id}", { params: { path } });
 said.push(got.response.status, got.data?.metadata.plan);
 
-const page = await client.GET("/users", { params: { query: { limit: 1, count: "true" } } });
+const page = await client.GET("/users", { params: { query: { limit: 1, count: true } } });
 if (typeof page.data !== "object") throw new Error("This was no page.");
 said.push(page.response.status, page.data.users.length, page.data.total);
 
