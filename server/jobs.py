@@ -27,6 +27,9 @@ log = logging.getLogger("gatehouse")
 
 # How much of an answer may wait for a client that is still sending its body.
 UNTAKEN_BYTES: Final = 33554432
+# If a body is read while it arrives, and does not say how long it is, its job begins when it is
+# complete, or after this many seconds. So the application sees all of a short one at once.
+MOMENT_SECONDS: Final = 0.1
 # What the client of a job is told that has waited for a thread for too long.
 ALL_HELD: Final = "As many imports and exports as there may be are under way. Try again later."
 
@@ -79,11 +82,12 @@ class Job:
 
     `answer` is called on a thread of the lane, with this job: it gives the answer, or raises Left,
     a Problem, or what else went wrong. `largest` is how many bytes the body may have (0: any
-    number). If it is `streamed`, the application begins when the head is complete, and reads the
-    body while it arrives. If it `holds`, nothing of its answer goes out before all of the body is
-    there, or before UNTAKEN_BYTES of answer have gathered: once nginx has begun to pass an answer
-    on, it sends no more of a body than fits into the sockets. `patience` is how many seconds it may
-    wait for a thread. It is not begun when that time is over, or when its client has gone.
+    number). If it is `streamed`, the application begins when the head is complete, or
+    MOMENT_SECONDS later, and reads the body while it arrives. If it `holds`, nothing of its answer
+    goes out before all of the body is there, or before UNTAKEN_BYTES of answer have gathered: once
+    nginx has begun to pass an answer on, it sends no more of a body than fits into the sockets.
+    `patience` is how many seconds it may wait for a thread. It is not begun when that time is over,
+    or when its client has gone.
     """
 
     over = False
@@ -115,6 +119,7 @@ class Job:
         self._gathered = bytearray()  # Not a list of the pieces, for the same reason as in Inbox.
         self._holds = holds
         self.input: Any = None
+        self._begun = False
         self._inbox: Inbox | None = None
         self._taken: threading.Event | None = None  # set when the client has taken what was written
         if streamed and self.body is not None:
@@ -123,8 +128,11 @@ class Job:
 
     def start(self) -> None:
         """Begin, on the loop's thread."""
-        if self.body is None or self._inbox is not None:
+        if self.body is None or (self._inbox is not None and self.head.length is not None):
             self._run()
+        elif self._inbox is not None:
+            self.client.deadline.action = self._run
+            self.client.deadline.set(self.client.loop.now + MOMENT_SECONDS)
         if self.body is not None and self.head.expects:
             self.client.ask_for_body()
 
@@ -136,16 +144,25 @@ class Job:
         if fault is not None:
             self._refuse(fault)
         elif self._inbox is not None:
-            if piece and not self._inbox.put(piece):
+            full = bool(piece) and not self._inbox.put(piece)
+            if full:
                 self.client.pause()
             if self.body.complete:
                 self._inbox.put_end()
+            if (full or self.body.complete) and not self._begun:
+                self._run()
         else:
             self._gathered += piece
             if self.body.complete:
                 self.arrived = self.client.loop.now
                 self._run()
         return rest
+
+    @property
+    def length(self) -> int | None:
+        """How many bytes the body has, if that is known: of one in chunks, when all are there."""
+        complete = self.body is not None and self.body.complete
+        return self.body.announced if self.body is not None and complete else self.head.length
 
     @property
     def wants_body(self) -> bool:
@@ -173,7 +190,7 @@ class Job:
         """The client has its answer, or is gone."""
         self.over = True
         self._waiting.clear()
-        if self._patience < NEVER:
+        if self._patience < NEVER or self._inbox is not None:
             self.client.deadline.cancel()
             self.client.deadline.action = None
         if self._inbox is not None:
@@ -185,6 +202,7 @@ class Job:
         self.client.refuse(problem)
 
     def _run(self) -> None:
+        self._begun = True
         if self.input is None:
             self.input = io.BytesIO(self._gathered)
             self._gathered = bytearray()
@@ -193,6 +211,8 @@ class Job:
         if self._patience < NEVER:
             self.client.deadline.action = self._give_up
             self.client.deadline.set(self.client.loop.now + self._patience)
+        elif self._inbox is not None:
+            self.client.deadline.cancel()
 
     def _give_up(self) -> None:
         """Its time is over. If it has not begun, it never will."""

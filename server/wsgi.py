@@ -58,7 +58,7 @@ class Task(WSGITask):  # type: ignore[misc]
         """Replaces waitress's own, which makes methods upper case, and takes three times as
         long."""
         job = self._job
-        environ: dict[str, Any] = environ_of(job.head, job.client.peer[0], job.input)
+        environ: dict[str, Any] = environ_of(job.head, job.client.peer[0], job.input, job.length)
         environ["gatehouse.request_id"] = job.head.id
         environ["gatehouse.arrived"] = job.arrived
         environ["gatehouse.lane"] = job.lane.name

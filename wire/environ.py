@@ -24,9 +24,9 @@ FIXED: Final[dict[str, Any]] = {
 BARE: Final = frozenset({"content-length", "content-type"})
 
 
-def environ_of(head: Head, peer: str, body: Any) -> dict[str, Any]:
+def environ_of(head: Head, peer: str, body: Any, length: int | None) -> dict[str, Any]:
     """The environ of a request: its `head`, the address of its client (`peer`), and its `body`, a
-    binary stream."""
+    binary stream of `length` bytes, if that is known."""
     environ = FIXED.copy()
     environ["REMOTE_ADDR"] = peer
     environ["REQUEST_METHOD"] = head.method
@@ -40,8 +40,8 @@ def environ_of(head: Head, peer: str, body: Any) -> dict[str, Any]:
         # A name with an underscore is dropped: its variable is that of the name with a hyphen.
         if "_" not in name:
             environ[variable(name)] = ("; " if name == "cookie" else ", ").join(values)
-    if head.length is not None:
-        environ["CONTENT_LENGTH"] = str(head.length)  # A client may write zeros before it.
+    if length is not None:
+        environ["CONTENT_LENGTH"] = str(length)  # A client may write zeros before it.
     return environ
 
 

@@ -27,6 +27,7 @@ from tests.harness import (
     Reply,
     ScriptedUpstream,
     Service,
+    chunked,
     create_user,
     invalid_fields,
     new_email,
@@ -301,6 +302,24 @@ def test_a_file_in_another_encoding_is_refused_before_anything_is_written(
     body = "email,name\n" + "".join(rows) + f"{new_email()},Zo\u00eb\n"
     reply = send(alone, body.encode(encoding))
     assert "UTF-8" in problem(reply, 400, "bad-request")["detail"]
+    assert alone.call("GET", "/users").json()["users"] == []
+
+
+def test_a_short_file_in_chunks_is_looked_at_as_a_whole_too(alone: Service) -> None:
+    """Its first row was written, for the second had not arrived when the first was read."""
+    lines = [
+        b"email,name\n",
+        f"{new_email()},Ann\n".encode(),
+        f"{new_email()},Zo\u00eb\n".encode("latin-1"),
+    ]
+    with alone.client() as client:
+        head = [b"Content-Type: text/csv", b"Transfer-Encoding: chunked"]
+        client.send(request(b"POST /users HTTP/1.1", *head))
+        for line in lines:
+            client.send(chunked(line)[:-5])
+        client.send(b"0\r\n\r\n")
+        reply = client.reply("POST")
+    assert "UTF-8 (line 3)" in problem(reply, 400, "bad-request")["detail"]
     assert alone.call("GET", "/users").json()["users"] == []
 
 
@@ -631,7 +650,7 @@ def test_who_waits_for_eight_slow_transfers_is_told_so_and_leaves_nothing_behind
     post = b"POST /users HTTP/1.1"
     slow = [alone.client() for _ in range(8)]
     for client in slow:
-        lines = [b"Content-Type: text/csv", b"Transfer-Encoding: chunked"]
+        lines = [b"Content-Type: text/csv", b"Content-Length: 1000"]
         client.send(request(post, *lines, b"Expect: 100-continue"))
         assert client.head().startswith(b"HTTP/1.1 100 "), "it comes before all that ask later"
     row = b"email,name\nann@example.com,Ann\n"
