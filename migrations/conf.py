@@ -108,8 +108,17 @@ def check_migrate(database: Migrating) -> None:
     """Exits with one line where the history has migrations that are not here, and others are
     pending: they would be applied to a database that is not known."""
     done, here = set(applied(database.connection())), set(names(MIGRATIONS))
-    if done - here and here - done:
-        raise SystemExit(f"the files of {', '.join(sorted(done - here))} are not here")
+    if here - done:
+        demand_files(done - here)
+
+
+def demand_files(missing: set[str]) -> None:
+    """Exits with one line if there are any."""
+    if missing:
+        raise SystemExit(
+            f"the files of {', '.join(sorted(missing))} are not here: use the version of Gatehouse"
+            " that has them"
+        )
 
 
 def check_rollback(database: Migrating, count: int) -> None:
@@ -124,9 +133,7 @@ def check_rollback(database: Migrating, count: int) -> None:
         applied_are = "1 migration is" if len(done) == 1 else f"{len(done)} migrations are"
         raise SystemExit(f"only {applied_are} applied: --count must be {len(done)} or less")
     undone = done[len(done) - count :]
-    missing = set(undone) - set(names(MIGRATIONS))
-    if missing:
-        raise SystemExit(f"the files of {', '.join(sorted(missing))} are not here")
+    demand_files(set(undone) - set(names(MIGRATIONS)))
     # From the environment alone: in `.env` the permission would stay.
     if os.environ.get("ROLLBACK_DELETES_DATA") == "yes":
         return
