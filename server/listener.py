@@ -9,9 +9,8 @@ import socket
 import struct
 import sys
 
-# How many clients may wait to be accepted. The kernel lets one more in.
+# How many clients may wait to be accepted.
 BACKLOG = 1024
-MOST_WAITING = BACKLOG + 1
 SO_ATTACH_FILTER = 26  # of Linux; the socket module does not have it
 # Descriptors that are neither client connections nor connections to the upstream: those of the
 # database, the logs, and of what libraries open for a moment.
@@ -55,6 +54,15 @@ def let_nobody_in(listener: socket.socket) -> None:
         program = struct.pack("HP", 1, ctypes.addressof(drop))
         with contextlib.suppress(OSError):
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+def waiting_clients(listener: socket.socket) -> int:
+    """How many clients wait to be accepted. Only Linux tells: elsewhere it is how many may wait."""
+    if sys.platform != "linux":
+        return BACKLOG + 1
+    # Of a socket that listens, tcpi_unacked of struct tcp_info is that number.
+    info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+    return int.from_bytes(info[24:28], sys.byteorder)
 
 
 def raise_descriptor_limit() -> int:

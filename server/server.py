@@ -20,7 +20,7 @@ from server.connector import UpstreamConnector
 from server.exchange import Exchange, Patience, Rules
 from server.jobs import Job
 from server.lanes import Lane
-from server.listener import MOST_WAITING, connection_room, let_nobody_in, most_streams
+from server.listener import connection_room, let_nobody_in, most_streams, waiting_clients
 from server.logs import Output, access_line
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
@@ -401,11 +401,9 @@ class Server:
         if self.alone:
             let_nobody_in(self._listener)
         # The kernel has accepted the clients in the queue: closing the socket now would reset them,
-        # unless another process has it too. Then more may come without end.
-        waiting = select.poll()
-        waiting.register(self._listener, select.POLLIN)
-        for _ in range(MOST_WAITING):
-            if not (waiting.poll(0) and self._let_in()):
+        # unless another process has it too. Then more may come, without end, which are not ours.
+        for _ in range(waiting_clients(self._listener)):
+            if not self._let_in():
                 break
         self._watch_listener(False)
         self._listener.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import select
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
@@ -24,11 +25,12 @@ FRESH_SECONDS: Final = 1.0
 # it has closed one so early, it is not trusted to keep any for this many seconds.
 WARY_SECONDS: Final = 60.0
 NEVER_YET: Final = -WARY_SECONDS
-# Of the connections that are closed because a client leaves, or asks for what ends one, so many a
-# second are closed in order, and more are reset. Whoever closes a connection first keeps its port
-# for a minute (TIME_WAIT), and to one address there are 28,000 ports: a client that asks and
-# leaves, or asks with HEAD after HEAD, could use them all up.
-CLOSED_IN_ORDER: Final = 32
+# Whoever ends a connection first keeps its port for TIME_WAIT_SECONDS, and to one address there are
+# 28,000 ports. All workers together end so many first in that time; more are reset, which leaves
+# their ports free. Otherwise a client that asks and leaves, or asks with HEAD after HEAD, could use
+# all of them up.
+ENDED_FIRST: Final = 14000
+TIME_WAIT_SECONDS: Final = 60.0
 
 
 class Waiting(Protocol):
@@ -155,6 +157,18 @@ class Connection(Stream):
         poller.register(self.sock, select.POLLIN)
         return not poller.poll(0)
 
+    @property
+    def untouched(self) -> bool:
+        """Whether neither side has ended its half."""
+        return not (self.closed or self.ended_reading or self._ending)
+
+    def _end_sending(self) -> None:
+        if self.ended_reading or self.upstream.may_end_first():
+            super()._end_sending()
+        else:
+            reset_at_close(self.sock)
+            self._broke()
+
     def release(self, *, keep: bool) -> None:
         """The exchange needs it no more: keep it for another, or close it."""
         self.exchange = None
@@ -164,7 +178,7 @@ class Connection(Stream):
         ):
             self.upstream.keep(self)
         else:
-            self.upstream.cast_off(self)
+            self.upstream.discard(self)
 
 
 class Upstream:
@@ -205,8 +219,9 @@ class Upstream:
         self._early = 0.0  # and for how many seconds that one had been idle
         # Connections on which nothing has come yet, with the moment at which they were made.
         self._unheard: dict[Connection, float] = {}
-        self._cast_off = 0  # how many were cast off in the present second
-        self._cast_off_since = 0.0  # when that second began
+        # When we last ended a connection before the upstream did, for as many as we may.
+        workers = len(board.each(IN_FLIGHT))
+        self._ended_first: deque[float] = deque(maxlen=max(1, ENDED_FIRST // workers))
         self._to_close = 0  # how many that become idle are to be closed: see `look`
         self._last_outcome = 0  # when a request was answered, or failed, as it was at the last look
 
@@ -333,10 +348,10 @@ class Upstream:
         # the upstream has.
         oldest = next(iter(self._idle), None)
         if oldest is not None and self.loop.now - oldest.idle_since > FRESH_SECONDS:
-            self.cast_off(oldest)
+            self.discard(oldest)
         elif len(self._idle) > 1 and self.is_wary():
             # The oldest stays: it shows whether the upstream keeps it.
-            self.cast_off(next(reversed(self._idle)))
+            self.discard(next(reversed(self._idle)))
         self.loop.attempt(exchange.connected, connection)
 
     def heard(self, connection: Connection) -> None:
@@ -380,33 +395,33 @@ class Upstream:
         if self._expiry.when == NEVER:
             self._expiry.set(self.loop.now + self._keepalive)
 
-    def discard(self, connection: Connection, *, reset: bool = False) -> None:
-        """Close a connection, kept or not, in order or with a reset. One that broke may be
-        discarded twice: before its `failed` is called, and then by that."""
+    def discard(self, connection: Connection) -> None:
+        """Close a connection, kept or not. One that broke may be discarded twice: before its
+        `failed` is called, and then by that."""
         if connection.client is not None:
             if self._own.get(connection.client) is connection:
                 del self._own[connection.client]
         else:
             self._idle.pop(connection, None)
-        connection.close(reset=reset)
+        many = connection.untouched and not self.may_end_first()
+        # Nothing is reset that the kernel has yet to send.
+        connection.close(reset=many and not connection.queued and not connection.unsent())
         self._connections.discard(connection)
         self._unheard.pop(connection, None)
 
-    def cast_off(self, connection: Connection) -> None:
-        """Discard a connection for a reason that clients can bring about as often as they like: see
-        CLOSED_IN_ORDER. One with bytes that the kernel has yet to send is closed in order. So is
-        one that the upstream has ended, for then it is the upstream's port that is kept."""
-        if self.loop.now - self._cast_off_since >= 1.0:
-            self._cast_off, self._cast_off_since = 0, self.loop.now
-        first = not (connection.closed or connection.ended_reading)
-        self._cast_off += first
-        many = first and self._cast_off > CLOSED_IN_ORDER
-        self.discard(connection, reset=many and not connection.queued and not connection.unsent())
+    def may_end_first(self) -> bool:
+        """Count one more connection that we end before the upstream does. False if there have been
+        so many that it is to be reset: see ENDED_FIRST."""
+        ended = self._ended_first
+        if len(ended) == ended.maxlen and self.loop.now - ended[0] < TIME_WAIT_SECONDS:
+            return False
+        ended.append(self.loop.now)
+        return True
 
     def forget(self, client: object) -> None:
         """A client has left: close the connection that was kept for it alone."""
         if self._own and (own := self._own.get(client)) is not None:
-            self.cast_off(own)
+            self.discard(own)
 
     def drop_one(self, *, own: bool = False) -> bool:
         """Close the one that has been idle longest, of those that are for any client, or of those

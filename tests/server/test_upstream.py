@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,14 @@ from metrics import Board
 from problems import Problem, UpstreamBusy, UpstreamTimeout, UpstreamUnreachable
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.loop import Loop
-from server.upstream import CLOSED_IN_ORDER, FRESH_SECONDS, WARY_SECONDS, Connection, Upstream
+from server.upstream import (
+    ENDED_FIRST,
+    FRESH_SECONDS,
+    TIME_WAIT_SECONDS,
+    WARY_SECONDS,
+    Connection,
+    Upstream,
+)
 from tests.harness.servers import unanswered_port
 
 KEEPALIVE = 50.0
@@ -545,28 +553,39 @@ def leave(place: Place, connection: Connection) -> None:
     place.upstream.forget(connection.client)
 
 
-@pytest.mark.parametrize("part", [let_go, leave])
-def test_of_many_that_are_closed_in_a_second_most_are_reset(
+def grow_old(place: Place, connection: Connection) -> None:
+    connection.release(keep=True)
+    place.upstream.drop_one()
+
+
+def end_a_half(place: Place, connection: Connection) -> None:
+    connection.end()
+    connection.release(keep=False)
+
+
+@pytest.mark.parametrize("part", [let_go, leave, grow_old, end_a_half])
+def test_of_many_that_we_end_first_in_a_minute_most_are_reset(
     place: Place, part: Callable[[Place, Connection], None]
 ) -> None:
-    """Each one that is closed in order keeps its port for a minute. Clients that asked with HEAD, or
-    logged in with NTLM, or left before they were answered, used up all ports to an application on
-    another machine."""
-    for second in (1000, 2000):
-        made = [place.connect() for _ in range(CLOSED_IN_ORDER + 8)]
-        place.loop.now += second
+    """Each one that is ended in order keeps its port for a minute. Clients that asked with HEAD, or
+    logged in with NTLM, or left before they were answered, or left a WebSocket, used up all ports
+    to an application on another machine."""
+    assert place.upstream._ended_first.maxlen == ENDED_FIRST
+    place.upstream._ended_first = deque(maxlen=8)
+    for minute in (0, TIME_WAIT_SECONDS, 2 * TIME_WAIT_SECONDS):
+        made = [place.connect() for _ in range(16)]
+        place.loop.now += minute
         for _, connection, _ in made:
             part(place, connection)
         place.loop.turn_over()
         ends = [was_reset(far) for _, _, far in made]
-        assert ends == [False] * CLOSED_IN_ORDER + [True] * 8
+        assert ends == [False] * 8 + [True] * 8
         for _, _, far in made:
             far.close()
 
 
 def test_nothing_is_reset_that_has_yet_to_be_sent_or_has_ended(place: Place) -> None:
-    for _ in range(CLOSED_IN_ORDER):
-        place.upstream.cast_off(place.connect()[1])
+    place.upstream._ended_first = deque([place.loop.now], maxlen=1)
     _, unsent, far = place.connect()
     size = 0
     while not unsent.queued:
