@@ -16,7 +16,11 @@ from typing import Any
 import axe_core_python
 import pytest
 from selenium import webdriver
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -89,7 +93,11 @@ class Browser:
             if ready := found.is_enabled() and found.is_displayed():
                 found.click()
             return bool(ready)
-        except (NoSuchElementException, StaleElementReferenceException):
+        except (
+            NoSuchElementException,
+            StaleElementReferenceException,
+            ElementClickInterceptedException,
+        ):
             return False
 
     def fill(self, selector: str, text: str) -> None:
@@ -696,6 +704,30 @@ def test_an_empty_object_is_shown_as_nothing_and_text_that_looks_like_one_as_it_
     page.sees("#said", "{} is saved")
     user = fresh.call("GET", path).json()
     assert (user["email"], user["name"], user["metadata"]) == ("bea@example.com", "{}", {})
+
+
+@needs_chromium
+def test_a_double_click_answers_no_question(fresh: Service, window: Callable[..., Browser]) -> None:
+    """In a narrow window the button that deletes opens below the one that asks."""
+    create_user(fresh, "ann@example.com")
+    page = window(width=360)
+    page.driver.get(f"{fresh.url}/users")
+    page.driver.execute_script(
+        "const dialog = document.getElementById('remove');"
+        "window.below = () => {"
+        "  const box = document.getElementById('remove-yes').getBoundingClientRect();"
+        "  return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2).id;"
+        "};"
+        "new MutationObserver((_, one) => { one.disconnect(); window.first = below(); })"
+        ".observe(dialog, {attributes: true, attributeFilter: ['open']})"
+    )
+    page.act("Delete", "ann@example.com")
+    page.wait("window.first === 'remove'")
+    page.wait("below() === 'remove-yes'")
+    page.sees("#remove-who", "ann@example.com")
+    assert len(fresh.call("GET", "/users").json()["users"]) == 1
+    page.click("#remove-yes")
+    page.sees("#empty", "There are no users yet")
 
 
 @needs_chromium
