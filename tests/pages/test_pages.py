@@ -147,6 +147,7 @@ class Front:
         self.server = ScriptedUpstream(self._answer)
         self.url = self.server.url
         self.asked: list[str] = []  # method and target, as they arrived
+        self.status = 0  # what it answers in Gatehouse's place to all but pages, if it is not 0
         self._held: list[tuple[str, threading.Event | None]] = []
 
     def hold(self, words: str) -> threading.Event:
@@ -166,6 +167,11 @@ class Front:
 
     def _answer(self, sock: socket.socket, seen: Seen) -> bool:
         line = f"{seen.method} {seen.target.decode()}"
+        if self.status and "text/html" not in dict(seen.headers).get("Accept", ""):
+            self.asked.append(line)
+            head = f"HTTP/1.1 {self.status} -\r\nContent-Type: text/html\r\nContent-Length: 12"
+            sock.sendall(f"{head}\r\n\r\n<h1>Bad</h1>".encode())
+            return True
         held = next((one for one in self._held if one[0] in line), None)
         if held:
             self._held.remove(held)
@@ -974,6 +980,50 @@ def test_the_page_goes_on_by_itself_when_the_database_is_back(
     assert pw_migrate("migrate", uri=service.environ["POSTGRES_URI"]).returncode == 0
     page.sees("#empty", "There are no users yet")
     assert not page.find("#failed").is_displayed()
+
+
+@needs_chromium
+@pytest.mark.parametrize("status", [404, 502, 504])
+def test_the_page_waits_for_gatehouse_when_something_else_answers(
+    fresh: Service, front: Front, window: Callable[..., Browser], status: int
+) -> None:
+    """A deployment may have no route to it: the list was asked for hundreds of times, or not again."""
+    create_user(fresh, "ann@example.com")
+    front.status = status
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.sees("#failed", f"in Gatehouse's place, with the status {status}. This page goes on ask")
+    assert sum("GET /users?" in one for one in front.asked) == 1
+    front.status = 0
+    page.shows("Ann")
+    assert not page.find("#failed").is_displayed()
+    front.status = status
+    page.click("#rows .danger")
+    page.sees("#failed", f"the status {status}.")
+    front.status = 0
+    page.act("Delete", "ann@example.com")
+    page.sees("#remove-who", "ann@example.com")
+    front.status = status
+    page.click("#remove-yes")
+    page.sees("#remove-error", f"the status {status}.")
+    assert ("may have arrived" in page.text("#remove-error")) == (status > 500)
+
+
+@needs_chromium
+def test_a_conflict_that_no_field_is_to_blame_for_is_told_for_the_whole_form(
+    fresh: Service, window: Callable[..., Browser], databases: Databases
+) -> None:
+    """Every 409 was shown as one of the address."""
+    rule = "ALTER TABLE users ADD CONSTRAINT no_bots CHECK (name <> 'Bot')"
+    with databases.admin(fresh.environ["POSTGRES_URI"]) as cursor:
+        cursor.execute(rule)
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.click("#new")
+    page.fill("#field-email", "bot@example.com")
+    page.fill("#field-name", "Bot" + Keys.ENTER)
+    wait_for(lambda: page.text("#edit-error"))
+    assert page.text("#error-email") == ""
 
 
 @needs_chromium
