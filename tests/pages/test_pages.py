@@ -573,8 +573,91 @@ def test_an_import_that_is_cut_goes_on_where_it_was(
     page.sees("#bring-error", "may have arrived")
     page.sees("#bring-error", "The rows before line 502 are done")
     page.click("#bring-start")
-    page.sees("#bring-count", "1,200 of 1,200 rows: 700 created, 0 replaced, 0 unchanged, 500 ref")
+    page.sees("#bring-count", "1,200 of 1,200 rows: 700 created, 0 replaced, 500 unchanged, 0 ref")
     assert fresh.call("GET", "/users?limit=1&count=true").json()["total"] == 1200
+
+
+@needs_chromium
+def test_an_import_waits_at_the_first_row_that_the_database_did_not_take(
+    front: Front, window: Callable[..., Browser], tmp_path: Path, databases: Databases
+) -> None:
+    """It went through the whole file, and told of every row that it was refused."""
+    rule = (
+        "CREATE FUNCTION away() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.name = 'User 600' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE TRIGGER away BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION away();"
+    )
+    uri = front.service.environ["POSTGRES_URI"]
+    with databases.admin(uri) as cursor:
+        cursor.execute(rule)
+    rows = [f'{{"email": "u{n}@example.com", "name": "User {n}"}}\n' for n in range(1200)]
+    rows[550] = '{"email": "nobody", "name": "User 550"}\n'
+    (tmp_path / "people.ndjson").write_text("".join(rows))
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.click("#import")
+    page.find("#file").send_keys(str(tmp_path / "people.ndjson"))
+    page.click("#bring-start")
+    page.sees("#bring-error", "The rows before line 501 are done")
+    assert sum("POST" in one for one in front.asked) == 2
+    assert page.text("#bring-start") == "Go on"
+    with databases.admin(uri) as cursor:
+        cursor.execute("DROP TRIGGER away ON users")
+    page.click("#bring-start")
+    page.sees("#bring-count", "1,200 of 1,200 rows: 1,199 created, 0 replaced, 0 unchanged, 1 ref")
+    names = [user["name"] for user in front.service.call("GET", "/users").json()["users"]]
+    assert names == [f"User {n}" for n in range(50)]
+
+
+@needs_chromium
+def test_a_create_whose_answer_was_lost_is_sent_again_and_happens_once(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.click("#new")
+    page.fill("#field-email", "ann@example.com")
+    page.fill("#field-name", "Ann")
+    page.fill("#field-metadata", '{"b": 1, "a": 2}')
+    front.lose("PUT")
+    page.click("#save")
+    page.sees("#edit-error", "may have arrived. You can safely send it again.")
+    page.shows("Ann")
+    page.click("#save")
+    page.sees("#said", "Ann is saved")
+    [user] = fresh.call("GET", "/users").json()["users"]
+    assert uuid.UUID(user["id"]).version == 7
+    # Another one with this address is refused, as ever.
+    page.click("#new")
+    page.fill("#field-email", "ann@example.com")
+    page.fill("#field-name", "Bea" + Keys.ENTER)
+    page.sees("#error-email", "Another user has this email address")
+
+
+@needs_chromium
+def test_an_export_goes_in_again_however_much_metadata_it_has(
+    fresh: Service, window: Callable[..., Browser], tmp_path: Path
+) -> None:
+    path = create_user(fresh, "ann@example.com").get("Location") or ""
+    for part in range(3):
+        long = {"metadata": {f"part {part}": [0] * 5000}}
+        assert fresh.call("PATCH", path, long).status == 200
+    export = fresh.call("GET", "/users", headers={"Accept": "text/csv"})
+    (tmp_path / "all.csv").write_bytes(export.body)
+    one = fresh.call("GET", path).body
+    long_line = (
+        b'id,email,name,metadata\n,bea@example.com,Bea,"{""a"": [' + b"1 , " * 5000 + b'1]}"\n'
+    )
+    (tmp_path / "long.csv").write_bytes(long_line)
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.click("#import")
+    for name, words in (("all", "0 replaced, 1 unchanged"), ("long", "1 created")):
+        page.find("#file").send_keys(str(tmp_path / f"{name}.csv"))
+        page.click("#bring-start")
+        page.sees("#bring-count", words)
+    assert fresh.call("GET", path).body == one
 
 
 @needs_chromium
@@ -895,8 +978,11 @@ def test_one_says_what_a_column_is_and_hears_what_is_wrong_with_a_file(
         (b"PK\x03\x04", "Save the spreadsheet as CSV"),
         (b"name,email\n", "has no rows"),
         (b"", "has no rows"),
+        (b'[{"name": "Ann",\n"email": "ann@example.com"}]', "one JSON object on each line"),
+        (b'{\n"name": "Ann"}', "one JSON object on each line"),
     ):
-        other = tmp_path / f"{uuid.uuid4()}.csv"  # a browser tells of another file only
+        kind = "json" if b'"' in data else "csv"
+        other = tmp_path / f"{uuid.uuid4()}.{kind}"  # a browser tells of another file only
         other.write_bytes(data)
         page.find("#file").send_keys(str(other))
         page.sees("#bring-error", words)
