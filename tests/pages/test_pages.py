@@ -23,6 +23,7 @@ from selenium.common.exceptions import (
 )
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support import expected_conditions
 
 from services import browser as pages
 from tests.harness import (
@@ -121,6 +122,16 @@ class Browser:
     def press(self, *keys: str) -> None:
         """Press keys, wherever the focus is."""
         webdriver.ActionChains(self.driver).send_keys(*keys).perform()
+
+    def answer(self, yes: bool) -> None:
+        """Answer the question that the browser asks."""
+        wait_for(lambda: expected_conditions.alert_is_present()(self.driver), 10, "a question")
+        asked = self.driver.switch_to.alert
+        asked.accept() if yes else asked.dismiss()
+
+    def asks_before_leaving(self) -> bool:
+        script = "const e = new Event('beforeunload', {cancelable: true});"
+        return bool(self.driver.execute_script(script + "return !dispatchEvent(e)"))
 
     def act(self, action: str, email: str) -> None:
         """Click a user's button, by the name that a screen reader says."""
@@ -291,6 +302,7 @@ def test_a_user_is_created_edited_and_deleted(
     page.click("#save")
     page.sees("#error-email", "Another user has this email address")
     page.click("#edit [data-close]")
+    page.answer(True)
     page.act("Edit", "ann@example.com")
     page.sees("#edit-title", "Edit Ann")
     page.fill("#field-name", "Anna")
@@ -455,6 +467,7 @@ def test_what_was_asked_for_last_is_what_opens(
         assert page.value("#field-name") == "Bobby"
         assert not page.find("#remove").is_displayed()
         page.click("#edit [data-close]")
+        page.answer(True)
 
 
 @needs_chromium
@@ -1034,6 +1047,7 @@ def test_a_token_is_asked_for_and_kept_for_this_tab_only(
     assert page.driver.execute_script("return [localStorage.length, document.cookie]") == [0, ""]
     page.click("#forget")
     wait_for(lambda: page.find("#token").is_displayed())
+    assert page.names() == []
     page.driver.refresh()
     wait_for(lambda: page.find("#token").is_displayed())
 
@@ -1137,10 +1151,90 @@ def test_what_is_written_outlives_a_token_that_is_taken_away(
     page.driver.execute_script("sessionStorage.setItem('gatehouse-token', 'old')")
     page.click("#save")
     page.sees("#token-error", "opens nothing")
+    # Nor is it lost when Gatehouse cannot be reached just then.
+    network = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", network)
     page.fill("#token", "t0ken" + Keys.ENTER)
     wait_for(lambda: page.find("#edit").is_displayed())
+    network["offline"] = False
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", network)
     page.click("#save")
     page.shows("Ann")
+
+
+@needs_chromium
+def test_what_is_written_is_not_lost_without_a_question(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    create_user(fresh, "ann@example.com")
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.act("Edit", "ann@example.com")
+    wait_for(lambda: page.value("#field-name") == "Ann")
+    assert not page.asks_before_leaving()
+    page.fill("#field-name", "Anna")
+    assert page.asks_before_leaving()
+    for _ in range(2):
+        page.press(Keys.ESCAPE)
+        page.answer(False)
+    page.click("#edit [data-close]")
+    page.answer(False)
+    assert page.value("#field-name") == "Anna"
+    page.press(Keys.ESCAPE)
+    page.answer(True)
+    wait_for(lambda: not page.find("#edit").is_displayed())
+    assert not page.asks_before_leaving()
+    page.act("Edit", "ann@example.com")
+    wait_for(lambda: page.value("#field-name") == "Ann")
+    page.press(Keys.ESCAPE)  # nothing was written
+    wait_for(lambda: not page.find("#edit").is_displayed())
+
+
+@needs_chromium
+def test_an_import_outlives_its_dialog(
+    front: Front, window: Callable[..., Browser], tmp_path: Path
+) -> None:
+    """Escape threw away the refused rows, and where a stopped import was."""
+    rows = "".join(f"u{n}@example.com,User {n}\n" for n in range(600))
+    (tmp_path / "people.csv").write_text("email,name\nnobody,Bob\n" + rows)
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.click("#import")
+    page.find("#file").send_keys(str(tmp_path / "people.csv"))
+    held = front.hold("POST")
+    page.click("#bring-start")
+    front.arrived("POST")
+    assert page.asks_before_leaving()
+    page.press(Keys.ESCAPE)
+    held.set()
+    page.sees("#said", "The import was stopped. 500 of 601 rows")
+    assert page.asks_before_leaving()
+    page.click("#import")
+    page.sees("#bring-start", "Go on")
+    page.click("#bring-start")
+    page.sees("#bring-count", "601 of 601 rows: 600 created")
+    page.press(Keys.ESCAPE)
+    assert not page.asks_before_leaving()
+    page.click("#import")
+    page.sees("#refused", "Line 2")
+
+
+@needs_chromium
+def test_what_was_said_of_the_last_action_ends_with_the_next(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    create_user(fresh, "ann@example.com")
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.shows("Ann")
+    front.status = 502
+    page.click("#export-csv")
+    page.sees("#failed", "the status 502")
+    front.status = 0
+    page.click("#export-ndjson")
+    page.sees("#said", "Exported")
+    assert not page.find("#failed").is_displayed()
 
 
 @needs_chromium
