@@ -277,7 +277,7 @@ def test_a_user_is_created_edited_and_deleted(
 ) -> None:
     page = window()
     page.driver.get(f"{fresh.url}/users")
-    page.sees("#empty", "There are no users yet")
+    page.sees("#found", "There are no users yet")
     page.click("#new")
     page.fill("#field-email", "nobody")
     page.fill("#field-metadata", "{")
@@ -315,7 +315,7 @@ def test_a_user_is_created_edited_and_deleted(
     page.act("Delete", "ann@example.com")
     page.click("#remove-yes")
     page.sees("#said", "Anna is deleted")
-    page.sees("#empty", "There are no users yet")
+    page.sees("#found", "There are no users yet")
 
 
 @needs_chromium
@@ -326,7 +326,7 @@ def test_the_pages_work_below_a_path_of_a_proxy_in_front(
     front = Front(fresh, "/gate")
     page = window()
     page.driver.get(f"{front.url}/gate/users")
-    page.sees("#empty", "There are no users yet")
+    page.sees("#found", "There are no users yet")
     page.click("#new")
     page.fill("#field-email", "ann@example.com")
     page.fill("#field-name", "Ann" + Keys.ENTER)
@@ -368,13 +368,120 @@ def test_one_searches_as_one_types_and_turns_pages_both_ways(
     page.fill("#q", " User 119 ")
     page.shows("User 119")
     page.fill("#q", "%_")
-    page.sees("#empty", "Nobody's name or email address contains")
+    page.sees("#found", "Nobody's name or email address contains")
     page.fill("#q", "User 11")
     page.shows(*(f"User {number}" for number in range(110, 120)))
     page.fill("#q", "  ")
     first_is(page, "User 000")
     page.click("#next")
     first_is(page, "User 050")
+
+
+@needs_chromium
+def test_the_address_says_what_is_seen_and_the_way_back_leads_there(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    three_pages(fresh)
+    page = window()
+    page.driver.get(f"{fresh.url}/users?email=u119@example.com")
+    page.shows("User 119")
+    page.driver.get(f"{fresh.url}/users")
+    first_is(page, "User 000")
+    for first in ("User 050", "User 100"):
+        page.click("#next")
+        first_is(page, first)
+    page.driver.refresh()
+    first_is(page, "User 100")
+    page.sees("#found", "Page 3, users 101 to 120")
+    address = page.driver.current_url
+    page.click("#previous")
+    first_is(page, "User 050")
+    for text in ("User 11", "User 112"):
+        page.fill("#q", text)
+        wait_for(lambda text=text: page.names() and all(text in one for one in page.names()))
+    page.driver.back()
+    first_is(page, "User 050")
+    assert page.value("#q") == ""
+    page.driver.back()
+    first_is(page, "User 100")
+    # Somebody else opens it: how many pages are before it is not known.
+    page.driver.get("about:blank")
+    page.driver.switch_to.new_window("tab")
+    page.driver.get(address)
+    first_is(page, "User 100")
+    page.sees("#found", "20 users")
+    page.click("#previous")
+    first_is(page, "User 000")
+    page.sees("#found", "Page 1, users 1 to 50")
+
+
+@needs_chromium
+def test_numbers_and_dates_are_written_in_the_language_of_the_page(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    """Some were written in the numerals of the reader's language, and some were not."""
+    three_pages(fresh)
+    page = window()
+    page.driver.execute_cdp_cmd("Emulation.setLocaleOverride", {"locale": "ar-EG"})
+    page.driver.get(f"{fresh.url}/users")
+    assert page.driver.execute_script("return (2026).toLocaleString()") == "٢٬٠٢٦"
+    page.sees("#found", "Page 1, users 1 to 50 of 120")
+    assert page.text("#rows time").isascii()
+
+
+@needs_chromium
+def test_a_new_user_is_shown_however_many_there_are(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    three_pages(fresh)
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.click("#new")
+    page.fill("#field-email", "zoe@example.com")
+    page.fill("#field-name", "Zoe" + Keys.ENTER)
+    page.sees("#said", "Zoe is created")
+    page.click("#said button")
+    page.shows("Zoe")
+
+
+@needs_chromium
+def test_what_is_found_is_announced_and_what_is_called_anything_stays_apart(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    """A region that is hidden is not read, and a name could turn the words of a question."""
+    create_user(fresh, "ann@example.com", "\u202ennA")
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.sees("#found", "1 user")
+    page.fill("#q", "nobody")
+    page.sees("#found", "Nobody's name or email address contains \u201cnobody\u201d.")
+    assert page.find("#found").get_attribute("role") == "status"
+    page.fill("#q", "")
+    page.act("Delete", "ann@example.com")
+    page.sees("#remove-who", "ann@example.com")
+    places = "[...document.querySelectorAll('#remove-who bdi')].map(e => e.textContent)"
+    page.wait(f"String({places}) === '\u202ennA,ann@example.com'")
+
+
+@needs_chromium
+def test_an_export_is_of_what_stands_in_the_search(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    three_pages(fresh)
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    first_is(page, "User 000")
+    late, held = front.hold("q=User+01"), front.hold("GET /users?q=User+01")
+    page.fill("#q", "User 01")
+    front.arrived("limit=50&q=User+01")
+    page.click("#export-csv")
+    front.arrived("GET /users?q=User+01")
+    late.set()
+    page.fill("#q", "User 02")
+    held.set()
+    page.sees(
+        "#said", "Exported all users whose name or email address contains \u201cUser 01\u201d."
+    )
 
 
 def three_pages(service: Service) -> None:
@@ -538,7 +645,7 @@ def test_a_delete_that_ends_late_leaves_the_next_question_alone(
     page.shows("Bob")
     page.sees("#remove-who", "Bob")
     page.click("#remove-yes")
-    page.sees("#empty", "no users")
+    page.sees("#found", "no users")
 
 
 @needs_chromium
@@ -576,7 +683,7 @@ def test_an_import_that_is_cut_goes_on_where_it_was(
     (tmp_path / "people.csv").write_text("email,name\n" + rows)
     page = window()
     page.driver.get(f"{front.url}/users")
-    page.sees("#empty", "no users")
+    page.sees("#found", "no users")
     page.click("#import")
     page.find("#file").send_keys(str(tmp_path / "people.csv"))
     first = front.hold("POST")
@@ -829,7 +936,7 @@ def test_a_double_click_answers_no_question(fresh: Service, window: Callable[...
     page.sees("#remove-who", "ann@example.com")
     assert len(fresh.call("GET", "/users").json()["users"]) == 1
     page.click("#remove-yes")
-    page.sees("#empty", "There are no users yet")
+    page.sees("#found", "There are no users yet")
 
 
 @needs_chromium
@@ -844,7 +951,7 @@ def test_two_tabs_see_what_the_other_has_deleted(
     one.act("Edit", "ann@example.com")
     two.act("Delete", "ann@example.com")
     two.click("#remove-yes")
-    two.sees("#empty", "no users")
+    two.sees("#found", "no users")
     one.click("#save")
     one.sees("#edit-error", "deleted meanwhile")
     one.click("#edit [data-close]")
@@ -1078,7 +1185,7 @@ def test_the_page_goes_on_by_itself_when_the_database_is_back(
     page.driver.get(f"{service.url}/users")
     page.sees("#failed", "Run pw_migrate migrate. This page goes on asking.")
     assert pw_migrate("migrate", uri=service.environ["POSTGRES_URI"]).returncode == 0
-    page.sees("#empty", "There are no users yet")
+    page.sees("#found", "There are no users yet")
     assert not page.find("#failed").is_displayed()
 
 
@@ -1133,7 +1240,7 @@ def test_loading_is_shown_where_it_takes_long(front: Front, window: Callable[...
     page.driver.get(f"{front.url}/users")
     page.sees("#loading", "Loading")
     held.set()
-    page.sees("#empty", "There are no users yet")
+    page.sees("#found", "There are no users yet")
     assert not page.find("#loading").is_displayed()
 
 
