@@ -1376,6 +1376,108 @@ def test_the_keyboard_keeps_its_place(fresh: Service, window: Callable[..., Brow
 
 
 @needs_chromium
+def test_the_keyboard_keeps_its_place_where_something_fails(
+    fresh: Service, front: Front, window: Callable[..., Browser], tmp_path: Path
+) -> None:
+    """It was at the top of the page again."""
+    three_pages(fresh)
+    (tmp_path / "people.csv").write_text("email,name\nann@example.com,Ann\n")
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    first_is(page, "User 000")
+
+    def focused(name: str) -> None:
+        page.wait(f"document.activeElement.id === '{name}'")
+
+    front.status = 502
+    page.find("#next").send_keys(Keys.ENTER)
+    focused("again")
+    page.press(Keys.ENTER)
+    focused("again")
+    front.status = 0
+    page.press(Keys.ENTER)
+    focused("q")
+    page.find("#new").send_keys(Keys.ENTER)
+    page.fill("#field-email", "ann@example.com")
+    page.fill("#field-name", "Ann")
+    front.status = 502
+    page.find("#save").send_keys(Keys.ENTER)
+    page.sees("#edit-error", "502")
+    focused("save")
+    front.status = 0
+    page.press(Keys.ENTER)
+    page.sees("#said", "Ann is created")
+    page.find("#said button").send_keys(Keys.ENTER)
+    page.shows("Ann")
+    focused("q")
+    page.find("#import").send_keys(Keys.ENTER)
+    page.find("#file").send_keys(str(tmp_path / "people.csv"))
+    wait_for(lambda: page.find("#bring-start").is_enabled())
+    front.status = 502
+    page.find("#bring-start").send_keys(Keys.ENTER)
+    page.sees("#bring-error", "502")
+    focused("bring-start")
+    front.status = 0
+    page.press(Keys.ENTER)
+    page.sees("#bring-count", "1 of 1 rows")
+    focused("bring-close")
+
+
+@needs_chromium
+def test_what_takes_long_is_told(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    ann = create_user(fresh, "ann@example.com").get("Location") or ""
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.shows("Ann")
+    held = front.hold(f"GET {ann}")
+    page.act("Edit", "ann@example.com")
+    page.sees("#loading", "Loading")
+    held.set()
+    page.sees("#edit-when", "Created ")
+    assert page.text("#loading") == ""
+    held = front.hold(f"PATCH {ann}")
+    page.fill("#field-name", "Anna" + Keys.ENTER)
+    page.sees("#edit-wait", "Saving")
+    held.set()
+    page.shows("Anna")
+    held = front.hold(f"DELETE {ann}")
+    page.act("Delete", "ann@example.com")
+    page.click("#remove-yes")
+    page.sees("#remove-wait", "Deleting")
+    held.set()
+    page.sees("#said", "Anna is deleted")
+
+
+@needs_chromium
+def test_the_page_on_paper_in_a_narrow_window_and_without_javascript(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    email = f"{'a' * 60}@{'b' * 60}.example.com"
+    create_user(fresh, email)
+    page = window(width=320)
+    page.driver.get(f"{fresh.url}/users")
+    page.shows("Ann")
+    page.wait(
+        "[...document.querySelectorAll('#rows td span')].every(e => !e.getClientRects().length"
+        " || e.scrollHeight <= e.parentElement.clientHeight)"
+    )
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    for seen in ("button", "input"):
+        page.wait(
+            f"[...document.querySelectorAll('{seen}')].every(e => !e.getClientRects().length)"
+        )
+    page.wait("document.querySelector('#rows time').getClientRects().length > 0")
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    page.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    page.driver.get(f"{fresh.url}/users")
+    tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})
+    assert "This page needs JavaScript" in json.dumps(tree)
+    page.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@needs_chromium
 def test_health_is_live(fresh: Service, window: Callable[..., Browser]) -> None:
     page = window()
     page.driver.get(f"{fresh.url}/health")
