@@ -41,6 +41,7 @@ class Made:
     minutes: float = 0
     postgres: list[str] = field(default_factory=list)
     runs: str = "from source"  # or compiled: how Gatehouse ran
+    python: str = "Python"  # which one Gatehouse and its peers in Python ran on
     against: str = ""  # which commit the scene of that name compares with, and what it did
 
     @property
@@ -371,7 +372,8 @@ system's, where there is one; all else uses the embedded one.
 
 Unless said otherwise, each server has {made.cpus} processes, and {POOL_SIZE} database connections in
 each. Gatehouse and nginx write their access logs, as they do by default, to a file; the others
-write none. Gatehouse runs {made.runs}, with `WORKERS={made.cpus}`, and all else as it is by default.
+write none. Gatehouse runs {made.runs}, on {made.python}, with `WORKERS={made.cpus}`, and all else
+as it is by default.
 
 {made_of}
 

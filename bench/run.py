@@ -97,6 +97,7 @@ def main() -> int:
         {peer.name: peer.made_of for peer in contenders() if peer.name != OURS},
         stage.grouped(),
         runs=stage.how_it_runs(),
+        python=stage.python(),
         against=stage.story_of(commit) if commit else "",
     )
     if made.is_busy:

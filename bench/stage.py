@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -67,6 +68,13 @@ def how_it_runs() -> str:
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def python() -> str:
+    """Which Python runs. Those of Linux's distributions are built with optimisations that others may
+    lack."""
+    whose = "the system's " if sys.base_prefix == "/usr" else ""
+    return f"{whose}Python {platform.python_version()}"
 
 
 def project_of(commit: str, folder: Path) -> Project:
