@@ -650,7 +650,10 @@ class Exchange:
         connection, self._connection = self._connection, None
         self._timer.cancel()
         if connection is not None:
-            connection.release(keep=keep)
+            answer = self._answer
+            leaving = answer is not None and not answer.persistent and not self.wants_body
+            body = answer.body if answer is not None else None
+            connection.release(keep=keep, leaving=leaving and (body is None or body.complete))
 
     # The client ends.
 

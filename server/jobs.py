@@ -202,6 +202,8 @@ class Job:
         self.client.refuse(problem)
 
     def _run(self) -> None:
+        if self.over:
+            return  # It was refused before the application began.
         self._begun = True
         if self.input is None:
             self.input = io.BytesIO(self._gathered)

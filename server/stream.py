@@ -54,8 +54,6 @@ PROBING: Final = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     if hasattr(socket, name)
 ]
 
-SIOCOUTQNSD: Final = 0x894B  # of Linux; no module of Python has it
-
 WAIT: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -338,17 +336,10 @@ class Stream:
     def untaken(self) -> int:
         """How many bytes the kernel holds that the other side has not acknowledged yet. Only Linux
         tells: elsewhere it is 0."""
-        return self._in_kernel(termios.TIOCOUTQ)
-
-    def unsent(self) -> int:
-        """How many of these it has not even sent yet."""
-        return self._in_kernel(SIOCOUTQNSD)
-
-    def _in_kernel(self, what: int) -> int:
         if sys.platform != "linux":
             return 0
         try:
-            answer = fcntl.ioctl(self._fd, what, bytes(4))
+            answer = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
         except OSError:
             return 0
         return int.from_bytes(answer, sys.byteorder)

@@ -25,12 +25,14 @@ FRESH_SECONDS: Final = 1.0
 # it has closed one so early, it is not trusted to keep any for this many seconds.
 WARY_SECONDS: Final = 60.0
 NEVER_YET: Final = -WARY_SECONDS
-# Whoever ends a connection first keeps its port for TIME_WAIT_SECONDS, and to one address there are
-# 28,000 ports. All workers together end so many first in that time; more are reset, which leaves
-# their ports free. Otherwise a client that asks and leaves, or asks with HEAD after HEAD, could use
-# all of them up.
+# Whoever ends a connection first keeps its port: until the other side has ended it too, a minute at
+# most, and for a minute after that (TIME_WAIT). To one address there are 28,000 ports. All workers
+# together end so many first in PORT_SECONDS; more are reset, which leaves their ports free.
+# Otherwise a client that asks and leaves, or asks with HEAD after HEAD, could use all of them up.
 ENDED_FIRST: Final = 14000
-TIME_WAIT_SECONDS: Final = 60.0
+PORT_SECONDS: Final = 120.0
+# An upstream that has announced the end of a connection has this many seconds to end it first.
+LEAVING_SECONDS: Final = 1.0
 
 
 class Waiting(Protocol):
@@ -169,14 +171,18 @@ class Connection(Stream):
             reset_at_close(self.sock)
             self._broke()
 
-    def release(self, *, keep: bool) -> None:
-        """The exchange needs it no more: keep it for another, or close it."""
+    def release(self, *, keep: bool, leaving: bool = False) -> None:
+        """The exchange needs it no more: keep it for another, or close it. If the upstream is
+        `leaving`, it has announced that it ends this connection."""
         self.exchange = None
         self.straight = None
-        if keep and not (
+        at_rest = not (
             self.closed or self.ended_reading or self.stopped_reading or self.queued or self.paused
-        ):
+        )
+        if keep and at_rest:
             self.upstream.keep(self)
+        elif leaving and at_rest:
+            self.upstream.await_end(self)
         else:
             self.upstream.discard(self)
 
@@ -213,6 +219,7 @@ class Upstream:
         self._connections: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the one that was used last is the last
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
+        self._leaving: dict[Connection, float] = {}  # which have been announced to end, and when
         self._expiry = Timer(loop, self._expire)
         self._at_limit = Seldom()
         self._closed_early = NEVER_YET  # when the upstream last closed one within FRESH_SECONDS
@@ -378,6 +385,9 @@ class Upstream:
         self._last_outcome = last_outcome
         while self._to_close and self.drop_one():
             self._to_close -= 1
+        for leaving, since in list(self._leaving.items()):
+            if self.loop.now - since >= LEAVING_SECONDS:
+                self.discard(leaving)
 
     def keep(self, connection: Connection) -> None:
         """Keep a connection for the next request."""
@@ -395,6 +405,10 @@ class Upstream:
         if self._expiry.when == NEVER:
             self._expiry.set(self.loop.now + self._keepalive)
 
+    def await_end(self, connection: Connection) -> None:
+        """Leave it to the upstream to end a connection first."""
+        self._leaving[connection] = self.loop.now
+
     def discard(self, connection: Connection) -> None:
         """Close a connection, kept or not. One that broke may be discarded twice: before its
         `failed` is called, and then by that."""
@@ -403,9 +417,8 @@ class Upstream:
                 del self._own[connection.client]
         else:
             self._idle.pop(connection, None)
-        many = connection.untouched and not self.may_end_first()
-        # Nothing is reset that the kernel has yet to send.
-        connection.close(reset=many and not connection.queued and not connection.unsent())
+        connection.close(reset=connection.untouched and not self.may_end_first())
+        self._leaving.pop(connection, None)
         self._connections.discard(connection)
         self._unheard.pop(connection, None)
 
@@ -413,7 +426,7 @@ class Upstream:
         """Count one more connection that we end before the upstream does. False if there have been
         so many that it is to be reset: see ENDED_FIRST."""
         ended = self._ended_first
-        if len(ended) == ended.maxlen and self.loop.now - ended[0] < TIME_WAIT_SECONDS:
+        if len(ended) == ended.maxlen and self.loop.now - ended[0] < PORT_SECONDS:
             return False
         ended.append(self.loop.now)
         return True
@@ -443,5 +456,7 @@ class Upstream:
 
     def close(self) -> None:
         """Close the connections that are kept."""
+        for leaving in list(self._leaving):
+            self.discard(leaving)
         while self.drop_one() or self.drop_one(own=True):
             pass

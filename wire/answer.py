@@ -45,9 +45,9 @@ class Answer:
     `status`, `reason` and `lines` are as they came, except for what RFC 9112 tells a proxy to mend.
     `length` is how long the body is, in bytes, None if no length frames it. `body` takes the body
     apart; it is None if there is no body. `options` are the members of Connection, `switches` those
-    of Upgrade, in lower case. `reusable` says whether the connection may carry another request
-    after this answer, `events` whether the body is an event stream, `coded` whether it has a
-    Content-Encoding, `dated` whether there is a Date.
+    of Upgrade, in lower case. `persistent` says whether the upstream means to keep the connection,
+    `reusable` whether that may carry another request after this answer, `events` whether the body
+    is an event stream, `coded` whether it has a Content-Encoding, `dated` whether there is a Date.
     """
 
     __slots__ = (
@@ -58,6 +58,7 @@ class Answer:
         "length",
         "lines",
         "options",
+        "persistent",
         "reason",
         "reusable",
         "status",
@@ -123,12 +124,12 @@ class Answer:
         else:
             self.body = UntilClose()
         options = self.options
-        persistent = "close" not in options and (version == "1.1" or "keep-alive" in options)
+        self.persistent = "close" not in options and (version == "1.1" or "keep-alive" in options)
         # An answer that may not have a body but announces one may be followed by it all the same.
         # On a connection that is used again that would be taken for the next answer.
         stray = bodiless and bool(codings or self.length)
         ends = not isinstance(self.body, UntilClose)
-        self.reusable = ends and persistent and not stray and not ambiguous
+        self.reusable = ends and self.persistent and not stray and not ambiguous
 
     def _say_length(self, length: str | None) -> None:
         """Leave one Content-Length line, with this value; none if it is None."""

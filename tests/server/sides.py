@@ -171,9 +171,10 @@ class Connection:
     def resume(self) -> None:
         self.paused = False
 
-    def release(self, *, keep: bool) -> None:
+    def release(self, *, keep: bool, leaving: bool = False) -> None:
         self.exchange = None
         self.released.append(keep)
+        self.leaving = leaving
 
 
 class Upstream:

@@ -712,3 +712,21 @@ def test_an_exchange_that_cannot_be_ended_by_its_client_ends_all_the_same() -> N
         world.exchange.abandon()
     assert world.exchange.state is State.ENDED and world.upstream.in_flight == 0
     assert world.connections[0].released == [False]
+
+
+@pytest.mark.parametrize(
+    ("lines", "leaving"),
+    [
+        ((b"HTTP/1.1 200 OK", b"Content-Length: 2", b"Connection: close"), True),
+        ((b"HTTP/1.0 200 OK", b"Content-Length: 2"), True),
+        ((b"HTTP/1.1 200 OK", b"Content-Length: 2"), False),
+    ],
+)
+def test_an_announced_end_of_the_connection_is_waited_for(
+    lines: tuple[bytes, ...], leaving: bool
+) -> None:
+    world = asking()
+    connection = world.connection
+    assert connection is not None
+    world.exchange.from_upstream(message(*lines, body=b"ok"))
+    assert connection.released == [not leaving] and connection.leaving is leaving

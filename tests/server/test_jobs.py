@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from problems import Problem
 from server.inbox import INBOX_BYTES, Inbox
 from server.jobs import Job
 from tests.harness import request
@@ -71,6 +72,9 @@ class Crammed:
     def write(self, piece: bytes, *, hold: bool = False) -> None:
         pass
 
+    def refuse(self, problem: Problem) -> None:
+        pass
+
 
 def test_much_of_an_answer_waits_only_where_the_body_is_read_meanwhile() -> None:
     """Each export with a body that never ended had 32 MB of its answer wait."""
@@ -85,3 +89,15 @@ def test_much_of_an_answer_waits_only_where_the_body_is_read_meanwhile() -> None
     assert job.input.read1(1) == b"a"
     job.give_piece(b"2")
     assert job._taken.is_set()
+
+
+def test_a_job_that_was_refused_meanwhile_does_not_begin() -> None:
+    client: Any = Crammed()
+    nobody: Any = None
+    head = Head(
+        request(b"POST /users HTTP/1.1", b"Transfer-Encoding: chunked").removesuffix(b"\r\n\r\n")
+    )
+    job = Job(client, head, nobody, nobody, largest=0, streamed=True, holds=False, arrived=0.0)
+    job.from_client(b"no chunk\r\n")
+    job._run()
+    assert job.over and not job._begun
