@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import statistics
 import sys
 import tempfile
@@ -117,7 +118,11 @@ class Application:
     """That process."""
 
     def __init__(self) -> None:
-        self.port = free_port()
+        # It keeps the port while the process is killed: another program would take it.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._place.bind(("127.0.0.1", free_port()))
+        self.port = self._place.getsockname()[1]
         self.delay = spawn.Value("d", 0.0)
         self._start()
 

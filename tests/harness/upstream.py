@@ -110,7 +110,9 @@ class ScriptedUpstream:
         self.seen: list[Seen] = []
         self.connections = 0
         self.open: set[socket.socket] = set()
-        self.listener = socket.create_server(("127.0.0.1", port), backlog=512)
+        # Whoever has a port for it has reserved that with a socket which shares it.
+        address = ("127.0.0.1", port)
+        self.listener = socket.create_server(address, backlog=512, reuse_port=port > 0)
         self.port = int(self.listener.getsockname()[1])
         self.tls = tls
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
