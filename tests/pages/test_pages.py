@@ -593,6 +593,7 @@ def test_a_save_that_ends_after_its_form_was_closed_leaves_the_next_form_alone(
         held = front.hold(f"PATCH {ann}")
         page.click("#save")
         page.press(Keys.ESCAPE)
+        page.answer(True)
         page.act("Edit", "bob@example.com")
         wait_for(lambda: page.value("#field-name") == "Bob")
         page.fill("#field-name", "Bobby")
@@ -614,6 +615,7 @@ def test_a_save_that_ends_after_its_form_was_closed_leaves_the_next_form_alone(
     held = front.hold(f"PATCH {ann}")
     page.click("#save")
     page.press(Keys.ESCAPE)
+    page.answer(True)
     page.click("#new")
     page.fill("#field-name", "Cem")
     front.arrived(f"PATCH {ann}")
@@ -745,7 +747,7 @@ def test_a_create_whose_answer_was_lost_is_sent_again_and_happens_once(
     page.sees("#edit-error", "may have arrived. You can safely send it again.")
     page.shows("Ann")
     page.click("#save")
-    page.sees("#said", "Ann is saved")
+    page.sees("#said", "Ann is created")
     [user] = fresh.call("GET", "/users").json()["users"]
     assert uuid.UUID(user["id"]).version == 7
     # Another one with this address is refused, as ever.
@@ -798,6 +800,91 @@ def test_a_save_whose_answer_was_lost_is_no_conflict_with_oneself(
     page.shows("Anna")
     user = fresh.call("GET", ann).json()
     assert user["metadata"] == body["metadata"]
+
+
+@needs_chromium
+def test_what_is_set_back_is_saved_though_it_is_what_was_opened(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    """It counted as not changed, and what was sent before, or somebody else's, was saved."""
+    ann = create_user(fresh, "ann@example.com").get("Location") or ""
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.act("Edit", "ann@example.com")
+    page.fill("#field-name", "Wrong")
+    front.lose(f"PATCH {ann}")
+    page.click("#save")
+    page.sees("#edit-error", "may have arrived")
+    page.fill("#field-name", "Ann")
+    page.click("#save")
+    page.sees("#said", "Ann is saved")
+    assert fresh.call("GET", ann).json()["name"] == "Ann"
+    page.act("Edit", "ann@example.com")
+    page.fill("#field-name", "Mine")
+    fresh.call("PATCH", ann, {"name": "Theirs"})
+    page.click("#save")
+    page.sees("#theirs", "Theirs")
+    page.click("#conflict [data-close]")
+    page.fill("#field-name", "Ann")
+    page.click("#save")
+    page.sees("#mine", "Ann")
+    page.sees("#theirs", "Theirs")
+    page.click("#keep-mine")
+    page.sees("#said", "Ann is saved")
+    assert fresh.call("GET", ann).json()["name"] == "Ann"
+
+
+@needs_chromium
+def test_a_create_whose_answer_was_lost_is_mended_without_a_question(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    """The form asked which to keep: what it had sent first, or what it sent now."""
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    sent = ('{"a": 1}', ""), ("", '{"a": 1}')
+    for number, (first, second) in enumerate(sent):
+        page.click("#new")
+        page.fill("#field-email", f"ann{number}@example.com")
+        page.fill("#field-name", "Ann")
+        page.fill("#field-metadata", first)
+        front.lose("PUT")
+        page.click("#save")
+        page.sees("#edit-error", "may have arrived")
+        page.fill("#field-name", "Anna")
+        page.fill("#field-metadata", second)
+        page.click("#save")
+        page.sees("#said", "Anna is created")
+        user = fresh.call("GET", "/users").json()["users"][number]
+        assert (user["name"], user["metadata"]) == ("Anna", json.loads(second or "{}"))
+        # It looks as the one before, and shows another user.
+        page.click("#said button")
+        wait_for(lambda number=number: page.value("#q") == f"ann{number}@example.com")
+        page.shows("Anna")
+
+
+@needs_chromium
+def test_a_save_that_is_refused_after_its_form_was_closed_is_told(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    ann = create_user(fresh, "ann@example.com").get("Location") or ""
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.act("Edit", "ann@example.com")
+    page.fill("#field-name", "Mine")
+    fresh.call("PATCH", ann, {"name": "Theirs"})
+    held = front.hold(f"GET {ann}")
+    page.click("#save")
+    front.arrived(f"GET {ann}", 2)
+    page.sees("#edit-wait", "Saving")
+    page.press(Keys.ESCAPE)
+    page.answer(False)
+    assert page.value("#field-name") == "Mine"
+    page.press(Keys.ESCAPE)
+    page.answer(True)
+    held.set()
+    page.sees("#failed", "Mine was not saved.")
+    page.shows("Theirs")
+    assert page.find("#failed").is_displayed()
 
 
 @needs_chromium
@@ -1166,10 +1253,10 @@ def test_a_database_that_is_away_is_told_in_words(
     service = start()
     page = window()
     page.driver.get(f"{service.url}/users")
-    page.sees("#failed", "The database is away")
+    page.sees("#unlisted", "The database is away")
     assert page.findings() == []
-    page.click("#again")
-    page.sees("#failed", "The database is away")
+    page.click("#ask")
+    page.sees("#unlisted", "The database is away")
     page.driver.get(f"{service.url}/health")
     page.sees("#status", "degraded")
     page.sees("#meaning", "still forwarded")
@@ -1183,10 +1270,10 @@ def test_the_page_goes_on_by_itself_when_the_database_is_back(
     service = start(POSTGRES_URI=databases.create(migrated=False))
     page = window()
     page.driver.get(f"{service.url}/users")
-    page.sees("#failed", "Run pw_migrate migrate. This page goes on asking.")
+    page.sees("#unlisted", "Run pw_migrate migrate. This page goes on asking.")
     assert pw_migrate("migrate", uri=service.environ["POSTGRES_URI"]).returncode == 0
     page.sees("#found", "There are no users yet")
-    assert not page.find("#failed").is_displayed()
+    assert not page.find("#unlisted").is_displayed()
 
 
 @needs_chromium
@@ -1199,11 +1286,11 @@ def test_the_page_waits_for_gatehouse_when_something_else_answers(
     front.status = status
     page = window()
     page.driver.get(f"{front.url}/users")
-    page.sees("#failed", f"in Gatehouse's place, with the status {status}. This page goes on ask")
+    page.sees("#unlisted", f"in Gatehouse's place, with the status {status}. This page goes on ask")
     assert sum("GET /users?" in one for one in front.asked) == 1
     front.status = 0
     page.shows("Ann")
-    assert not page.find("#failed").is_displayed()
+    assert not page.find("#unlisted").is_displayed()
     front.status = status
     page.click("#rows .danger")
     page.sees("#failed", f"the status {status}.")
@@ -1345,6 +1432,61 @@ def test_what_was_said_of_the_last_action_ends_with_the_next(
 
 
 @needs_chromium
+def test_why_there_is_no_list_is_told_until_there_is_one(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    create_user(fresh, "ann@example.com")
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.shows("Ann")
+    front.status = 403
+    page.fill("#q", "a")
+    page.sees("#unlisted", "the status 403")
+    page.click("#new")
+    page.click("#edit [data-close]")
+    assert page.find("#ask").is_displayed()
+    front.status = 0
+    page.click("#ask")
+    page.shows("Ann")
+    assert not page.find("#unlisted").is_displayed()
+
+
+@needs_chromium
+def test_what_was_said_of_an_action_is_over_on_the_way_back(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    for name in ("Ann", "Bea"):
+        create_user(fresh, f"{name}@example.com", name)
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.fill("#q", "ann")
+    page.shows("Ann")
+    page.act("Delete", "Ann@example.com")
+    page.click("#remove-yes")
+    page.sees("#said", "Ann is deleted")
+    page.driver.back()
+    page.shows("Bea")
+    assert not page.find("#said").is_displayed()
+
+
+@needs_chromium
+def test_a_blank_is_no_search_and_an_address_beyond_the_end_leads_to_the_first_page(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    three_pages(fresh)
+    page = window()
+    page.driver.get(f"{fresh.url}/users?after=ffffffff-ffff-7fff-8fff-ffffffffffff")
+    page.sees("#found", "Page 1, users 1 to 50")
+    page.click("#next")
+    first_is(page, "User 050")
+    page.find("#q").send_keys(" ")
+    page.driver.execute_async_script("setTimeout(arguments[0], 400)")
+    first_is(page, "User 050")
+    page.find("#q").send_keys("User 119")
+    page.shows("User 119")
+
+
+@needs_chromium
 def test_the_keyboard_keeps_its_place(fresh: Service, window: Callable[..., Browser]) -> None:
     """After a page is turned, a user saved or deleted, one goes on from there, not from the top."""
     three_pages(fresh)
@@ -1391,9 +1533,9 @@ def test_the_keyboard_keeps_its_place_where_something_fails(
 
     front.status = 502
     page.find("#next").send_keys(Keys.ENTER)
-    focused("again")
+    focused("ask")
     page.press(Keys.ENTER)
-    focused("again")
+    focused("ask")
     front.status = 0
     page.press(Keys.ENTER)
     focused("q")
@@ -1448,6 +1590,15 @@ def test_what_takes_long_is_told(
     page.sees("#remove-wait", "Deleting")
     held.set()
     page.sees("#said", "Anna is deleted")
+    held = front.hold("GET /users")
+    page.click("#export-csv")
+    page.sees("#loading", "Exporting")
+    page.fill("#q", "nobody")
+    page.sees("#found", "Nobody's")
+    page.sees("#loading", "Exporting")
+    held.set()
+    page.sees("#said", "Exported")
+    assert page.text("#loading") == ""
 
 
 @needs_chromium
