@@ -159,18 +159,18 @@ class Front:
         self.url = self.server.url
         self.asked: list[str] = []  # method and target, as they arrived
         self.status = 0  # what it answers in Gatehouse's place to all but pages, if it is not 0
-        self._held: list[tuple[str, threading.Event | None]] = []
+        self._held: list[tuple[str, threading.Event, bool]] = []
 
-    def hold(self, words: str) -> threading.Event:
+    def hold(self, words: str, *, lose: bool = False) -> threading.Event:
         """Hold the next answer to a request whose method and target contain the words, until the
-        event is set. Gatehouse has then done what was asked."""
+        event is set; then give it, or lose it. Gatehouse has then done what was asked."""
         event = threading.Event()
-        self._held.append((words, event))
+        self._held.append((words, event, lose))
         return event
 
     def lose(self, words: str) -> None:
         """Lose the next answer to such a request, after Gatehouse has done what was asked."""
-        self._held.append((words, None))
+        self.hold(words, lose=True).set()
 
     def arrived(self, words: str, times: int = 1) -> None:
         """Wait until that many requests have arrived whose method and target contain the words."""
@@ -191,12 +191,12 @@ class Front:
         target = seen.target.decode().removeprefix(self.path)
         reply = self.service.call(seen.method, target, seen.body or None, headers, timeout=60)
         self.asked.append(line)
-        if held and held[1] is None:
+        if held:
+            held[1].wait(20)
+        if held and held[2]:
             # Not just an end: a browser sends a request again whose connection ends without a byte.
             sock.sendall(b"?")
             return False
-        if held and held[1]:
-            held[1].wait(20)
         lines = [f"{name}: {value}" for name, value in reply.headers if name != "Transfer-Encoding"]
         if reply.status != 204:
             lines = [line for line in lines if not line.startswith("Content-Length")]
@@ -1415,6 +1415,79 @@ def test_an_import_outlives_its_dialog(
 
 
 @needs_chromium
+def test_an_import_is_kept_until_another_file_is_chosen_and_its_end_is_told(
+    front: Front, window: Callable[..., Browser], tmp_path: Path
+) -> None:
+    (tmp_path / "people.csv").write_text("email,name\nnobody,Bob\nann@example.com,Ann\n")
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.click("#import")
+    page.find("#file").send_keys(str(tmp_path / "people.csv"))
+    wait_for(lambda: page.find("#bring-start").is_enabled())
+    assert not page.asks_before_leaving()
+    front.lose("POST")
+    page.click("#bring-start")
+    page.sees("#bring-error", "may have arrived")
+    assert page.asks_before_leaving()
+
+    def choose_none() -> None:
+        page.driver.execute_cdp_cmd("Page.setInterceptFileChooserDialog", {"enabled": True})
+        page.find("#bring h2").click()
+        page.driver.execute_script("document.getElementById('file').focus()")
+        page.press(Keys.SPACE)
+        page.wait("!document.getElementById('file').files.length")
+        script = "document.getElementById('file').dispatchEvent(new Event('cancel'))"
+        page.driver.execute_script(script)
+        page.wait("document.getElementById('file').files[0].name === 'people.csv'")
+
+    choose_none()
+    assert page.text("#bring-start") == "Go on"
+    # Its last answer is lost after it was stopped, and the list that is loaded then hides nothing.
+    held = front.hold("POST", lose=True)
+    page.click("#bring-start")
+    front.arrived("POST", 2)
+    page.click("#bring-close")
+    held.set()
+    page.sees("#failed", "The import was stopped. 0 of 2 rows")
+    page.shows("Ann")
+    assert page.find("#failed").is_displayed()
+    page.click("#import")
+    page.click("#bring-start")
+    page.sees("#bring-count", "2 of 2 rows: 0 created, 0 replaced, 1 unchanged, 1 refused")
+    choose_none()
+    page.sees("#refused", "Line 2")
+
+
+@needs_chromium
+def test_rows_that_are_sent_again_are_counted_once(
+    front: Front, window: Callable[..., Browser], tmp_path: Path, databases: Databases
+) -> None:
+    """It counted one row less than none as unchanged."""
+    rule = (
+        "CREATE FUNCTION away() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF NEW.name = 'Bob' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE TRIGGER away BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION away();"
+    )
+    uri = front.service.environ["POSTGRES_URI"]
+    with databases.admin(uri) as cursor:
+        cursor.execute(rule)
+    ann = f"{uuid.uuid4()},ann@example.com,"
+    rows = ["id,email,name", f"{ann}A", ",bob@example.com,Bob", f"{ann}B", f"{ann}C", f"{ann}D"]
+    (tmp_path / "people.csv").write_text("\n".join(rows))
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.click("#import")
+    page.find("#file").send_keys(str(tmp_path / "people.csv"))
+    page.click("#bring-start")
+    page.sees("#bring-error", "are done")
+    with databases.admin(uri) as cursor:
+        cursor.execute("DROP TRIGGER away ON users")
+    page.click("#bring-start")
+    page.sees("#bring-count", "5 of 5 rows: 2 created, 3 replaced, 0 unchanged, 0 refused.")
+
+
+@needs_chromium
 def test_what_was_said_of_the_last_action_ends_with_the_next(
     fresh: Service, front: Front, window: Callable[..., Browser]
 ) -> None:
@@ -1560,7 +1633,11 @@ def test_the_keyboard_keeps_its_place_where_something_fails(
     page.sees("#bring-error", "502")
     focused("bring-start")
     front.status = 0
+    held = front.hold("POST")
     page.press(Keys.ENTER)
+    front.arrived("POST", 2)
+    focused("bring-close")  # which stops it
+    held.set()
     page.sees("#bring-count", "1 of 1 rows")
     focused("bring-close")
 
