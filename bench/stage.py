@@ -83,7 +83,11 @@ def project_of(commit: str, folder: Path) -> Project:
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True)
     root = folder / "gatehouse"
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-        files.extractall(root, filter="data")
+        # Python 3.11.3 and older have no filters. The archive is our own.
+        if hasattr(tarfile, "data_filter"):
+            files.extractall(root, filter="data")
+        else:
+            files.extractall(root)
     needed = "requirements.txt"
     if (root / needed).read_bytes() == (ROOT / needed).read_bytes():
         return Project(root, HERE.python)
