@@ -576,7 +576,9 @@ class Exchange:
 
     def _finish(self, *, keep: bool) -> None:
         """All of the answer has been written, and no more of the request is passed on."""
-        self._let_go(keep=keep)
+        answer = self._answer
+        assert answer is not None
+        self._let_go(keep=keep, leaving=not (answer.persistent or self.wants_body))
         self.client.finish()
 
     # The upstream ends.
@@ -641,19 +643,16 @@ class Exchange:
         self.state = State.FAILED
         self.client.refuse(problem)
 
-    def _let_go(self, *, keep: bool = False) -> None:
-        """Close the connection to the upstream, or keep it for another request. One that is just
-        being made is given up."""
+    def _let_go(self, *, keep: bool = False, leaving: bool = False) -> None:
+        """Close the connection to the upstream, or keep it for another request, or leave it to the
+        upstream, which is `leaving`. One that is just being made is given up."""
         if self._attempt is not None:
             self._attempt.give_up()
             self._attempt = None
         connection, self._connection = self._connection, None
         self._timer.cancel()
         if connection is not None:
-            answer = self._answer
-            leaving = answer is not None and not answer.persistent and not self.wants_body
-            body = answer.body if answer is not None else None
-            connection.release(keep=keep, leaving=leaving and (body is None or body.complete))
+            connection.release(keep=keep, leaving=leaving)
 
     # The client ends.
 

@@ -161,8 +161,8 @@ class Job:
     @property
     def length(self) -> int | None:
         """How many bytes the body has, if that is known: of one in chunks, when all are there."""
-        complete = self.body is not None and self.body.complete
-        return self.body.announced if self.body is not None and complete else self.head.length
+        body = self.body
+        return body.announced if body is not None and body.complete else self.head.length
 
     @property
     def wants_body(self) -> bool:

@@ -109,9 +109,8 @@ class Lane:
             self._moved = time.monotonic()
             try:
                 job()
-            except (
-                BaseException
-            ):  # SystemExit would end the thread, which counts as one that is there.
+            except BaseException:
+                # SystemExit too would end the thread, which counts as one that is there.
                 log.exception("a job failed")
             del job  # The name would keep the job's client alive until the next job comes.
             with self._lock:

@@ -165,6 +165,7 @@ class Connection(Stream):
         return not (self.closed or self.ended_reading or self._ending)
 
     def _end_sending(self) -> None:
+        # As `Upstream.discard` does: to end the half first costs the port too.
         if self.ended_reading or self.upstream.may_end_first():
             super()._end_sending()
         else:
@@ -219,7 +220,7 @@ class Upstream:
         self._connections: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the one that was used last is the last
         self._own: dict[object, Connection] = {}  # kept too, each for one client alone
-        self._leaving: dict[Connection, float] = {}  # which have been announced to end, and when
+        self._leaving: dict[Connection, None] = {}  # those that the upstream is to end
         self._expiry = Timer(loop, self._expire)
         self._at_limit = Seldom()
         self._closed_early = NEVER_YET  # when the upstream last closed one within FRESH_SECONDS
@@ -385,9 +386,6 @@ class Upstream:
         self._last_outcome = last_outcome
         while self._to_close and self.drop_one():
             self._to_close -= 1
-        for leaving, since in list(self._leaving.items()):
-            if self.loop.now - since >= LEAVING_SECONDS:
-                self.discard(leaving)
 
     def keep(self, connection: Connection) -> None:
         """Keep a connection for the next request."""
@@ -402,12 +400,13 @@ class Upstream:
             self._idle[connection] = None
         else:
             self._own[connection.client] = connection
-        if self._expiry.when == NEVER:
-            self._expiry.set(self.loop.now + self._keepalive)
+        self._expiry.set(min(self._expiry.when, self.loop.now + self._keepalive))
 
     def await_end(self, connection: Connection) -> None:
         """Leave it to the upstream to end a connection first."""
-        self._leaving[connection] = self.loop.now
+        connection.idle_since = self.loop.now
+        self._leaving[connection] = None
+        self._expiry.set(min(self._expiry.when, self.loop.now + LEAVING_SECONDS))
 
     def discard(self, connection: Connection) -> None:
         """Close a connection, kept or not. One that broke may be discarded twice: before its
@@ -446,9 +445,13 @@ class Upstream:
 
     def _expire(self) -> None:
         """Close the connections that have been idle for too long."""
-        for kept in (self._idle, self._own.values()):  # Both are in the order of time.
-            while (oldest := next(iter(kept), None)) is not None:
-                until = oldest.idle_since + self._keepalive
+        for idle, seconds in (
+            (self._idle, self._keepalive),
+            (self._own.values(), self._keepalive),
+            (self._leaving, LEAVING_SECONDS),
+        ):
+            while (oldest := next(iter(idle), None)) is not None:  # It is the first, in all three.
+                until = oldest.idle_since + seconds
                 if self.loop.now < until:
                     self._expiry.set(min(self._expiry.when, until))
                     break

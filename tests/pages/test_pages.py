@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -700,33 +701,37 @@ def test_an_import_that_is_cut_goes_on_where_it_was(
     assert fresh.call("GET", "/users?limit=1&count=true").json()["total"] == 1200
 
 
+@contextlib.contextmanager
+def ending_connections(databases: Databases, front: Front, name: str) -> Iterator[None]:
+    """Meanwhile the database ends each connection on which a user of this name is created."""
+    with databases.admin(front.service.environ["POSTGRES_URI"]) as cursor:
+        cursor.execute(
+            "CREATE FUNCTION away() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            f" IF NEW.name = '{name}' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
+            " RETURN NEW; END $$;"
+            "CREATE TRIGGER away BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION away();"
+        )
+        yield
+        cursor.execute("DROP TRIGGER away ON users")
+
+
 @needs_chromium
 def test_an_import_waits_at_the_first_row_that_the_database_did_not_take(
     front: Front, window: Callable[..., Browser], tmp_path: Path, databases: Databases
 ) -> None:
     """It went through the whole file, and told of every row that it was refused."""
-    rule = (
-        "CREATE FUNCTION away() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " IF NEW.name = 'User 600' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
-        " RETURN NEW; END $$;"
-        "CREATE TRIGGER away BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION away();"
-    )
-    uri = front.service.environ["POSTGRES_URI"]
-    with databases.admin(uri) as cursor:
-        cursor.execute(rule)
     rows = [f'{{"email": "u{n}@example.com", "name": "User {n}"}}\n' for n in range(1200)]
     rows[550] = '{"email": "nobody", "name": "User 550"}\n'
     (tmp_path / "people.ndjson").write_text("".join(rows))
-    page = window()
-    page.driver.get(f"{front.url}/users")
-    page.click("#import")
-    page.find("#file").send_keys(str(tmp_path / "people.ndjson"))
-    page.click("#bring-start")
-    page.sees("#bring-error", "The rows before line 501 are done")
-    assert sum("POST" in one for one in front.asked) == 2
-    assert page.text("#bring-start") == "Go on"
-    with databases.admin(uri) as cursor:
-        cursor.execute("DROP TRIGGER away ON users")
+    with ending_connections(databases, front, "User 600"):
+        page = window()
+        page.driver.get(f"{front.url}/users")
+        page.click("#import")
+        page.find("#file").send_keys(str(tmp_path / "people.ndjson"))
+        page.click("#bring-start")
+        page.sees("#bring-error", "The rows before line 501 are done")
+        assert sum("POST" in one for one in front.asked) == 2
+        assert page.text("#bring-start") == "Go on"
     page.click("#bring-start")
     page.sees("#bring-count", "1,200 of 1,200 rows: 1,199 created, 0 replaced, 0 unchanged, 1 ref")
     names = [user["name"] for user in front.service.call("GET", "/users").json()["users"]]
@@ -1464,26 +1469,16 @@ def test_rows_that_are_sent_again_are_counted_once(
     front: Front, window: Callable[..., Browser], tmp_path: Path, databases: Databases
 ) -> None:
     """It counted one row less than none as unchanged."""
-    rule = (
-        "CREATE FUNCTION away() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " IF NEW.name = 'Bob' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
-        " RETURN NEW; END $$;"
-        "CREATE TRIGGER away BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION away();"
-    )
-    uri = front.service.environ["POSTGRES_URI"]
-    with databases.admin(uri) as cursor:
-        cursor.execute(rule)
     ann = f"{uuid.uuid4()},ann@example.com,"
     rows = ["id,email,name", f"{ann}A", ",bob@example.com,Bob", f"{ann}B", f"{ann}C", f"{ann}D"]
     (tmp_path / "people.csv").write_text("\n".join(rows))
-    page = window()
-    page.driver.get(f"{front.url}/users")
-    page.click("#import")
-    page.find("#file").send_keys(str(tmp_path / "people.csv"))
-    page.click("#bring-start")
-    page.sees("#bring-error", "are done")
-    with databases.admin(uri) as cursor:
-        cursor.execute("DROP TRIGGER away ON users")
+    with ending_connections(databases, front, "Bob"):
+        page = window()
+        page.driver.get(f"{front.url}/users")
+        page.click("#import")
+        page.find("#file").send_keys(str(tmp_path / "people.csv"))
+        page.click("#bring-start")
+        page.sees("#bring-error", "are done")
     page.click("#bring-start")
     page.sees("#bring-count", "5 of 5 rows: 2 created, 3 replaced, 0 unchanged, 0 refused.")
 

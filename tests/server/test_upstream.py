@@ -598,9 +598,7 @@ def test_an_upstream_that_has_announced_the_end_may_end_first(place: Place) -> N
     assert not was_reset(far) and place.upstream.open == 0
     _, staying, far = place.connect()
     staying.release(keep=False, leaving=True)
-    place.loop.now += LEAVING_SECONDS + 0.1
-    place.upstream.look()
-    place.loop.turn_over()
+    place.pass_time(LEAVING_SECONDS + 0.1)
     assert was_reset(far) and place.upstream.open == 0
 
 
