@@ -34,7 +34,8 @@ from problems import (
 )
 from server import workers
 from server.exchange import Patience
-from server.server import Options, Server
+from server.options import Options
+from server.server import Server
 from server.systemd import Notifier
 from services import browser, query, search, transfer, users
 from services.fields import valid_id

@@ -40,6 +40,7 @@ ROOT = HERE.parent
 MODULES = (
     "metrics.py",
     "server/client.py",
+    "server/desk.py",
     "server/exchange.py",
     "server/jobs.py",
     "server/lanes.py",

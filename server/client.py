@@ -75,7 +75,7 @@ class Responder(Protocol):
 
 
 class Desk(Protocol):
-    """The server that accepted a client connection, as far as the connection is concerned.
+    """What all client connections of a worker have in common, as far as one is concerned.
 
     `keepalive` is how many seconds an idle connection is kept. For `client_timeout` seconds a
     client may send nothing of its body, or take nothing of an answer; one that sends slowly but

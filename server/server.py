@@ -1,4 +1,4 @@
-"""One worker: it accepts clients, gives each request to its responder, and stops in order."""
+"""One worker: it accepts clients, looks after what they share, and stops in order."""
 
 from __future__ import annotations
 
@@ -9,35 +9,30 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
 
-from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED, Board
-from problems import BodyTooLarge, Problem
+from metrics import AWAKE, CLIENTS, LIMIT, LINES_DROPPED
 from server.client import Client
 from server.connector import UpstreamConnector
-from server.exchange import Exchange, Patience, Rules
-from server.jobs import Job
+from server.desk import Desk, Served
 from server.lanes import Lane
 from server.listener import connection_room, let_nobody_in, most_streams, waiting_clients
-from server.logs import Output, access_line
+from server.logs import Output
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
+from server.options import Options
 from server.room import Room
 from server.stream import PROBING
 from server.tunnel import Tunnel
 from server.upstream import Upstream
 from server.wsgi import Gateway
-from wire.request import ABSURD_BYTES, Head
 
 log = logging.getLogger("gatehouse")
 
 # Threads that make connections to the upstream: how many at most, and how many without a delay.
 CONNECTING_THREADS, CONNECTING_EAGERLY = 64, 4
 # Freed memory is given back when there were more than CROWD clients and half of them have gone, and
-# after the application has given an answer of more than LARGE_ANSWER_BYTES.
-CROWD, LARGE_ANSWER_BYTES = 100, 1 << 20
+# after a large answer of the application's.
+CROWD = 100
 # While a worker drains, an idle connection is kept for this many seconds: its client may just be
 # sending a request.
 IDLE_GOODBYE_SECONDS = 2.0
@@ -63,55 +58,6 @@ CROWDED_SECONDS = 0.025
 DROPPED_SECONDS = 0.001
 
 
-class Served(Protocol):
-    """What is served: a WSGI application, and the rules by which the server treats each request."""
-
-    board: Board
-
-    @property
-    def rules(self) -> Rules:
-        """What the proxy does to heads."""
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """The application itself, for the requests that are not proxied."""
-
-    def admit(self, head: Head) -> tuple[str, int]:
-        """The lane of a request ("proxy", or one of the threads'), and how many bytes its body may
-        have (0: any number). Raises the Problem to refuse it with."""
-
-    def owner(self, head: Head) -> str:
-        """The name under which the metrics count a request: one of metrics.OWNERS."""
-
-    def caller(self, head: Head, peer: str) -> str:
-        """The client's address as the access log names it."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a worker serves. Times are in seconds.
-
-    `threads` says how many each lane may have, `eager` how many it starts as jobs come, if not
-    all. A lane that is `streamed` reads bodies while they arrive. `waits` says how long a job of a
-    lane may wait for a thread, if there is a bound. `limit` is how many requests may be with the
-    upstream at once, 0 for as many as there are descriptors for.
-    """
-
-    upstream_url: str
-    threads: dict[str, int]
-    patience: Patience
-    eager: dict[str, int]
-    streamed: frozenset[str]
-    waits: dict[str, float]
-    ca_bundle: str | None
-    limit: int
-    connect_timeout: float
-    upstream_keepalive: float
-    keepalive: float
-    client_timeout: float
-    shutdown_timeout: float
-    access_log: bool
-
-
 class Server:
     """One worker's sockets, and the loop that looks after them. `alone` says that no other process
     listens on the same socket."""
@@ -120,14 +66,10 @@ class Server:
         self.served = served
         self.options = options
         self.loop = Loop()
-        self.keepalive = options.keepalive
-        self.client_timeout = options.client_timeout
         self.alone = True
         self.stopping = False
-        self.draining = False  # whether connections end with the answers that are under way
         self._listener = listener
         self._accepting = False
-        self._clients: set[Client] = set()
         most = most_streams()
         self.upstream = Upstream(
             self.loop,
@@ -138,13 +80,15 @@ class Server:
             keepalive=options.upstream_keepalive,
             board=served.board,
         )
-        self._room = Room(self._clients, self.upstream, connection_room())
-        self.upstream.make_room = self._room.make
-        self._answer = Gateway(served).answer
-        self._lanes = {
+        lanes = {
             name: Lane(self.loop, name, limit, options.eager.get(name))
             for name, limit in options.threads.items()
         }
+        answer = Gateway(served).answer
+        self.desk = Desk(self.loop, served, options, self.upstream, lanes, answer)
+        self._clients = self.desk.clients
+        self._room = Room(self._clients, self.upstream, connection_room())
+        self.upstream.make_room = self._room.make
         self._log = Output(1) if options.access_log else None
         # The log too has lines that may wait for a reader.
         stream = getattr(next(iter(logging.root.handlers), None), "stream", None)
@@ -152,15 +96,12 @@ class Server:
         self._outputs = {name: one for name, one in outputs.items() if isinstance(one, Output)}
         # By output: how many dropped lines the log has not told of yet.
         self._untold = dict.fromkeys(self._outputs, 0)
-        self._lines: list[str] = []
         self._again = Timer(self.loop, self._accept)
         self._tick = Timer(self.loop, self._see_to_all)
         self._deadline = NEVER
         self._others: tuple[int, ...] = ()
         self._in_vain = 0
-        # Since the last time that memory was given back.
-        self._most_clients = 0
-        self._was_large = False
+        self._most_clients = 0  # since the last time that memory was given back
 
     # Serving.
 
@@ -182,11 +123,12 @@ class Server:
             self._listener.setsockopt(*option)
         self._watch_listener(True)
         self._tick.set(self.loop.now)
-        while not (self.draining and (not self._clients or self.loop.now >= self._deadline)):
+        desk = self.desk
+        while not (desk.draining and (not self._clients or self.loop.now >= self._deadline)):
             self.loop.turn()
-            if self._lines:
+            if desk.lines:
                 self._write_log()
-            if self.stopping and not self.draining:
+            if self.stopping and not desk.draining:
                 self._drain()
         if under_way := sum(client.head is not None for client in self._clients):
             requests = "request" if under_way == 1 else "requests"
@@ -195,7 +137,7 @@ class Server:
             self.loop.attempt(client.abandon)  # An answer that is cut here must not look whole.
         self.upstream.close()
         self.loop.turn_over()
-        if self._lines:
+        if desk.lines:
             self._write_log()
         self._see_to_logs(min(self._deadline, time.monotonic() + LAST_LINES_SECONDS))
         self.loop.shut()
@@ -239,7 +181,7 @@ class Server:
         self._again.set(self.loop.now + seconds)
 
     def _accept(self) -> None:
-        if self.draining:
+        if self.desk.draining:
             return
         try:
             self._watch_listener(True)
@@ -271,73 +213,9 @@ class Server:
         sock.setblocking(False)
         # A socket that listens for both IPv6 and IPv4 shows IPv4 addresses with a prefix.
         peer = (address[0].removeprefix("::ffff:"), address[1])
-        self._clients.add(Client(self, sock, peer))
+        self._clients.add(Client(self.desk, sock, peer))
         self.served.board.set(CLIENTS, len(self._clients))
         return True
-
-    # What clients ask for.
-
-    def respond(self, client: Client, head: Head) -> None:
-        """Give a request to a responder: an Exchange or a Job. Raises the Problem to refuse it
-        with."""
-        lane, largest = self.served.admit(head)
-        client.lane = lane
-        if self._log is not None:
-            head.caller = self.served.caller(head, client.peer[0])
-        most = largest or ABSURD_BYTES - 1
-        if head.length is not None and head.length > most:
-            raise BodyTooLarge(most)
-        if lane == "proxy":
-            exchange = Exchange(
-                client,
-                head,
-                client.peer[0],
-                self.upstream,
-                self.served.rules,
-                self.options.patience,
-                largest,
-            )
-            client.responder = exchange
-            exchange.start()
-            return
-        streamed = lane in self.options.streamed
-        job = Job(
-            client,
-            head,
-            self._lanes[lane],
-            self._answer,
-            largest=largest,
-            streamed=streamed,
-            holds=streamed and self.served.rules.trusts(client.peer[0]),
-            arrived=client.arrived,
-            patience=self.options.waits.get(lane, NEVER),
-        )
-        client.responder = job
-        job.start()
-
-    def begun(self, client: Client, head: Head, status: int, seconds: float) -> None:
-        """Count a request just before its answer is sent: a client that has it finds it counted."""
-        owner = "proxy" if client.lane == "proxy" else self.served.owner(head)
-        self.served.board.request(owner, head.method, status, seconds)
-
-    def answered(self, client: Client, head: Head) -> None:
-        """A request is over: make its line of the access log."""
-        if client.sent > LARGE_ANSWER_BYTES and client.lane != "proxy":
-            self._was_large = True
-        if self._log is not None:
-            caller = head.caller or self.served.caller(head, client.peer[0])
-            milliseconds = (time.monotonic() - client.arrived) * 1000
-            self._lines.append(access_line(head, client.status, client.sent, milliseconds, caller))
-
-    def refused(self, problem: Problem) -> None:
-        """A request is about to be answered with a problem."""
-        self.served.board.problem(problem.name)
-
-    def left(self, client: Client) -> None:
-        """A client's connection is closed."""
-        self._clients.discard(client)
-        self.upstream.forget(client)
-        self.served.board.set(CLIENTS, len(self._clients))
 
     # Now and then.
 
@@ -350,13 +228,13 @@ class Server:
         self._room.forget_closed()
         self._most_clients = max(self._most_clients, len(self._clients))
         crowd_has_left = self._most_clients > CROWD and len(self._clients) < self._most_clients / 2
-        if crowd_has_left or self._was_large:
-            self._most_clients, self._was_large = len(self._clients), False
+        if crowd_has_left or self.desk.was_large:
+            self._most_clients, self.desk.was_large = len(self._clients), False
             give_memory_back()
 
     def _write_log(self) -> None:
         """Write the lines of this turn, as many at once as a pipe takes in one piece."""
-        lines, self._lines = self._lines, []
+        lines, self.desk.lines = self.desk.lines, []
         assert self._log is not None
         at = size = 0
         for number, line in enumerate(lines):
@@ -392,12 +270,13 @@ class Server:
 
     def _drain(self) -> None:
         """Begin to stop: answer what is under way, and accept no more clients."""
-        self.draining = True
+        desk = self.desk
+        desk.draining = True
         now = self.loop.now
         self._deadline = now + self.options.shutdown_timeout
         Timer(self.loop).set(self._deadline)  # Otherwise the loop might sleep a second longer.
         # This also ends connections whose answer began before, and did not say that they end.
-        self.keepalive = min(self.keepalive, IDLE_GOODBYE_SECONDS)
+        desk.keepalive = min(desk.keepalive, IDLE_GOODBYE_SECONDS)
         if self.alone:
             let_nobody_in(self._listener)
         # The kernel has accepted the clients in the queue: closing the socket now would reset them,

@@ -15,7 +15,8 @@ import pytest
 
 from metrics import CLIENTS, Board
 from server.exchange import Exchange, Patience
-from server.server import MOST_AHEAD, Options, Server
+from server.options import Options
+from server.server import MOST_AHEAD, Server
 from tests.harness import RawClient, ScriptedUpstream, Seen, chunked, message, ok, request, wait_for
 from wire.request import Head
 
@@ -126,6 +127,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
 def running(upstream: ScriptedUpstream) -> Iterator[Running]:
     with Running(upstream).start() as running:
         # With an access log, which asks the rules for the caller.
+        running.server.desk.logs = True
         running.server._log = Lines()  # type: ignore[assignment]
         yield running
 
