@@ -19,14 +19,17 @@ from typing import Final
 
 import problems
 
-UP, DOWN = 1, 2  # an outcome; 0 where nothing has been forwarded
+# An outcome; 0 where nothing has been forwarded.
+UP: Final = 1
+DOWN: Final = 2
 
 # The cells of a worker's row. First its gauges: what is now, and nothing once it has died.
 IN_FLIGHT, STREAMS, LIMIT, CLIENTS, IN_USE, IDLE, AWAKE, STOPPING = range(8)
 HEARTBEAT, TURN_MINUTE, TURN_LONGEST, TURN_BEFORE, UNHEARD = range(8, 13)
 GAUGES: Final = 13
 # How the last forwarded request went, and when: that stays true when the worker has died.
-OUTCOME, OUTCOME_AT = range(GAUGES, GAUGES + 2)
+OUTCOME: Final = GAUGES
+OUTCOME_AT: Final = GAUGES + 1
 # Then its counters, which only grow, through its death as well. Each takes the next cell; another
 # one goes below the last of these.
 _counters = itertools.count(OUTCOME_AT + 1)
@@ -125,7 +128,7 @@ class Board:
 
     def request(self, owner: str, method: str, status: int, seconds: float) -> None:
         """Count a request. This is done before a byte of its answer is sent, so that a client that
-        has the answer finds it counted.
+        has the answer finds it counted. Only the loop writes these cells, without the lock.
 
         `owner` is one of OWNERS, `seconds` how long it took from the end of the request's head to
         the head of its answer.
@@ -134,10 +137,10 @@ class Board:
         kind = number * len(METHOD_LABELS) + _method.get(method, len(METHOD_LABELS) - 1)
         count = self._row + REQUESTS + kind * len(CLASSES) + min(max(status // 100, 1), 5) - 1
         heads = self._row + HEADS + number * HEAD_CELLS
-        with self._lock:
-            self._cells[count] += 1
-            self._cells[heads + bisect_left(BOUNDS, seconds)] += 1
-            self._cells[heads + HEAD_CELLS - 1] += round(seconds * 1e6)
+        cells = self._cells
+        cells[count] += 1
+        cells[heads + bisect_left(BOUNDS, seconds)] += 1
+        cells[heads + HEAD_CELLS - 1] += int(seconds * 1e6)
 
     def problem(self, name: str) -> None:
         """Count an answer that told of a problem of this type."""

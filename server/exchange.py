@@ -436,7 +436,7 @@ class Exchange:
         assert connection is not None
         challenges: list[str] = []
         if answer.status == 401:
-            challenges = [value for key, value, _ in answer.lines if key == "www-authenticate"]
+            challenges = [one.value for one in answer.lines if one.key == "www-authenticate"]
         if authenticates_connection(challenges):
             # From here on the upstream takes all requests on this connection for this client's. And
             # the log-in can only go on here: its next request means nothing elsewhere.

@@ -54,6 +54,8 @@ PROBING: Final = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     if hasattr(socket, name)
 ]
 
+clock: Final = time.monotonic  # To look it up would cost more than to call it.
+
 WAIT: Final = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -197,7 +199,7 @@ class Stream:
 
     def _read(self) -> None:
         while True:
-            began = time.monotonic()
+            began = clock()
             try:
                 data = self.sock.recv(self._read_bytes)
             except WAIT:
@@ -211,7 +213,7 @@ class Stream:
                 self._end_reading()
                 return
             self.received(data)
-            if time.monotonic() - began > SLOW_SECONDS:
+            if clock() - began > SLOW_SECONDS:
                 self._read_bytes = SMALL_READ_BYTES
             elif len(data) >= min(self._read_bytes, READ_BYTES):
                 self._read_bytes = min(4 * self._read_bytes, LARGE_READ_BYTES)

@@ -77,6 +77,7 @@ class Connection(Stream):
     """
 
     __slots__ = (
+        "_poller",
         "client",
         "exchange",
         "heard",
@@ -100,6 +101,7 @@ class Connection(Stream):
         self.straight: Callable[[Connection], bool] | None = None
         self.idle_for = 0.0
         self.idle_since = 0.0
+        self._poller: select.poll | None = None  # what tells whether the connection is silent
         self.watch()
 
     def _read(self) -> None:
@@ -155,9 +157,10 @@ class Connection(Stream):
         is not read with it, and the next request may be in the same turn of the loop."""
         if self.closed or (self.tls and self.sock.pending()):
             return False
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        return not poller.poll(0)
+        if self._poller is None:
+            self._poller = select.poll()
+            self._poller.register(self._fd, select.POLLIN)
+        return not self._poller.poll(0)
 
     @property
     def untouched(self) -> bool:

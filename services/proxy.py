@@ -131,15 +131,16 @@ class Proxy:
         # all of its names together costs each request much less than to look at one after another.
         marked = not "".join(values).replace("-", "").isalnum()
         lines: list[bytes] = []
-        for key, _, text in head.lines:
+        for line in head.lines:
+            key = line.key
             if key in SET or key in ending:
                 if key == "content-length" and head.length is not None:
                     # `007` and `7` are one length: the number goes out.
-                    lines.append(b"%b: %d\r\n" % (text.partition(b":")[0], head.length))
+                    lines.append(b"%b: %d\r\n" % (line.text.partition(b":")[0], head.length))
             elif marked and self._is_ours(key, ending):
                 pass
             elif trusted or not (key in BELIEVED or key.startswith(FORWARDED)):
-                lines.append(text)
+                lines.append(line.text)
         if length is not None:
             lines.append(b"Content-Length: %d\r\n" % length)
         elif head.chunked:
@@ -197,7 +198,7 @@ class Proxy:
             ending = ending.union(answer.options) - {"content-length"}
         if answer.status == 204 or answer.status < 200:
             ending = ending | {"content-length"}  # RFC 9110 section 8.6
-        return b"".join([text for key, _, text in answer.lines if key not in ending])
+        return b"".join([line.text for line in answer.lines if line.key not in ending])
 
     def _trusts(self, peer: str) -> bool:
         """Whether what `peer` says of the client is believed."""

@@ -13,14 +13,14 @@ MAX_HEAD_BYTES: Final = 262144
 # No application sends as many. To read 35,000 lines takes a tenth of a second.
 MAX_HEADER_LINES: Final = 2000
 HTTP: Final = b"HTTP/1."
+CARRIAGE_RETURN: Final = 13
 NO_STATUS: Final = "The status line of the upstream's answer is malformed."
 STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
 HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
-# The end of a head. A line feed alone counts as a line end (RFC 9112 section 2.2).
-HEAD_END: Final = re.compile(rb"\n\r?\n")
 SPACED: Final = re.compile(rb"(?<=\n)([^ \t\n:]+)[ \t]++:")
 FOLD: Final = re.compile(rb"\n[ \t]++")
-LENGTH: Final = re.compile(r"[0-9]{1,18}")
+# The digits of a length: no body is as long as a number with more.
+MOST_DIGITS: Final = 18
 # The header lines that a proxy has to understand.
 TOLD: Final = frozenset(
     {
@@ -69,33 +69,54 @@ class Answer:
         """Take apart a head, without its last empty line; `method` is the request's. Raises
         UpstreamBroken."""
         spaced = False
-        first, *raw = head.split(b"\r\n")
         try:
-            version, self.status, self.reason = status_of(first)
-            self.lines = limited_lines(raw)
+            version = self._read(head.split(b"\r\n"))
         except UpstreamBroken:
             head, spaced = mended(head)
-            first, *raw = head.split(b"\n")
-            version, self.status, self.reason = status_of(first)
-            self.lines = limited_lines(raw)
-        told: dict[str, list[str]] = {}
-        for key, value, _ in self.lines:
-            if key in TOLD:
-                told.setdefault(key, []).append(value.lower())
-        kind = told["content-type"][-1] if "content-type" in told else ""
+            version = self._read(head.split(b"\n"))
+        kind = coding = ""
+        lengths: list[str] = []
+        codings: list[str] = []
+        connection: list[str] = []
+        upgrade: list[str] = []
+        dated = False
+        for one in self.lines:
+            key = one.key
+            if key not in TOLD:
+                continue
+            value = one.value
+            if key == "content-length":
+                lengths.append(value)
+            elif key == "date":
+                dated = True
+            elif key == "content-type":
+                kind = value.lower()
+            elif key == "connection":
+                connection.append(value.lower())
+            elif key == "content-encoding":
+                coding = value.lower()
+            elif key == "transfer-encoding":
+                codings.append(value.lower())
+            else:
+                upgrade.append(value.lower())
         self.events = (
             kind.startswith(EVENT_STREAM) and kind.partition(";")[0].strip() == EVENT_STREAM
         )
-        self.coded = told.get("content-encoding", [""])[-1].strip() not in ("", "identity")
-        self.options = listed(told["connection"]) if "connection" in told else []
+        self.coded = coding not in ("", "identity")
+        self.options = listed(connection)
         # A line that `Connection` names goes no further than here.
-        self.dated = "date" in told and "date" not in self.options
-        self.switches = listed(told["upgrade"]) if "upgrade" in told else []
-        self._frame(
-            version, method, told.get("content-length", []), told.get("transfer-encoding", [])
-        )
+        self.dated = dated and "date" not in self.options
+        self.switches = listed(upgrade)
+        self._frame(version, method, lengths, codings)
         if spaced:
             self.reusable = False
+
+    def _read(self, raw: list[bytes]) -> str:
+        """Read the status line and the header lines; returns the version. Raises UpstreamBroken."""
+        version, self.status, self.reason = status_of(raw[0])
+        del raw[0]
+        self.lines = limited_lines(raw)
+        return version
 
     def _frame(self, version: str, method: str, lengths: list[str], codings: list[str]) -> None:
         """Decide how the body ends: not at all, by chunks, by its length, or with its connection
@@ -105,7 +126,12 @@ class Answer:
         if len(lengths) > 1 or (lengths and "," in lengths[0]):
             lengths = listed(lengths)
         ambiguous = len(lengths) > 1 or bool(codings and lengths)
-        if lengths and (len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0])):
+        # Of the characters of latin-1, only 0 to 9 are decimal.
+        if lengths and not (
+            lengths[0].isdecimal()
+            and len(lengths[0]) <= MOST_DIGITS
+            and lengths.count(lengths[0]) == len(lengths)
+        ):
             raise UpstreamBroken("The Content-Length of the upstream's answer is malformed.")
         if codings and (codings != ["chunked"] or version == "1.0"):
             raise UpstreamBroken("The Transfer-Encoding of the upstream's answer is malformed.")
@@ -194,15 +220,19 @@ def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
     """The position in `data` where the head of an answer ends, and the position where what follows
     it begins; -1 and 0 if its end has not arrived. The first `scanned` bytes have been searched
     before. Raises UpstreamBroken if the head is too large."""
-    found = HEAD_END.search(data, scanned - 3 if scanned > 3 else 0)
-    if found:
-        end, begin = found.span()
-        end -= data.endswith(b"\r", 0, end)
-    else:
-        end, begin = -1, 0
+    start = scanned - 3 if scanned > 3 else 0
+    # A line feed alone counts as a line end (RFC 9112 section 2.2).
+    end = data.find(b"\n\r\n", start)
+    alone = data.find(b"\n\n", start) if end < 0 else data.find(b"\n\n", start, end + 1)
+    begin = end + 3 if end >= 0 else 0
+    if alone >= 0:
+        end, begin = alone, alone + 2
+    if end > 0 and data[end - 1] == CARRIAGE_RETURN:
+        end -= 1
     # Three bytes of an end that has not arrived may be there.
-    if (end if found else len(data) - 3) > MAX_HEAD_BYTES:
+    if (len(data) - 3 if end < 0 else end) > MAX_HEAD_BYTES:
         raise UpstreamBroken("The head of the upstream's answer is too large.")
-    if not data.startswith(HTTP[: len(data)]):  # However much came: no head would begin so.
+    # However much came: no head would begin so.
+    if not (data.startswith(HTTP) or HTTP.startswith(data)):
         raise UpstreamBroken(NO_STATUS)
     return end, begin

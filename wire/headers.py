@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 # A header line of an answer that is made here: name and value, decoded as latin-1, byte for byte.
 Header = tuple[str, str]
@@ -29,13 +29,16 @@ T = TypeVar("T", bytes, str)
 R = TypeVar("R")
 
 
-class Line(NamedTuple):
+class Line:
     """A header line that has been read: its name in lower case; its value, decoded as latin-1; and
     the whole line to send on, byte for byte except for the white space around the value."""
 
-    key: str
-    value: str
-    text: bytes
+    __slots__ = ("key", "text", "value")
+
+    def __init__(self, key: str, value: str, text: bytes) -> None:
+        self.key = key
+        self.value = value
+        self.text = text
 
 
 def line(name: bytes, value: bytes) -> Line:

@@ -7,11 +7,14 @@ import random
 import re
 import threading
 import time
+from functools import lru_cache
 from typing import Final
 
 # The two bits of the variant (RFC 9562 section 4.1) and two random ones, as a hexadecimal digit.
 VARIANT: Final = "89ab"
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
+
+getrandbits: Final = random.getrandbits  # To look it up would cost as much as to call it.
 
 _lock = threading.Lock()
 _last = 0
@@ -27,24 +30,25 @@ def new_id() -> str:
     ms, ns = divmod(time.time_ns(), 1_000_000)
     with _lock:
         _last = max(_last + 1, ms << 12 | (ns << 12) // 1_000_000)
-        return _uuid7(_last, os.urandom(8))
-
-
-def _uuid7(clock: int, noise: bytes) -> str:
-    """A UUID of the 60 bits of `clock`, of which 48 are milliseconds since 1970, and of 62 of the
-    64 bits of `noise`."""
-    # To shift and mask one number of 128 bits takes longer than to put these texts together.
+        clock, noise = _last, os.urandom(8)
     time_, rest = hex(clock)[2:].zfill(15), noise.hex()
     variant = VARIANT[noise[0] >> 6]
     return f"{time_[:8]}-{time_[8:12]}-7{time_[12:]}-{variant}{rest[1:4]}-{rest[4:]}"
 
 
 def request_id(given: list[str] | None) -> str:
-    """The id that a request came with, if it is a single one and fit for the log; otherwise a new
-    one. That may be easy to guess: to ask the kernel for random bytes costs as much as to parse a
-    head."""
+    """The id that a request came with, if it is a single one and fit for the log; otherwise a UUID
+    version 7 in which all bits behind the milliseconds are random. That may be easy to guess: to
+    ask the kernel for random bytes costs as much as to parse a head."""
     if given and len(given) == 1 and REQUEST_ID.fullmatch(given[0]):
         return given[0]
-    noise = random.getrandbits(76)
-    clock = time.time_ns() // 1_000_000 << 12 | noise & 0xFFF
-    return _uuid7(clock, (noise >> 12).to_bytes(8, "big"))
+    noise = getrandbits(72).to_bytes(9, "big").hex()
+    now = _milliseconds(time.time_ns() // 1_000_000)
+    return f"{now}-7{noise[:3]}-{VARIANT[0]}{noise[3:6]}-{noise[6:]}"
+
+
+@lru_cache(2)
+def _milliseconds(now: int) -> str:
+    """Milliseconds since 1970 as the first two parts of a UUID version 7."""
+    text = hex(now)[2:].zfill(12)
+    return f"{text[:8]}-{text[8:]}"

@@ -254,11 +254,12 @@ class Head:
 def by_name(lines: list[Line]) -> dict[str, list[str]]:
     """The values of header lines, by name."""
     values: dict[str, list[str]] = {}
-    for key, value, _ in lines:
+    for one in lines:
+        key = one.key
         if key in values:
-            values[key].append(value)
+            values[key].append(one.value)
         else:
-            values[key] = [value]
+            values[key] = [one.value]
     return values
 
 
