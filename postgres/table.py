@@ -89,6 +89,7 @@ class Table:
         assert not taken, f"statements have a parameter of this name, so no column can: {taken}"
         self.json = self._json()
         self.version = in_rfc_3339(model.updated_at)
+        self._unique = unique
         self._database: Statements = model._meta.database.statements
         self._this = model.id == self.given("id")
         given = {column.name: self.given(column.name) for column in columns}
@@ -112,7 +113,6 @@ class Table:
         self.replace, self.same = self._update(given), self._same(given)
         delete = model.delete().where(self._this & self._allowed())
         self.delete = self.statement(delete.returning(model.id))
-        self._compose_many(unique)
         self.patch = functools.cache(self._patch)
 
     # Statements, and parts of them.
@@ -221,31 +221,35 @@ class Table:
         names = ", ".join(f'"{name}"' for name in self.arrays)
         return f"unnest({rows}) WITH ORDINALITY AS given({names}, number)"
 
-    def _compose_many(self, unique: Any) -> None:
-        id_, rows = self.model.id, SQL("given")
-        names = ("id", *(column.name for column in self.columns))
-        given = {name: SQL(f'given."{name}"') for name in names}
-        as_text = Cast(id_, "text")
-        # Creates rows. It leaves alone a row that exists already, and leaves out a second one of
-        # the same. Rows are created in the order of the index, as those below are locked in one
-        # order: otherwise two statements that create the same rows wait for each other. As in
-        # `create`, no other conflict is ignored: of two rows that an index of the operator's own
-        # keeps apart, the first one given is to be created, and not the first one of this order.
+    def _columns_given(self) -> dict[str, SQL]:
+        return {name: SQL(f'given."{name}"') for name in self.arrays}
+
+    # These two are composed when the first import comes: the service starts sooner without them.
+
+    @functools.cached_property
+    def create_many(self) -> Statement:
+        """Creates rows. It leaves alone a row that exists already, and leaves out a second one of
+        the same. Rows are created in the order of the index, as those of `replace_many` are locked
+        in one order: otherwise two statements that create the same rows wait for each other. As in
+        `create`, no other conflict is ignored: of two rows that an index of the operator's own
+        keeps apart, the first one given is to be created, and not the first one of this order."""
+        id_, given, unique = self.model.id, self._columns_given(), self._unique
         ids = SQL(f"CAST(%(id)s AS {self.arrays['id']})")
         there = self.model.select(id_).where(id_ == fn.ANY(ids))
         query = self.model.select(*given.values()).from_(SQL(self.rows_given()))
         insert = self.model.insert_from(
             query.where(given["id"].not_in(there)).order_by(*unique._expressions, SQL("number")),
-            [getattr(self.model, name) for name in names],
+            [getattr(self.model, name) for name in given],
         )
         ignored = {"action": "IGNORE", "conflict_target": unique._expressions}
-        self.create_many = Statement(
-            sql_of(insert.on_conflict(**ignored).returning(as_text)),
-            self.arrays,
-            prepared=False,
-        )
-        # Replaces rows that exist. For each of them it says whether this statement changed it,
-        # whether it was already as it is given, and whether it was created a moment ago.
+        query = insert.on_conflict(**ignored).returning(Cast(id_, "text"))
+        return Statement(sql_of(query), self.arrays, prepared=False)
+
+    @functools.cached_property
+    def replace_many(self) -> Statement:
+        """Replaces rows that exist. For each of them it says whether this statement changed it,
+        whether it was already as it is given, and whether it was created a moment ago."""
+        id_, given, rows = self.model.id, self._columns_given(), SQL("given")
         this, differs = id_ == given["id"], self._differs(given)
         update = self.model.update(self._changed(given)).from_(rows)
         changed = update.where(this & differs & self._untouched()).returning(id_)
@@ -255,9 +259,9 @@ class Table:
         locked = locked.order_by(id_).for_update("FOR NO KEY UPDATE", of=self.model)
         changed = changed.where(SQL("(SELECT count(*) FROM locked) >= 0"))
         was_changed = NodeList((id_, SQL("IN (SELECT id FROM changed)")))
-        told = (as_text, was_changed, ~differs, self._created_lately())
+        told = (Cast(id_, "text"), was_changed, ~differs, self._created_lately())
         found = self.model.select(*told).from_(self.model, rows).where(this)
-        self.replace_many = Statement(
+        return Statement(
             f"WITH given AS (SELECT * FROM {self.rows_given()}),"
             f" locked AS MATERIALIZED ({sql_of(locked)}),"
             f" changed AS ({sql_of(changed)}) {sql_of(found)}",
