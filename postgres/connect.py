@@ -255,8 +255,11 @@ class Connection(psycopg2.extensions.connection):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.prepared: set[str] = set()
-        with borrowed(self) as sock:
-            self.server = sock.family, sock.getpeername()
+        try:
+            with borrowed(self) as sock:
+                self.server = sock.family, sock.getpeername()
+        except OSError as error:  # It has ended since.
+            raise psycopg2.OperationalError(error.strerror) from error
         self.poller = select.poll()
         self.poller.register(self.fileno(), select.POLLIN)
 
@@ -279,7 +282,10 @@ class Connector:
         self.target = target
         self._patience = connect_timeout / 2
         self._checked = settings_in(target.options)
-        ours = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        # If the server has another style, psycopg2 sets this one, by a statement that has no limit
+        # in time: a server that hung just then held its place in the pool for ever.
+        own = {"datestyle": "ISO", **settings}
+        ours = " ".join(f"-c {name}={value}" for name, value in own.items())
         self._options = f"{ours} {target.options}".strip()
         self._refused_at = -math.inf
         self._keywords: dict[str, Any] = {
@@ -330,7 +336,12 @@ class Connector:
         raise self._refusal("refuses")
 
     def _connect(self, options: str) -> Any:
-        connection = psycopg2.connect(self.target.uri, **self._keywords, options=options)
+        try:
+            connection = psycopg2.connect(self.target.uri, **self._keywords, options=options)
+        except UnicodeDecodeError as error:
+            # A server says why it refuses in its own encoding, before another is agreed on.
+            words = error.object.decode(errors="replace")
+            raise psycopg2.OperationalError(words) from None
         try:
             connection.autocommit = True
             if options and self._checked:

@@ -188,8 +188,8 @@ class Client(Stream):
         # The responder's timer. All requests of a connection share it: none has to make its own.
         self.deadline = Timer(desk.loop)
         self._timer = Timer(desk.loop, self._look)
+        self.watch()  # It may fail: before the timer keeps this client.
         self._timer.set(self._next_look())
-        self.watch()
 
     def _forget_answer(self) -> None:
         self.status = ""
@@ -227,7 +227,7 @@ class Client(Stream):
             self.pause()
 
     def take_ahead(self) -> bytes:
-        """Take the bytes that the client has sent ahead: for a tunnel, the first ones."""
+        """Take the bytes that have come behind the head: the first of the body, or of a tunnel."""
         ahead, self._ahead = self._ahead, b""
         return ahead
 

@@ -233,7 +233,9 @@ class Exchange:
             self._head.expects = False  # The client does not wait for a 100.
         piece, rest = self.body.feed(data)
         fault = fault_of(self.body, self._largest)
-        if fault is not None:
+        if fault is not None and self.state is State.DELIVERING:
+            self._finish(keep=False)  # The client has its answer already.
+        elif fault is not None:
             self._refuse(fault)
         elif self._connection is not None:
             self._send_on(self._connection, piece)
@@ -273,7 +275,11 @@ class Exchange:
         self.state = State.CONNECTING
         self._deadline = self.loop.now + self._upstream.connect_timeout
         self._wait()
-        self._attempt = self._upstream.connect(self)
+        attempt = self._upstream.connect(self)
+        if self.state is State.CONNECTING:
+            self._attempt = attempt
+        else:
+            attempt.give_up()  # It was this client that was closed to make room.
 
     def unconnected(self, problem: Problem, refused: bool) -> None:
         """No connection could be made, and why; `refused` says that nobody listened."""
@@ -293,10 +299,10 @@ class Exchange:
     def connected(self, connection: Connection) -> None:
         """Here is a connection: send the part of the request that has arrived."""
         self._attempt = None
+        connection.exchange = self
+        self._connection = connection  # Whatever fails from here on, it is let go of.
         head = self._head
         assert head is not None
-        connection.exchange = self
-        self._connection = connection
         self.state = State.ASKING
         if authenticates_connection(head.values.get("authorization", ())):
             connection.client = self.client

@@ -30,10 +30,15 @@ class Room:
         self._more = False  # whether the search has left some out
         self._until = 0.0  # until when what was found is used
 
+    @property
+    def full(self) -> bool:
+        """Whether there are as many connections as there may be."""
+        return len(self._clients) + self._upstream.open >= self._most
+
     def make(self) -> bool:
         """If there are as many connections as there may be, close one. False if there is none to
         close."""
-        return len(self._clients) + self._upstream.open < self._most or self.drop_one()
+        return not self.full or self.drop_one()
 
     def drop_one(self) -> bool:
         """Close a connection that nobody waits for: first one that is kept to the upstream, then a

@@ -195,9 +195,12 @@ class Server:
                 return
 
     def _let_in(self) -> bool:
-        if not self._room.make():
-            self._look_again(CROWDED_SECONDS)
-            return False
+        if self._room.full:
+            if not waiting_clients(self._listener):
+                return False
+            if not self._room.drop_one():
+                self._look_again(CROWDED_SECONDS)
+                return False
         try:
             sock, address = self._listener.accept()
         except (BlockingIOError, InterruptedError):
@@ -213,7 +216,13 @@ class Server:
         sock.setblocking(False)
         # A socket that listens for both IPv6 and IPv4 shows IPv4 addresses with a prefix.
         peer = (address[0].removeprefix("::ffff:"), address[1])
-        self._clients.add(Client(self.desk, sock, peer))
+        try:
+            client = Client(self.desk, sock, peer)
+        except OSError:  # The kernel has no memory to watch it.
+            sock.close()
+            self._look_again(CROWDED_SECONDS)
+            return False
+        self._clients.add(client)
         self.served.board.set(CLIENTS, len(self._clients))
         return True
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from metrics import IN_FLIGHT, OUTCOME_AT, STREAMS, UNHEARD, Board
-from problems import Problem, UpstreamBusy
+from problems import Problem, UpstreamBusy, UpstreamUnreachable
 from server.connector import Attempt, UpstreamConnector, was_refused
 from server.lanes import Lane
 from server.logs import Seldom
@@ -325,9 +325,10 @@ class Upstream:
     def connect(self, exchange: Waiting) -> Attempt:
         """Make a connection for an exchange, whose `connected` or `unconnected` is called then.
 
-        Those that are kept count too: there are never more than `limit`. Anybody may send a header
-        that gives a client a connection of its own, and these could take all that there are."""
-        while self.in_flight + len(self._idle) + len(self._own) > self.limit:
+        Those that are kept count too, and those that the upstream is to end: there are never more
+        than `limit`. Anybody may send a header that gives a client a connection of its own, and
+        these could take all that there are."""
+        while self.in_flight + self._unused > self.limit:
             if not (self.drop_one() or self.drop_one(own=True)):
                 break
         self.make_room()
@@ -351,7 +352,14 @@ class Upstream:
             reset_at_close(sock)
             sock.close()
             return
-        connection = Connection(self.loop, sock, self)
+        try:
+            connection = Connection(self.loop, sock, self)
+        except OSError as error:  # The kernel has no memory to watch it.
+            sock.close()
+            problem = UpstreamUnreachable()
+            problem.__cause__ = error
+            exchange.unconnected(problem, refused=False)
+            return
         self._connections.add(connection)
         self._unheard[connection] = self.loop.now
         # A request that must not be sent twice makes a new connection though others are idle. One
@@ -368,6 +376,10 @@ class Upstream:
     def heard(self, connection: Connection) -> None:
         """Something has come on a connection for the first time."""
         self._unheard.pop(connection, None)
+
+    @property
+    def _unused(self) -> int:
+        return len(self._idle) + len(self._own) + len(self._leaving)
 
     @property
     def open(self) -> int:
@@ -439,9 +451,10 @@ class Upstream:
             self.discard(own)
 
     def drop_one(self, *, own: bool = False) -> bool:
-        """Close the one that has been idle longest, of those that are for any client, or of those
-        that are each one client's `own`. False if there is none."""
-        kept = next(iter(self._own.values() if own else self._idle), None)
+        """Close the one that has been idle longest, of those that the upstream is to end, then of
+        those that are for any client; or of those that are each one client's `own`. False if there
+        is none."""
+        kept = next(iter(self._own.values() if own else self._leaving or self._idle), None)
         if kept is not None:
             self.discard(kept)
         return kept is not None
@@ -462,7 +475,5 @@ class Upstream:
 
     def close(self) -> None:
         """Close the connections that are kept."""
-        for leaving in list(self._leaving):
-            self.discard(leaving)
         while self.drop_one() or self.drop_one(own=True):
             pass

@@ -192,8 +192,11 @@ class Supervisor:
                 log.error("the workers cannot start")
                 self.kill()
                 return 1
-            while self.due and self.due[0][0] <= time.monotonic():
-                self.start(heapq.heappop(self.due)[1])
+            self.start_due()
+
+    def start_due(self) -> None:
+        while self.due and self.due[0][0] <= time.monotonic():
+            self.start(heapq.heappop(self.due)[1])
 
     def start(self, worker: int) -> None:
         hold_signals()
@@ -260,7 +263,7 @@ class Supervisor:
 
     def replace(self) -> None:
         for worker, since, code in self.ended():
-            log.error("worker %d ended (%s)", worker, f"signal {-code}" if code < 0 else code)
+            log.error("worker %d %s", worker, ended_by(code))
             self.service.board.left(worker)
             self.service.board.add(REPLACED)
             now = time.monotonic()
@@ -274,37 +277,43 @@ class Supervisor:
             heapq.heappush(self.due, (since + START_SECONDS if killed else now + pause, worker))
 
     def stop(self) -> int:
-        """Drain the workers, after the drain's delay; a second signal, or time running out, kills
-        them."""
+        """Drain the workers, after the drain's delay, in which all goes on as before; a second
+        signal, or time running out, kills them. Returns the exit code."""
         self.service.board.set(STOPPING, 1)
         self.notifier.tell("STOPPING=1")
-        if not self.await_end(time.monotonic() + self.service.drain_delay):
-            return 1
+        until = time.monotonic() + self.service.drain_delay
+        while time.monotonic() < until:
+            if told_to_stop(self.wait(min([until, *(when for when, _ in self.due)]))):
+                self.kill()
+                return 1
+            self.replace()
+            self.start_due()
         if not self.service.handed_over:
             let_nobody_in(self.service.listener)
         self.service.listener.close()
         for process in self.running:
             os.kill(process, signal.SIGTERM)
-        late = self.service.shutdown_timeout + LATE_SECONDS
-        if not self.await_end(time.monotonic() + late):
-            return 1
-        self.kill()
-        return 0
-
-    def await_end(self, until: float) -> bool:
-        """Wait until all workers have ended, or until the time `until`. Returns False if a second
-        signal came, and then the workers are killed."""
+        died = 0
+        until = time.monotonic() + self.service.shutdown_timeout + LATE_SECONDS
         while self.running and time.monotonic() < until:
             if told_to_stop(self.wait(until)):
                 self.kill()
-                return False
-            for worker, *_ in self.ended():
+                return 1
+            for worker, _, code in self.ended():
                 self.service.board.left(worker)
-        return True
+                if code:
+                    died += 1
+                    log.error("worker %d %s", worker, ended_by(code))
+        self.kill()
+        return 1 if died else 0
 
     def kill(self) -> None:
         for process in self.running:
             os.kill(process, signal.SIGKILL)
+
+
+def ended_by(code: int) -> str:
+    return f"ended (signal {-code})" if code < 0 else f"ended ({code})"
 
 
 def told_to_stop(received: bytes) -> bool:

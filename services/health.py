@@ -17,12 +17,16 @@ from problems import Problem, SchemaNotMigrated
 
 log = logging.getLogger("gatehouse")
 
+TABLE = f"to_regclass('{User._meta.table_name}')"
+COLUMNS = [field.column_name for field in User._meta.sorted_fields]
 # One round trip finds the migrations that have been applied, and whether the role has the
-# privileges on the table that it needs. That is NULL if there is no table.
+# privileges on the table that it needs. That is NULL if there is no table, or not all its columns.
 PROBE = Statement(
-    "SELECT name, NULL FROM migratehistory UNION ALL SELECT NULL, bool_and(has_table_privilege("
-    f"to_regclass('{User._meta.table_name}'), privilege)) "
-    "FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege",
+    "SELECT name, NULL FROM migratehistory UNION ALL "
+    f"SELECT NULL, bool_and(has_table_privilege({TABLE}, privilege)) "
+    "FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege "
+    f"WHERE {len(COLUMNS)} = (SELECT count(*) FROM pg_attribute WHERE attrelid = {TABLE} "
+    f"AND NOT attisdropped AND attname = ANY(ARRAY{COLUMNS}))",
     {},
 )
 # /health may take half a second longer than DB_CONNECT_TIMEOUT. This much of that is for the probe.
@@ -100,7 +104,7 @@ class Health:
         pending = [name for name in self.migrations if name not in applied]
         if allowed is False:
             statements.say("the role may not do all of SELECT, INSERT, UPDATE and DELETE in users")
-        unmigrated = pending or allowed is None
+        unmigrated = allowed is not False and (pending or allowed is None)
         return {
             "status": "unmigrated" if unmigrated else "up" if allowed else "down",
             "latency_ms": latency,

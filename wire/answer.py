@@ -15,7 +15,7 @@ MAX_HEADER_LINES: Final = 2000
 HTTP: Final = b"HTTP/1."
 CARRIAGE_RETURN: Final = 13
 NO_STATUS: Final = "The status line of the upstream's answer is malformed."
-STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
+STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: ([^\0\r\n]*))?")
 HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
 SPACED: Final = re.compile(rb"(?<=\n)([^ \t\n:]+)[ \t]++:")
 FOLD: Final = re.compile(rb"\n[ \t]++")
@@ -188,8 +188,9 @@ def status_of(raw: bytes) -> tuple[str, int, str]:
     found = STATUS_LINE.fullmatch(raw)
     if found is None:
         raise UpstreamBroken(NO_STATUS)
-    version, status, reason = found.groups(b"")
-    return version.decode(), int(status), reason.decode("latin-1")
+    minor, status, reason = found.groups(b"")
+    # A later minor version is read as the last one that is known (RFC 9110 section 2.5).
+    return "1.0" if minor == b"0" else "1.1", int(status), reason.decode("latin-1")
 
 
 def line_of(raw: bytes) -> Line:

@@ -174,6 +174,28 @@ def test_a_pooler_that_refuses_start_up_options_is_used_without(
         assert pooler.refused == refused
 
 
+def test_one_that_refuses_in_another_encoding_is_used_too(server: Server) -> None:
+    """psycopg2 raises what nobody expects then: nothing was tried without the options."""
+    words = "Startoptionen sind für Sie nicht verfügbar"
+    with Pooler(server.port, "0A000", words, encoding="latin-1") as pooler:
+        uri = server.uri(server.create(), port=pooler.port)
+        assert check(POSTGRES_URI=uri)[1][1] == "database: ok"
+        code, lines = check(POSTGRES_URI=uri + "?options=" + quote("-c work_mem=5MB"))
+        assert code == 5 and "refuses the start-up options" in lines[1]
+
+
+def test_a_server_with_another_style_of_dates_is_asked_nothing_more_for_that(
+    server: Server,
+) -> None:
+    """psycopg2 sets its own by a statement, for which nothing waits only so long."""
+    name = server.create()
+    server.sql(f"ALTER DATABASE \"{name}\" SET datestyle = 'German'")
+    connection = Connector(Target.of(server.uri(name)), 2.0, {}).open()
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute("SELECT source FROM pg_settings WHERE name = 'DateStyle'")
+        assert cursor.fetchone() == ("client",)
+
+
 def test_a_pooler_that_comes_late_and_refuses_start_up_options_is_used(
     server: Server, start: Start
 ) -> None:

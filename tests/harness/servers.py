@@ -427,9 +427,14 @@ class Pooler:
     SQLSTATE it takes them. With `tls` it is a server's end of that."""
 
     def __init__(
-        self, target: int, sqlstate: str = "", words: str = "", tls: ssl.SSLContext | None = None
+        self,
+        target: int,
+        sqlstate: str = "",
+        words: str = "",
+        tls: ssl.SSLContext | None = None,
+        encoding: str = "utf-8",
     ) -> None:
-        fields = f"SFATAL\0VFATAL\0C{sqlstate}\0M{words}\0\0".encode()
+        fields = f"SFATAL\0VFATAL\0C{sqlstate}\0M{words}\0\0".encode(encoding)
         self._refusal = b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
         self._refuses = bool(sqlstate)
         self._tls = tls

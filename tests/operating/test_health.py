@@ -337,6 +337,19 @@ def test_a_table_that_is_gone_is_unmigrated_whatever_the_history_says(
     problem(service.call("GET", "/health/ready"), 503, "schema-not-migrated")
 
 
+def test_a_column_that_is_gone_is_unmigrated_whatever_the_history_says(
+    start: Start, databases: Databases
+) -> None:
+    """Every call of /users said so, and /health that all was well."""
+    uri = databases.create()
+    service = start(POSTGRES_URI=uri)
+    with databases.admin(uri) as cursor:
+        cursor.execute("ALTER TABLE users RENAME COLUMN metadata TO kept")
+    problem(service.call("GET", "/users"), 503, "schema-not-migrated")
+    assert health(service)["database"]["status"] == "unmigrated"
+    problem(service.call("GET", "/health/ready"), 503, "schema-not-migrated")
+
+
 def test_who_waited_for_a_thread_has_what_was_measured_meanwhile() -> None:
     """Otherwise a crowd of callers would measure one after the other, each for longer."""
     measured = []

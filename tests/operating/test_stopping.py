@@ -382,6 +382,40 @@ def test_a_killed_worker_is_replaced(start: Start, upstream: ScriptedUpstream) -
     assert service.stop() == 0
 
 
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 0.2).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_worker_that_dies_while_the_service_stops_is_told(
+    start: Start, held: HeldUpstream, database: str
+) -> None:
+    """Its requests were lost without a line, and the exit code said that all was well."""
+    service = start(POSTGRES_URI=database, UPSTREAM_URL=held.url, WORKERS=2)
+    with under_way(service, held, [f"/{number}" for number in range(8)]):
+        service.process.terminate()
+        wait_for(lambda: not listens(service.port), 10, "the drain")
+        for worker in workers_of(service):
+            worker.kill()
+        assert service.process.wait(10) == 1
+    assert service.log.count("ended (signal 9)") == 2
+
+
+def test_a_worker_that_dies_during_the_delay_is_replaced(
+    start: Start, upstream: ScriptedUpstream
+) -> None:
+    service = start(UPSTREAM_URL=upstream.url, WORKERS=2, DRAIN_DELAY=4)
+    service.process.terminate()
+    wait_for(lambda: service.call("GET", "/health/ready").status == 503, 3, "the delay")
+    for worker in workers_of(service):
+        worker.kill()
+    wait_for(lambda: service.call("GET", "/plain").status == 200, 3, "other workers")
+    assert service.process.wait(10) == 0
+
+
 def test_a_worker_that_is_told_to_stop_by_itself_stops_nobody_else(
     start: Start, held: HeldUpstream, database: str
 ) -> None:

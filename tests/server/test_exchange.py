@@ -228,6 +228,32 @@ def test_a_body_that_is_too_large_or_malformed_is_refused_at_any_stage() -> None
             assert [one.released for one in world.connections] == [[False]] * len(world.connections)
 
 
+def test_the_rest_of_a_body_that_is_malformed_takes_nothing_from_the_answer_before_it() -> None:
+    """The log told of an answer that was cut, which the client had had long since."""
+    world = World(b"POST / HTTP/1.1", CHUNKED, slow=True)
+    connection = world.start(b"%x\r\n" % LARGE + bytes(LARGE) + b"\r\n").connect()
+    world.exchange.from_upstream(message(OK, b"Content-Length: 2", body=b"ok"))
+    assert world.exchange.state is State.DELIVERING
+    world.exchange.from_client(b"zz\r\n")
+    assert world.client.told[-2:] == [("finish", True), ("finish", False)]
+    assert connection.released == [False]
+
+
+def test_a_client_that_is_closed_to_make_room_for_its_own_connection_gives_that_up() -> None:
+    """It asked again in RETRYING, was the one that made room, and left a connection that nobody
+    owned."""
+    world = retrying()
+    connect = world.upstream.connect
+
+    def make_room(exchange: Any) -> Any:
+        world.client.hang_up(reset=True)
+        return connect(exchange)
+
+    world.upstream.connect = make_room  # type: ignore[method-assign]
+    world.clock.pass_time(1.0)
+    assert world.exchange.state is State.ENDED and world.upstream.given_up == 1
+
+
 def test_no_more_than_a_body_in_memory_is_taken_while_there_is_no_connection() -> None:
     world = World(b"POST / HTTP/1.1", b"Content-Length: 1000000").start(bytes(LARGE))
     assert not world.client.paused  # It was asked for with this piece.

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from metrics import CLIENTS, Board
+from server.client import Client
 from server.exchange import Exchange, Patience
 from server.options import Options
 from server.server import MOST_AHEAD, Server
@@ -294,6 +295,40 @@ def test_for_a_client_without_a_descriptor_one_connection_is_closed_and_no_more(
         assert last.reply().body == b"ok"
         # The connection to the upstream was closed first, which helps nobody in this test.
         assert listener.attempts == 2 and len(running.server._clients) == 10
+
+
+def test_as_many_as_there_may_be_are_served_and_none_is_closed_before_another_comes(
+    running: Running,
+) -> None:
+    """Room was made before it was known whether anybody waits."""
+    with contextlib.ExitStack() as stack:
+        running.server._room._most = 6  # five clients, and one connection to the upstream
+        clients = [stack.enter_context(RawClient(running.port)) for _ in range(5)]
+        for _ in range(2):
+            for client in clients:
+                client.send(request())
+                assert client.reply().body == b"ok"
+        assert len(running.server._clients) == 5
+        another = stack.enter_context(RawClient(running.port))
+        another.send(request())
+        assert another.reply().body == b"ok"
+        wait_for(lambda: len(running.server._clients) == 5, what="one client fewer")
+
+
+def test_a_client_that_cannot_be_watched_is_closed_at_once(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Client.watch
+
+    def fail(client: Client) -> None:
+        monkeypatch.setattr(Client, "watch", watch)
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(Client, "watch", fail)
+    with RawClient(running.port) as client, RawClient(running.port) as another:
+        assert client.sock.recv(1) == b""
+        another.send(request())
+        assert another.reply().body == b"ok"
 
 
 def test_a_worker_accepts_again_after_the_kernel_had_no_memory_for_watching(

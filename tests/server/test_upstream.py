@@ -3,6 +3,7 @@ attempts to make one."""
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import time
@@ -379,6 +380,30 @@ def test_those_that_are_kept_count_to_the_limit(place: Place) -> None:
     place.upstream.enter()
     place.connect()
     assert place.upstream.open == 2 and not place.upstream.drop_one()
+
+
+def test_those_that_the_upstream_is_to_end_count_to_the_limit_and_go_first(place: Place) -> None:
+    """An application that announced the end of each connection, and was slow to end it, had
+    thousands of them open, until no descriptor was left."""
+    kept, _far = place.keep()
+    _, leaving, _other = place.connect()
+    leaving.release(keep=False, leaving=True)
+    assert place.upstream.open == place.upstream.limit == 2 and not leaving.closed
+    place.upstream.enter()
+    place.connect()
+    assert leaving.closed and not kept.closed and place.upstream.open == 2
+
+
+def test_one_that_cannot_be_watched_is_told_at_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(*arguments: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(place.loop, "watch", watch)
+    exchange = Exchange()
+    place.attempt(exchange)
+    assert exchange.told == [(UpstreamUnreachable, False)] and place.upstream.open == 0
 
 
 def test_one_that_breaks_as_it_is_let_go_of_is_counted_off_once(
