@@ -152,7 +152,8 @@ def main(arguments: list[str], version: str, serve: Serve) -> int:
     except SettingsError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
-        return 2
+        # A container's health check may not exit with 2.
+        return 1 if given.command == "health" else 2
     if given.command == "check":
         return check(settings, verbose=given.verbose or os.isatty(1))
     return run(settings, version, serve)

@@ -69,7 +69,7 @@ CELLS: Final = -(-(HEADS + len(OWNERS) * HEAD_CELLS) // 8) * 8
 
 # Metrics that are one cell's total: name, cell, what it says.
 TOTALS = (
-    ("requests_in_flight", IN_FLIGHT, "Requests, streams and tunnels with the upstream."),
+    ("requests_in_flight", IN_FLIGHT, "Forwarded requests, streams, tunnels, to their last byte."),
     ("requests_in_flight_limit", LIMIT, "How many of them there may be at once."),
     ("streams", STREAMS, "Event streams and tunnels among the requests in flight."),
     ("client_connections", CLIENTS, "Connections of clients."),

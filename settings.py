@@ -12,6 +12,9 @@ from urllib.parse import urlsplit
 
 from cpus import available_cpus
 
+# How many characters a file with a secret may have. /dev/zero has no end.
+LONGEST_SECRET = 65536
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # RFC 6750 section 2.1, the b64token that may follow "Bearer ".
@@ -117,12 +120,16 @@ def value_of(name: str, environ: Mapping[str, str]) -> str:
     if text:
         raise ValueError(f"and {name}_FILE are both set: unset one of them")
     try:
-        text = Path(file).read_text(encoding="utf-8").strip()
+        with Path(file).open(encoding="utf-8") as secret:
+            text = secret.read(LONGEST_SECRET + 1)
     except OSError as error:
         # The path is not told: a secret that was put there by mistake would be in the log.
         raise ValueError(f"cannot be read from {name}_FILE: {error.strerror}") from None
     except ValueError:  # no UTF-8, or a path with a NUL
         raise ValueError(f"cannot be read from {name}_FILE: it is no text in UTF-8") from None
+    if len(text) > LONGEST_SECRET:
+        raise ValueError(f"cannot be read from {name}_FILE: it is larger than 64 KB")
+    text = text.strip()
     if not text:
         raise ValueError(f"cannot be read from {name}_FILE: the file is empty")
     if "\0" in text:  # libpq would take it for the end.

@@ -560,6 +560,7 @@ def test_both_forms_of_a_setting_are_a_problem(tmp_path: Path) -> None:
         (b"", "the file is empty"),
         (b"\n", "the file is empty"),
         (b"\xff\xfe", "it is no text in UTF-8"),
+        (b"x" * 70000, "it is larger than 64 KB"),
     ],
 )
 def test_a_file_that_gives_no_value_is_a_problem_and_never_an_open_door(

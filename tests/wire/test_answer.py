@@ -48,6 +48,7 @@ def said(*pieces: bytes) -> object:
 
 WELL_FORMED = {
     "the smallest": b"HTTP/1.1 200\r\n\r\n",
+    "a later minor version": b"HTTP/1.2 200 OK\r\nContent-Length: 0\r\n\r\n",
     "a length": message(OK, b"Content-Length: 2", body=b"ok"),
     "chunks": message(OK, b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"),
     "until the end": message(OK, body=b"\r\n\r\n\n\n"),
