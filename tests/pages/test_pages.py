@@ -1203,6 +1203,46 @@ def test_one_says_what_a_column_is_and_hears_what_is_wrong_with_a_file(
 
 
 @needs_chromium
+def test_an_import_that_would_empty_a_field_asks_first(
+    fresh: Service, window: Callable[..., Browser], tmp_path: Path
+) -> None:
+    """A file with ids and without metadata took all metadata away, and nothing brings it back."""
+    body = {"email": "ann@example.com", "name": "Ann", "metadata": {"plan": "pro"}}
+    ann = fresh.call("POST", "/users", body).json()["id"]
+    csv_row, json_row = f"{ann},a@example.com,Ann,Rome\n", {**body, "id": ann}
+    files = {
+        "none.csv": "id,email,name,metadata\n" + csv_row.replace("Rome", ""),
+        "some.csv": "id,email,name,City\n" + csv_row,
+        "no-ids.csv": "id,email,name\n,b@example.com,Bea\n",
+        "none.ndjson": json.dumps({**json_row, "metadata": {}}),
+        "some.ndjson": json.dumps({"id": ann, "email": "a@example.com", "name": "Ann"}),
+        "no-ids.ndjson": json.dumps({"email": "b@example.com", "name": "Bea"}),
+    }
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.click("#import")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        page.find("#file").send_keys(str(tmp_path / name))
+        page.sees("#bring-start", "Import 1 row")
+        wait_for(lambda asked="some" in name: page.find("#empties").is_displayed() == asked)
+    page.find("#file").send_keys(str(tmp_path / "some.csv"))
+    page.sees("#empties", "will lose all metadata that is not in it. This cannot be undone.")
+    assert page.findings() == []
+    page.find('#columns select[aria-label="What City is"]').send_keys("Metadata (JSON)")
+    wait_for(lambda: not page.find("#empties").is_displayed())
+    page.find("#file").send_keys(str(tmp_path / "some.ndjson"))
+    page.sees("#empties", "will lose all metadata")
+    page.click("#bring-start")
+    page.wait("document.activeElement.id === 'empties-agreed'")
+    assert fresh.call("GET", f"/users/{ann}").json()["metadata"] == body["metadata"]
+    page.click("#empties-agreed")
+    page.click("#bring-start")
+    page.sees("#bring-count", "1 of 1 rows: 0 created, 1 replaced")
+    assert fresh.call("GET", f"/users/{ann}").json()["metadata"] == {}
+
+
+@needs_chromium
 def test_what_users_are_called_is_text_and_nothing_else(
     fresh: Service, window: Callable[..., Browser]
 ) -> None:
@@ -1477,6 +1517,7 @@ def test_rows_that_are_sent_again_are_counted_once(
         page.driver.get(f"{front.url}/users")
         page.click("#import")
         page.find("#file").send_keys(str(tmp_path / "people.csv"))
+        page.click("#empties-agreed")
         page.click("#bring-start")
         page.sees("#bring-error", "are done")
     page.click("#bring-start")
