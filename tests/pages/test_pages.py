@@ -1161,7 +1161,9 @@ def test_one_says_what_a_column_is_and_hears_what_is_wrong_with_a_file(
         "name,post,metadata,id,left\n"
         'Ann,ann@example.com,"{""big"": 12345678901234567890,\n""a"": []}",,x\n'
         "Bob,bob@example.com,[1],,x\n"
-        "Cem,cem@example.com\n"
+        "Cem,cem@example.com,,,x,,y\n"
+        "Cem,cem@example.com,,,x,, \n"
+        "Fay,fay@example.com\n"
         'Dan,"dan@example.com"x,,,\n'
         'Eve,"eve@example.com,,,\n'
     )
@@ -1176,15 +1178,16 @@ def test_one_says_what_a_column_is_and_hears_what_is_wrong_with_a_file(
     wait_for(lambda: page.text("#bring-error") == "")
     page.find('#columns select[aria-label="What left is"]').send_keys("Leave out")
     page.click("#bring-start")
-    page.sees("#bring-count", "5 of 5 rows: 1 created, 0 replaced, 0 unchanged, 4 refused.")
+    page.sees("#bring-count", "7 of 7 rows: 3 created, 0 replaced, 0 unchanged, 4 refused.")
     for words in (
         "Line 4: metadata must be a JSON object",
-        "Line 5: The row has 2 cells, and the first line 5.",
-        "Line 6: Something follows a quoted cell.",
-        "Line 7: A quote that begins here is not closed.",
+        "Line 5: The row has 7 cells, and the first line 5.",
+        "Line 8: Something follows a quoted cell.",
+        "Line 9: A quote that begins here is not closed.",
     ):
         page.sees("#refused", words)
-    [ann] = fresh.call("GET", "/users").json()["users"]
+    ann, cem, fay = fresh.call("GET", "/users").json()["users"]
+    assert (cem["name"], fay["name"]) == ("Cem", "Fay")
     assert ann["metadata"] == {"big": 12345678901234567890, "a": []}
     for data, words in (
         ("name,email\nZo\u00eb,z@example.com\n".encode("latin-1"), "not in UTF-8"),
