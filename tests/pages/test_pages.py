@@ -1153,6 +1153,25 @@ def test_a_file_is_taken_as_spreadsheet_programs_write_it(
 
 
 @needs_chromium
+@pytest.mark.parametrize(
+    "header", ['"Full\nname";Email', '"Name (last, first, second)";Email', "\r\n \r\nName;Email"]
+)
+def test_titles_of_columns_may_have_separators_and_follow_empty_lines(
+    fresh: Service, window: Callable[..., Browser], tmp_path: Path, header: str
+) -> None:
+    """The first line feed ended where the separator was looked for, and quotes were not seen."""
+    (tmp_path / "people.csv").write_text(f"{header}\r\nAnn;ann@example.com\r\n")
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.click("#import")
+    page.find("#file").send_keys(str(tmp_path / "people.csv"))
+    page.find("#columns tr:first-child select").send_keys("Name")
+    page.click("#bring-start")
+    page.sees("#bring-count", "1 of 1 rows: 1 created")
+    page.shows("Ann")
+
+
+@needs_chromium
 def test_one_says_what_a_column_is_and_hears_what_is_wrong_with_a_file(
     fresh: Service, window: Callable[..., Browser], tmp_path: Path
 ) -> None:
