@@ -1154,6 +1154,37 @@ def test_a_file_is_taken_as_spreadsheet_programs_write_it(
 
 @needs_chromium
 @pytest.mark.parametrize(
+    ("titles", "metadata"),
+    [
+        ("First name,Last name,Name,Email,E-Mail", {"First name": "Amy", "Last name": "Smith"}),
+        ("Last name,First name,City,Email,E-Mail", {"City": "Rome"}),
+    ],
+)
+def test_a_name_is_said_once_and_the_first_name_first(
+    fresh: Service,
+    window: Callable[..., Browser],
+    tmp_path: Path,
+    titles: str,
+    metadata: dict[str, str],
+) -> None:
+    """All columns that may be the name were joined as they came: Amy Smith Amy Smith."""
+    cells = {"First name": "Amy", "Last name": "Smith", "Name": "Amy Smith", "City": "Rome"}
+    cells |= {"Email": "amy@example.com", "E-Mail": "a@example.com"}
+    row = ",".join(cells[title] for title in titles.split(","))
+    (tmp_path / "people.csv").write_text(f"{titles}\n{row}\n")
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.click("#import")
+    page.find("#file").send_keys(str(tmp_path / "people.csv"))
+    page.click("#bring-start")
+    page.sees("#bring-count", "1 of 1 rows: 1 created")
+    [amy] = fresh.call("GET", "/users").json()["users"]
+    assert (amy["name"], amy["email"]) == ("Amy Smith", "amy@example.com")
+    assert amy["metadata"] == {**metadata, "E-Mail": "a@example.com"}
+
+
+@needs_chromium
+@pytest.mark.parametrize(
     "header", ['"Full\nname";Email', '"Name (last, first, second)";Email', "\r\n \r\nName;Email"]
 )
 def test_titles_of_columns_may_have_separators_and_follow_empty_lines(
