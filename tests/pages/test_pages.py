@@ -1096,7 +1096,7 @@ def test_a_spreadsheet_goes_in_and_out(
 
 
 SHEET = [
-    ["Member", "E-Mail", "First name", "Last name", "City", "Note", "created_at"],
+    ["Member", "E-Mail", "First name", "Last name", "City", "Note", "Note", "created_at"],
     [
         "7",
         "zoe@example.com",
@@ -1104,10 +1104,11 @@ SHEET = [
         "\u0141uk; J.",
         "M\u00fcnchen, S\u00fcd",
         'a "b"\n',
+        "c",
         "2020",
     ],
-    ["", "", "", "", "", "", ""],
-    ["007", " ann@example.com ", "Ann", "", "", "", ""],
+    ["", "", "", "", "", "", "", ""],
+    ["007", " ann@example.com ", "Ann", "", "", "", "", ""],
 ]
 
 
@@ -1146,7 +1147,7 @@ def test_a_file_is_taken_as_spreadsheet_programs_write_it(
     page.sees("#bring-count", "2 of 2 rows: 2 created, 0 replaced, 0 unchanged, 0 refused.")
     zoe, ann = fresh.call("GET", "/users").json()["users"]
     assert (zoe["email"], zoe["name"]) == ("zoe@example.com", "Zo\u00eb \u0141uk; J.")
-    kept = {"Member": "7", "City": "M\u00fcnchen, S\u00fcd", "Note": 'a "b"'}
+    kept = {"Member": "7", "City": "M\u00fcnchen, S\u00fcd", "Note": 'a "b"', "Note 2": "c"}
     assert zoe["metadata"] == kept
     assert (ann["email"], ann["name"]) == ("ann@example.com", "Ann")
     assert ann["metadata"] == {"Member": "007"}
