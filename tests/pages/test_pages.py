@@ -1071,6 +1071,7 @@ def test_a_spreadsheet_goes_in_and_out(
     )
     page.sees("#refused", "Line 702: email")
     page.sees("#refused", "Line 1103: Another user has this email address")
+    page.sees("#refused", "To change that one, give the row its id")
     assert page.findings() == []
     page.click("#download")
     refused = tmp_path / "refused.csv"
