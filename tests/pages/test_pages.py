@@ -869,6 +869,36 @@ def test_a_create_whose_answer_was_lost_is_mended_without_a_question(
 
 
 @needs_chromium
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("Lost@Example.COM", "Lost@example.com"),
+        ("lost@xn--bcher-kva.example", "lost@b\u00fccher.example"),
+        ("lose\u0301@bu\u0308cher.Example", "los\u00e9@b\u00fccher.example"),
+    ],
+)
+def test_ones_own_address_is_no_conflict_however_gatehouse_spells_it(
+    fresh: Service, front: Front, window: Callable[..., Browser], written: str, kept: str
+) -> None:
+    """It was taken for somebody else's, because it is not kept as it was written."""
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.click("#new")
+    page.fill("#field-name", "Ann")
+    for method, address in (("PUT", written), ("PATCH", f"anna.{written}")):
+        page.fill("#field-email", address)
+        front.lose(method)
+        page.click("#save")
+        page.sees("#edit-error", "may have arrived")
+        page.click("#save")
+        page.sees("#said", "Ann is ")
+        wait_for(lambda: not page.find("#edit").is_displayed())
+        page.act("Edit", "@" + kept.partition("@")[2])
+        page.sees("#edit-title", "Edit Ann")
+    assert page.value("#field-email") == f"anna.{kept}"
+
+
+@needs_chromium
 def test_a_save_that_is_refused_after_its_form_was_closed_is_told(
     fresh: Service, front: Front, window: Callable[..., Browser]
 ) -> None:
