@@ -530,6 +530,21 @@ def test_a_page_is_turned_once_however_often_one_presses_while_it_comes(
 
 
 @needs_chromium
+def test_a_page_is_read_from_its_beginning(fresh: Service, window: Callable[..., Browser]) -> None:
+    """One was left at the bottom, where the button is."""
+    three_pages(fresh)
+    page = window(width=360)
+    page.driver.get(f"{fresh.url}/users")
+    first_is(page, "User 000")
+    for first in ("User 050", "User 100"):
+        page.find("#next").send_keys(Keys.ENTER)
+        first_is(page, first)
+        page.wait(
+            "(({top}) => top >= 0 && top < 300)(document.querySelector('#rows').getBoundingClientRect())"
+        )
+
+
+@needs_chromium
 def test_no_page_is_turned_of_a_list_that_a_search_is_about_to_replace(
     fresh: Service, front: Front, window: Callable[..., Browser]
 ) -> None:
