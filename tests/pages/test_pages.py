@@ -1844,6 +1844,39 @@ def test_the_page_on_paper_in_a_narrow_window_and_without_javascript(
 
 
 @needs_chromium
+def test_a_long_name_stays_within_what_says_it(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    long = "A" * 200
+    path = create_user(fresh, "ann@example.com", long).get("Location") or ""
+    page = window(width=360)
+    page.driver.get(f"{fresh.url}/users")
+    page.shows(long)
+
+    def fits(selector: str) -> None:
+        page.wait(f"(e => e.scrollWidth <= e.clientWidth)(document.querySelector('{selector}'))")
+
+    page.act("Edit", "ann@example.com")
+    page.sees("#edit-title", long)
+    fits("#edit")
+    fresh.call("PATCH", path, {"name": "B" * 200})
+    page.fill("#field-name", "C" * 200 + Keys.ENTER)
+    page.sees("#conflict", "B" * 200)
+    fits("#conflict")
+    page.click("#keep-mine")
+    page.sees("#said", "is saved")
+    fits("#said")
+    fits("html")
+    page.act("Delete", "ann@example.com")
+    page.sees("#remove-who", "C" * 200)
+    fits("#remove")
+    page.click("#remove [data-close]")
+    page.fill("#q", "D" * 200)
+    page.sees("#found", "Nobody's")
+    fits("html")
+
+
+@needs_chromium
 def test_health_is_live(fresh: Service, window: Callable[..., Browser]) -> None:
     page = window()
     page.driver.get(f"{fresh.url}/health")
