@@ -1877,6 +1877,31 @@ def test_a_long_name_stays_within_what_says_it(
 
 
 @needs_chromium
+def test_a_question_says_whom_it_is_about_to_a_screen_reader(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    path = create_user(fresh, "ann@example.com").get("Location") or ""
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+
+    def described(words: str) -> None:
+        tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        dialogs = [one for one in tree if one.get("role", {}).get("value") == "dialog"]
+        assert words in [one.get("description", {}).get("value") for one in dialogs]
+
+    page.act("Delete", "ann@example.com")
+    page.sees("#remove-who", "Ann, ann@example.com")
+    described("Ann, ann@example.com")
+    page.click("#remove [data-close]")
+    page.act("Edit", "ann@example.com")
+    page.fill("#field-name", "Mine")
+    fresh.call("PATCH", path, {"name": "Theirs"})
+    page.click("#save")
+    page.sees("#conflict-who", "Theirs")
+    described("Theirs, ann@example.com: nothing was saved. Both of you have changed this:")
+
+
+@needs_chromium
 def test_health_is_live(fresh: Service, window: Callable[..., Browser]) -> None:
     page = window()
     page.driver.get(f"{fresh.url}/health")
