@@ -1561,6 +1561,24 @@ def test_an_import_outlives_its_dialog(
 
 
 @needs_chromium
+def test_an_import_whose_dialog_is_closed_at_its_end_is_done(
+    front: Front, window: Callable[..., Browser], tmp_path: Path
+) -> None:
+    """It was told as stopped, after all of its rows."""
+    (tmp_path / "people.csv").write_text("email,name\nann@example.com,Ann\n")
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.click("#import")
+    page.find("#file").send_keys(str(tmp_path / "people.csv"))
+    held = front.hold("POST")
+    page.click("#bring-start")
+    front.arrived("POST")
+    page.press(Keys.ESCAPE)
+    held.set()
+    page.sees("#said", "The import is done. 1 of 1 rows: 1 created")
+
+
+@needs_chromium
 def test_an_import_is_kept_until_another_file_is_chosen_and_its_end_is_told(
     front: Front, window: Callable[..., Browser], tmp_path: Path
 ) -> None:
