@@ -1895,6 +1895,27 @@ def test_a_long_name_stays_within_what_says_it(
 
 
 @needs_chromium
+def test_names_may_be_written_from_right_to_left(
+    fresh: Service, window: Callable[..., Browser]
+) -> None:
+    create_user(fresh, "dana@example.com", "\u05d3\u05e0\u05d4 (1)")
+    page = window()
+    page.driver.get(f"{fresh.url}/users")
+    page.act("Edit", "dana@example.com")
+    page.sees("#edit-title", "(1)")
+    for selector, direction in (
+        ("#rows td:nth-child(2) span", "rtl"),
+        ("#rows td:nth-child(1) span", "ltr"),
+        ("#field-name", "rtl"),
+        ("#field-email", "ltr"),
+        ("#field-metadata", "ltr"),
+    ):
+        page.wait(
+            f"getComputedStyle(document.querySelector('{selector}')).direction === '{direction}'"
+        )
+
+
+@needs_chromium
 def test_a_question_says_whom_it_is_about_to_a_screen_reader(
     fresh: Service, window: Callable[..., Browser]
 ) -> None:
