@@ -1675,8 +1675,29 @@ def test_why_there_is_no_list_is_told_until_there_is_one(
     assert page.find("#ask").is_displayed()
     front.status = 0
     page.click("#ask")
+    wait_for(lambda: not page.find("#unlisted").is_displayed())
     page.shows("Ann")
-    assert not page.find("#unlisted").is_displayed()
+
+
+@needs_chromium
+def test_the_list_stays_where_the_next_one_does_not_come(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    """One failure took the list away, and with it the way to the other pages."""
+    three_pages(fresh)
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    first_is(page, "User 000")
+    front.status = 403
+    page.find("#next").send_keys(Keys.ENTER)
+    page.sees("#unlisted", "the status 403. Below is the list from before.")
+    page.sees("#found", "Page 1, users 1 to 50")
+    assert page.find("#list").is_displayed() and page.names()[0] == "User 000"
+    page.wait("document.getElementById('ask').getBoundingClientRect().top >= 0")
+    front.status = 0
+    page.find("#next").send_keys(Keys.ENTER)
+    wait_for(lambda: not page.find("#unlisted").is_displayed())
+    first_is(page, "User 050")
 
 
 @needs_chromium
@@ -1761,11 +1782,13 @@ def test_the_keyboard_keeps_its_place_where_something_fails(
 
     front.status = 502
     page.find("#next").send_keys(Keys.ENTER)
-    focused("ask")
-    page.press(Keys.ENTER)
+    page.sees("#unlisted", "502")
+    focused("next")
+    page.find("#ask").send_keys(Keys.ENTER)
     focused("ask")
     front.status = 0
     page.press(Keys.ENTER)
+    first_is(page, "User 050")
     focused("q")
     page.find("#new").send_keys(Keys.ENTER)
     page.fill("#field-email", "ann@example.com")
@@ -1823,6 +1846,7 @@ def test_what_takes_long_is_told(
     page.sees("#remove-wait", "Deleting")
     held.set()
     page.sees("#said", "Anna is deleted")
+    page.sees("#found", "no users")
     held = front.hold("GET /users")
     page.click("#export-csv")
     page.sees("#loading", "Exporting")
