@@ -69,7 +69,7 @@ CELLS: Final = -(-(HEADS + len(OWNERS) * HEAD_CELLS) // 8) * 8
 
 # Metrics that are one cell's total: name, cell, what it says.
 TOTALS = (
-    ("requests_in_flight", IN_FLIGHT, "Forwarded requests, streams, tunnels, to their last byte."),
+    ("requests_in_flight", IN_FLIGHT, "Requests, streams and tunnels with the upstream."),
     ("requests_in_flight_limit", LIMIT, "How many of them there may be at once."),
     ("streams", STREAMS, "Event streams and tunnels among the requests in flight."),
     ("client_connections", CLIENTS, "Connections of clients."),
@@ -93,7 +93,8 @@ class Board:
     supervisor. A process writes its own row only, a cell at a time, and the supervisor also that of
     a worker that has died. Anyone reads them all.
 
-    Any thread of a worker may count: what one adds is not lost to another.
+    Any thread of a worker may `add`: what one adds is not lost to another. `request` is for the
+    loop's thread alone.
     """
 
     def __init__(self, workers: int) -> None:
@@ -128,7 +129,7 @@ class Board:
 
     def request(self, owner: str, method: str, status: int, seconds: float) -> None:
         """Count a request. This is done before a byte of its answer is sent, so that a client that
-        has the answer finds it counted. Only the loop writes these cells, without the lock.
+        has the answer finds it counted.
 
         `owner` is one of OWNERS, `seconds` how long it took from the end of the request's head to
         the head of its answer.

@@ -282,10 +282,7 @@ class Connector:
         self.target = target
         self._patience = connect_timeout / 2
         self._checked = settings_in(target.options)
-        # If the server has another style, psycopg2 sets this one, by a statement that has no limit
-        # in time: a server that hung just then held its place in the pool for ever.
-        own = {"datestyle": "ISO", **settings}
-        ours = " ".join(f"-c {name}={value}" for name, value in own.items())
+        ours = " ".join(f"-c {name}={value}" for name, value in settings.items())
         self._options = f"{ours} {target.options}".strip()
         self._refused_at = -math.inf
         self._keywords: dict[str, Any] = {

@@ -74,8 +74,8 @@ class Responder(Protocol):
         """The request is over: the client has all of its answer, or is gone. Called once."""
 
 
-class Desk(Protocol):
-    """What all client connections of a worker have in common, as far as one is concerned.
+class ClientDesk(Protocol):
+    """The desk of the worker, as far as a client connection is concerned.
 
     `keepalive` is how many seconds an idle connection is kept. For `client_timeout` seconds a
     client may send nothing of its body, or take nothing of an answer; one that sends slowly but
@@ -157,7 +157,7 @@ class Client(Stream):
         "status",
     )
 
-    def __init__(self, desk: Desk, sock: Any, peer: tuple[str, int]) -> None:
+    def __init__(self, desk: ClientDesk, sock: Any, peer: tuple[str, int]) -> None:
         super().__init__(desk.loop, sock, LEAVING)
         self._desk = desk
         self.peer = peer
@@ -188,7 +188,7 @@ class Client(Stream):
         # The responder's timer. All requests of a connection share it: none has to make its own.
         self.deadline = Timer(desk.loop)
         self._timer = Timer(desk.loop, self._look)
-        self.watch()  # It may fail: before the timer keeps this client.
+        self.watch()  # If it fails, nothing keeps this client: it comes before the timer.
         self._timer.set(self._next_look())
 
     def _forget_answer(self) -> None:

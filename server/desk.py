@@ -19,7 +19,7 @@ from server.options import Options
 from server.upstream import Upstream
 from wire.request import ABSURD_BYTES, Head
 
-# After an answer of the application's that had more bytes, freed memory is given back.
+# After an answer of the application's with more bytes than this, freed memory is given back.
 LARGE_ANSWER_BYTES: Final = 1 << 20
 
 
@@ -49,7 +49,8 @@ class Served(Protocol):
 class Desk:
     """`clients` are the connections that are open. If `logs`, `lines` are those of the access log
     that have yet to be written. `was_large` says that the application has given a large answer. The
-    rest is as clients know it: see `client.Desk`."""
+    rest is what its clients know of it: see `client.ClientDesk`. `answer` asks the application, on
+    a thread of the job's lane."""
 
     def __init__(
         self,
@@ -77,6 +78,11 @@ class Desk:
         self._streamed = options.streamed
         self._waits = options.waits
         self._answer = answer
+
+    def came(self, client: Client) -> None:
+        """A client has connected."""
+        self.clients.add(client)
+        self._board.set(CLIENTS, len(self.clients))
 
     def respond(self, client: Client, head: Head) -> None:
         """Give a request to a responder: an Exchange or a Job. Raises the Problem to refuse it
@@ -121,8 +127,12 @@ class Desk:
             self.was_large = True
         if self.logs:
             caller = head.caller or self._served.caller(head, client.peer[0])
-            milliseconds = (time.monotonic() - client.arrived) * 1000
-            self.lines.append(access_line(head, client.status, client.sent, milliseconds, caller))
+            seconds = time.monotonic() - client.arrived
+            self.lines.append(access_line(head, client.status, client.sent, seconds, caller))
+
+    def take_lines(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
 
     def refused(self, problem: Problem) -> None:
         """A request is about to be answered with a problem."""

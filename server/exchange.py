@@ -300,7 +300,7 @@ class Exchange:
         """Here is a connection: send the part of the request that has arrived."""
         self._attempt = None
         connection.exchange = self
-        self._connection = connection  # Whatever fails from here on, it is let go of.
+        self._connection = connection  # If something fails from here on, `settled` lets go of it.
         head = self._head
         assert head is not None
         self.state = State.ASKING

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import resource
+import select
 import socket
 import struct
 import sys
@@ -63,6 +64,13 @@ def waiting_clients(listener: socket.socket) -> int:
     # Of a socket that listens, tcpi_unacked of struct tcp_info is that number.
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
     return int.from_bytes(info[24:28], sys.byteorder)
+
+
+def somebody_waits(listener: socket.socket) -> bool:
+    """Whether a client waits to be accepted."""
+    poller = select.poll()
+    poller.register(listener, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def raise_descriptor_limit() -> int:

@@ -178,17 +178,18 @@ def writable(descriptor: int) -> select.poll:
     return poller
 
 
-def access_line(head: Head, status: str, size: int, milliseconds: float, caller: str) -> str:
+def access_line(head: Head, status: str, size: int, seconds: float, caller: str) -> str:
     """The line of JSON in the access log for a request that has just been answered. `size` is that
-    of the answer's body in bytes; `status` is empty if no answer was sent."""
+    of the answer's body in bytes, `seconds` how long it took; `status` is empty if no answer was
+    sent."""
     now = time.time_ns() // 1_000_000
-    microseconds = int(milliseconds * 1000)
+    took = max(0, int(seconds * 1e6))
     # Where one part of an f-string has a format, mypyc formats all of its parts, one by one.
-    fraction, after = str(now % 1000).zfill(3), str(microseconds % 1000).zfill(3)
+    fraction, thousandths = str(now % 1000).zfill(3), str(took % 1000).zfill(3)
     return (
         f'{{"time": "{second(now // 1000)}.{fraction}Z",'
         f' "method": "{head.method[:LONGEST_METHOD]}", "target": {quoted(head.target)},'
-        f' "status": {status[:3] or "0"}, "bytes": {size}, "ms": {microseconds // 1000}.{after},'
+        f' "status": {status[:3] or "0"}, "bytes": {size}, "ms": {took // 1000}.{thousandths},'
         f' "caller": "{caller}", "request_id": "{head.id}"}}\n'
     )
 

@@ -1,4 +1,4 @@
-"""How a worker serves: what the settings say of it."""
+"""What a worker is told by the settings."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ class Room:
         """Whether there are as many connections as there may be."""
         return len(self._clients) + self._upstream.open >= self._most
 
-    def make(self) -> bool:
-        """If there are as many connections as there may be, close one. False if there is none to
-        close."""
-        return not self.full or self.drop_one()
+    def make(self) -> None:
+        """If there are as many connections as there may be, close one, if one can be."""
+        if self.full:
+            self.drop_one()
 
     def drop_one(self) -> bool:
         """Close a connection that nobody waits for: first one that is kept to the upstream, then a

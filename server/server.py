@@ -1,4 +1,4 @@
-"""One worker: it accepts clients, looks after what they share, and stops in order."""
+"""One worker: it accepts clients, writes the logs, gives memory back, and stops in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from server.client import Client
 from server.connector import UpstreamConnector
 from server.desk import Desk, Served
 from server.lanes import Lane
-from server.listener import connection_room, let_nobody_in, most_streams, waiting_clients
+from server.listener import (
+    connection_room,
+    let_nobody_in,
+    most_streams,
+    somebody_waits,
+    waiting_clients,
+)
 from server.logs import Output
 from server.loop import NEVER, READ, Loop, Timer
 from server.memory import give_large_pieces_back, give_memory_back
@@ -196,7 +202,7 @@ class Server:
 
     def _let_in(self) -> bool:
         if self._room.full:
-            if not waiting_clients(self._listener):
+            if not somebody_waits(self._listener):
                 return False
             if not self._room.drop_one():
                 self._look_again(CROWDED_SECONDS)
@@ -210,8 +216,9 @@ class Server:
         except OSError as error:
             # No descriptor is free. The client goes on waiting, and the selector would report it at
             # every turn. So make room, or wait a moment.
-            full = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-            self._look_again(DROPPED_SECONDS if full and self._room.drop_one() else CROWDED_SECONDS)
+            short = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+            dropped = short and self._room.drop_one()
+            self._look_again(DROPPED_SECONDS if dropped else CROWDED_SECONDS)
             return False
         sock.setblocking(False)
         # A socket that listens for both IPv6 and IPv4 shows IPv4 addresses with a prefix.
@@ -222,8 +229,7 @@ class Server:
             sock.close()
             self._look_again(CROWDED_SECONDS)
             return False
-        self._clients.add(client)
-        self.served.board.set(CLIENTS, len(self._clients))
+        self.desk.came(client)
         return True
 
     # Now and then.
@@ -243,7 +249,7 @@ class Server:
 
     def _write_log(self) -> None:
         """Write the lines of this turn, as many at once as a pipe takes in one piece."""
-        lines, self.desk.lines = self.desk.lines, []
+        lines = self.desk.take_lines()
         assert self._log is not None
         at = size = 0
         for number, line in enumerate(lines):

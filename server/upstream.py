@@ -215,7 +215,7 @@ class Upstream:
         self.connect_timeout = connect_timeout
         self.in_flight = 0
         self.streams = 0
-        self.make_room: Callable[[], bool] = lambda: True
+        self.make_room: Callable[[], None] = lambda: None
         self._lane = lane
         self._connector = connector
         self._keepalive = keepalive
@@ -328,7 +328,7 @@ class Upstream:
         Those that are kept count too, and those that the upstream is to end: there are never more
         than `limit`. Anybody may send a header that gives a client a connection of its own, and
         these could take all that there are."""
-        while self.in_flight + self._unused > self.limit:
+        while self.in_flight + self._without_exchange > self.limit:
             if not (self.drop_one() or self.drop_one(own=True)):
                 break
         self.make_room()
@@ -357,8 +357,8 @@ class Upstream:
         except OSError as error:  # The kernel has no memory to watch it.
             sock.close()
             problem = UpstreamUnreachable()
-            problem.__cause__ = error
-            exchange.unconnected(problem, refused=False)
+            problem.__cause__ = error  # mypyc drops the cause of `raise ... from`.
+            self.loop.attempt(exchange.unconnected, problem, False)
             return
         self._connections.add(connection)
         self._unheard[connection] = self.loop.now
@@ -378,7 +378,9 @@ class Upstream:
         self._unheard.pop(connection, None)
 
     @property
-    def _unused(self) -> int:
+    def _without_exchange(self) -> int:
+        """How many connections no request uses: those that are kept, and those that the upstream is
+        to end."""
         return len(self._idle) + len(self._own) + len(self._leaving)
 
     @property
@@ -399,7 +401,8 @@ class Upstream:
         unheard, last_outcome = self._board.total(UNHEARD), max(self._board.each(OUTCOME_AT))
         self._to_close = unheard if last_outcome == self._last_outcome else min(unheard, 1)
         self._last_outcome = last_outcome
-        while self._to_close and self.drop_one():
+        while self._to_close and (idle := next(iter(self._idle), None)) is not None:
+            self.discard(idle)
             self._to_close -= 1
 
     def keep(self, connection: Connection) -> None:
@@ -474,6 +477,6 @@ class Upstream:
                 self.discard(oldest)
 
     def close(self) -> None:
-        """Close the connections that are kept."""
+        """Close the connections that no request uses."""
         while self.drop_one() or self.drop_one(own=True):
             pass

@@ -252,19 +252,21 @@ class Supervisor:
         return b""
 
     def ended(self) -> Iterator[tuple[int, float, int]]:
-        """The workers that have ended since: number, since when each ran, and exit code."""
+        """The workers that have ended since: number, since when each ran, and exit code. Ask before
+        each `wait`: their end may be told together with another signal, and only once."""
         while self.running:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:
                 return
             # As the first process of a container it also gets the children of processes that ended.
             if process in self.running:
-                yield *self.running.pop(process), os.waitstatus_to_exitcode(status)
+                worker, since = self.running.pop(process)
+                self.service.board.left(worker)
+                yield worker, since, os.waitstatus_to_exitcode(status)
 
     def replace(self) -> None:
         for worker, since, code in self.ended():
-            log.error("worker %d %s", worker, ended_by(code))
-            self.service.board.left(worker)
+            log.error("worker %d ended (%s)", worker, way(code))
             self.service.board.add(REPLACED)
             now = time.monotonic()
             early = now - since < START_SECONDS
@@ -277,43 +279,52 @@ class Supervisor:
             heapq.heappush(self.due, (since + START_SECONDS if killed else now + pause, worker))
 
     def stop(self) -> int:
-        """Drain the workers, after the drain's delay, in which all goes on as before; a second
-        signal, or time running out, kills them. Returns the exit code."""
+        """Drain the workers, after the drain's delay, in which those that die are replaced as
+        before; a second signal, or time running out, kills them. Returns the exit code."""
         self.service.board.set(STOPPING, 1)
         self.notifier.tell("STOPPING=1")
         until = time.monotonic() + self.service.drain_delay
-        while time.monotonic() < until:
-            if told_to_stop(self.wait(min([until, *(when for when, _ in self.due)]))):
-                self.kill()
-                return 1
+        while True:
             self.replace()
             self.start_due()
+            if time.monotonic() >= until:
+                break
+            if told_to_stop(self.wait(min(until, self.due[0][0]) if self.due else until)):
+                self.kill()
+                return 1
+        if not self.running:  # Somebody has to answer those who wait in the socket's queue.
+            self.start(heapq.heappop(self.due)[1])
         if not self.service.handed_over:
             let_nobody_in(self.service.listener)
         self.service.listener.close()
         for process in self.running:
             os.kill(process, signal.SIGTERM)
-        died = 0
+        failed = False
         until = time.monotonic() + self.service.shutdown_timeout + LATE_SECONDS
-        while self.running and time.monotonic() < until:
+        while True:
+            for worker, _, code in self.ended():
+                if code:
+                    failed = True
+                    log.error("worker %d ended (%s)", worker, way(code))
+            if not self.running or time.monotonic() >= until:
+                break
             if told_to_stop(self.wait(until)):
                 self.kill()
                 return 1
-            for worker, _, code in self.ended():
-                self.service.board.left(worker)
-                if code:
-                    died += 1
-                    log.error("worker %d %s", worker, ended_by(code))
+        for worker, _ in self.running.values():
+            failed = True
+            log.error("worker %d does not end: it is killed", worker)
         self.kill()
-        return 1 if died else 0
+        return 1 if failed else 0
 
     def kill(self) -> None:
         for process in self.running:
             os.kill(process, signal.SIGKILL)
 
 
-def ended_by(code: int) -> str:
-    return f"ended (signal {-code})" if code < 0 else f"ended ({code})"
+def way(code: int) -> str:
+    """How a process ended, by its exit code as Python has it."""
+    return f"signal {-code}" if code < 0 else str(code)
 
 
 def told_to_stop(received: bytes) -> bool:

@@ -18,6 +18,7 @@ from problems import Problem, SchemaNotMigrated
 log = logging.getLogger("gatehouse")
 
 TABLE = f"to_regclass('{User._meta.table_name}')"
+# As Python shows this list it is one of SQL, too.
 COLUMNS = [field.column_name for field in User._meta.sorted_fields]
 # One round trip finds the migrations that have been applied, and whether the role has the
 # privileges on the table that it needs. That is NULL if there is no table, or not all its columns.
@@ -26,7 +27,7 @@ PROBE = Statement(
     f"SELECT NULL, bool_and(has_table_privilege({TABLE}, privilege)) "
     "FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege "
     f"WHERE {len(COLUMNS)} = (SELECT count(*) FROM pg_attribute WHERE attrelid = {TABLE} "
-    f"AND NOT attisdropped AND attname = ANY(ARRAY{COLUMNS}))",
+    f"AND attname = ANY(ARRAY{COLUMNS}))",
     {},
 )
 # /health may take half a second longer than DB_CONNECT_TIMEOUT. This much of that is for the probe.
@@ -104,6 +105,8 @@ class Health:
         pending = [name for name in self.migrations if name not in applied]
         if allowed is False:
             statements.say("the role may not do all of SELECT, INSERT, UPDATE and DELETE in users")
+        elif allowed is None and not pending:
+            statements.say("table users is not what the migrations make: `app.py check` says more")
         unmigrated = allowed is not False and (pending or allowed is None)
         return {
             "status": "unmigrated" if unmigrated else "up" if allowed else "down",

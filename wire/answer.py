@@ -19,7 +19,7 @@ STATUS_LINE: Final = re.compile(rb"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: ([^\0\r\n]
 HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\0\r\n]*)")
 SPACED: Final = re.compile(rb"(?<=\n)([^ \t\n:]+)[ \t]++:")
 FOLD: Final = re.compile(rb"\n[ \t]++")
-# The digits of a length: no body is as long as a number with more.
+# How many digits a length may have. No body is longer, and int() refuses thousands of them.
 MOST_DIGITS: Final = 18
 # The header lines that a proxy has to understand.
 TOLD: Final = frozenset(
@@ -97,7 +97,7 @@ class Answer:
                 coding = value.lower()
             elif key == "transfer-encoding":
                 codings.append(value.lower())
-            else:
+            elif key == "upgrade":
                 upgrade.append(value.lower())
         self.events = (
             kind.startswith(EVENT_STREAM) and kind.partition(";")[0].strip() == EVENT_STREAM
@@ -114,8 +114,7 @@ class Answer:
     def _read(self, raw: list[bytes]) -> str:
         """Read the status line and the header lines; returns the version. Raises UpstreamBroken."""
         version, self.status, self.reason = status_of(raw[0])
-        del raw[0]
-        self.lines = limited_lines(raw)
+        self.lines = limited_lines(raw[1:])
         return version
 
     def _frame(self, version: str, method: str, lengths: list[str], codings: list[str]) -> None:
@@ -221,7 +220,7 @@ def end_of_head(data: bytes, scanned: int = 0) -> tuple[int, int]:
     """The position in `data` where the head of an answer ends, and the position where what follows
     it begins; -1 and 0 if its end has not arrived. The first `scanned` bytes have been searched
     before. Raises UpstreamBroken if the head is too large."""
-    start = scanned - 3 if scanned > 3 else 0
+    start = scanned - 2 if scanned > 2 else 0
     # A line feed alone counts as a line end (RFC 9112 section 2.2).
     end = data.find(b"\n\r\n", start)
     alone = data.find(b"\n\n", start) if end < 0 else data.find(b"\n\n", start, end + 1)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Final, TypeVar
 
 # A header line of an answer that is made here: name and value, decoded as latin-1, byte for byte.
 Header = tuple[str, str]
 
-# How many header lines, or other short texts, a function remembers, and how long each may be, in
-# bytes.
-REMEMBERED: Final = 1024
+# How many header lines, and how many other texts, a function remembers, and how long each may be.
+REMEMBERED_LINES: Final = 1024
+REMEMBERED: Final = 256
 SHORT_BYTES: Final = 256
 
 # A member of a list of challenges or credentials (RFC 9110 sections 11.3 and 11.4) whose scheme
@@ -49,11 +48,11 @@ def line(name: bytes, value: bytes) -> Line:
     return Line(key, value.decode("latin-1"), b"%b: %b\r\n" % (name, value))
 
 
-def remembering_short(read: Callable[[T], R]) -> Callable[[T], R]:
-    """A function of a text that remembers its results, but none for a long text: a thousand hosts
-    of 64 KB would stay for ever. When there are REMEMBERED of them it forgets them all, and soon
-    has those again that are asked for often. functools.lru_cache drops the oldest instead, and
-    takes four times as long to find one."""
+def remembering_short(read: Callable[[T], R], most: int = REMEMBERED) -> Callable[[T], R]:
+    """A function of a text that remembers its results, but none for a long text: hundreds of hosts
+    of 64 KB would stay for ever. When there are `most` of them it forgets them all, and soon has
+    those again that are asked for often. functools.lru_cache drops the oldest instead, and takes
+    four times as long to find one."""
     remembered: dict[T, R] = {}
 
     def recall(text: T) -> R:
@@ -61,7 +60,7 @@ def remembering_short(read: Callable[[T], R]) -> Callable[[T], R]:
         if found is None:
             found = read(text)
             if len(text) <= SHORT_BYTES:
-                if len(remembered) >= REMEMBERED:
+                if len(remembered) >= most:
                     remembered.clear()
                 remembered[text] = found
         return found
@@ -72,7 +71,7 @@ def remembering_short(read: Callable[[T], R]) -> Callable[[T], R]:
 def remembering(read: Callable[[bytes], Line]) -> Callable[[list[bytes]], list[Line]]:
     """A function that reads header lines, without their ends, each by `read`. The next request, and
     that of the next client, has nearly all of the same lines: so those are remembered."""
-    recall = remembering_short(read)
+    recall = remembering_short(read, REMEMBERED_LINES)
 
     def lines(raw: list[bytes]) -> list[Line]:
         return [recall(one) for one in raw]
@@ -100,8 +99,8 @@ def answers_credentials(challenges: Iterable[str]) -> bool:
     return any(GOING_ON.search(value) for value in challenges)
 
 
-@lru_cache(1024)
+@remembering_short
 def lowered(name: str) -> str:
-    """A header's name in lower case. Names repeat, and to find one in a cache costs less than to
-    make it."""
+    """A header's name in lower case. Names repeat, and to remember one costs less than to make
+    it."""
     return name.lower()

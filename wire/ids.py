@@ -10,7 +10,7 @@ import time
 from functools import lru_cache
 from typing import Final
 
-# The two bits of the variant (RFC 9562 section 4.1) and two random ones, as a hexadecimal digit.
+# The two bits of the variant (RFC 9562 section 4.1) and two others, as a hexadecimal digit.
 VARIANT: Final = "89ab"
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 
@@ -38,8 +38,8 @@ def new_id() -> str:
 
 def request_id(given: list[str] | None) -> str:
     """The id that a request came with, if it is a single one and fit for the log; otherwise a UUID
-    version 7 in which all bits behind the milliseconds are random. That may be easy to guess: to
-    ask the kernel for random bytes costs as much as to parse a head."""
+    version 7 with 72 random bits. That may be easy to guess: to ask the kernel for random bytes
+    costs as much as to parse a head."""
     if given and len(given) == 1 and REQUEST_ID.fullmatch(given[0]):
         return given[0]
     noise = getrandbits(72).to_bytes(9, "big").hex()

@@ -184,16 +184,15 @@ def test_one_that_refuses_in_another_encoding_is_used_too(server: Server) -> Non
         assert code == 5 and "refuses the start-up options" in lines[1]
 
 
-def test_a_server_with_another_style_of_dates_is_asked_nothing_more_for_that(
-    server: Server,
-) -> None:
-    """psycopg2 sets its own by a statement, for which nothing waits only so long."""
-    name = server.create()
-    server.sql(f"ALTER DATABASE \"{name}\" SET datestyle = 'German'")
-    connection = Connector(Target.of(server.uri(name)), 2.0, {}).open()
-    with contextlib.closing(connection), connection.cursor() as cursor:
-        cursor.execute("SELECT source FROM pg_settings WHERE name = 'DateStyle'")
-        assert cursor.fetchone() == ("client",)
+def test_the_order_of_dates_stays_that_of_the_database(server: Server) -> None:
+    """It decides how a trigger of the operator's reads a date that callers have sent."""
+    for style in ("ISO, DMY", "German, DMY"):
+        name = server.create()
+        server.sql(f'ALTER DATABASE "{name}" SET datestyle = {style}')
+        connection = Connector(Target.of(server.uri(name)), 2.0, {"work_mem": "5MB"}).open()
+        with contextlib.closing(connection), connection.cursor() as cursor:
+            cursor.execute("SHOW datestyle")
+            assert cursor.fetchone() == ("ISO, DMY",)
 
 
 def test_a_pooler_that_comes_late_and_refuses_start_up_options_is_used(

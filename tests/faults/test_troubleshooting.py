@@ -192,6 +192,17 @@ def role_without_permission(house: House) -> Service:
     return service
 
 
+def test_a_role_without_permission_is_told_so_where_a_migration_is_pending_too(
+    house: House,
+) -> None:
+    """The metric said that the role may use the table."""
+    house.sql("DELETE FROM migratehistory WHERE id = (SELECT max(id) FROM migratehistory)")
+    service = house.start(house.restricted())
+    database = service.call("GET", "/health").json()["database"]
+    assert database["status"] == "down" and len(database["pending_migrations"]) == 1
+    assert b"gatehouse_database_up 0" in service.call("GET", "/health/metrics").body
+
+
 def full_upstream(house: House) -> Service:
     def silent(sock: socket.socket, seen: Seen) -> None:
         sock.recv(1)

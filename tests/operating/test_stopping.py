@@ -404,6 +404,30 @@ def test_a_worker_that_dies_while_the_service_stops_is_told(
     assert service.log.count("ended (signal 9)") == 2
 
 
+def test_a_worker_that_does_not_end_is_killed_and_told(start: Start) -> None:
+    service = start(WORKERS=2, SHUTDOWN_TIMEOUT=1)
+    workers_of(service)[0].suspend()
+    service.process.terminate()
+    assert service.process.wait(10) == 1
+    assert service.log.count("does not end: it is killed") == 1
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_workers_that_died_just_before_a_stop_delay_nobody(start: Start, delay: int) -> None:
+    """Their end was told together with the signal, and was not looked at: for the whole delay
+    nobody answered, and without one the service waited for them until SHUTDOWN_TIMEOUT."""
+    service = start(WORKERS=2, DRAIN_DELAY=delay, SHUTDOWN_TIMEOUT=20)
+    supervisor = psutil.Process(service.process.pid)
+    supervisor.suspend()
+    for worker in workers_of(service):
+        worker.kill()
+    service.process.terminate()
+    supervisor.resume()
+    if delay:
+        assert service.call("GET", "/health/live").status == 200
+    assert service.process.wait(10) == 0
+
+
 def test_a_worker_that_dies_during_the_delay_is_replaced(
     start: Start, upstream: ScriptedUpstream
 ) -> None:

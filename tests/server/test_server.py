@@ -303,12 +303,12 @@ def test_as_many_as_there_may_be_are_served_and_none_is_closed_before_another_co
     """Room was made before it was known whether anybody waits."""
     with contextlib.ExitStack() as stack:
         running.server._room._most = 6  # five clients, and one connection to the upstream
-        clients = [stack.enter_context(RawClient(running.port)) for _ in range(5)]
-        for _ in range(2):
-            for client in clients:
-                client.send(request())
-                assert client.reply().body == b"ok"
-        assert len(running.server._clients) == 5
+        for number in range(5):
+            client = stack.enter_context(RawClient(running.port))
+            client.send(request())
+            assert client.reply().body == b"ok"
+            wait_for(lambda: len(running.server._clients) == number + 1)  # noqa: B023
+        assert running.server.upstream.open == 1
         another = stack.enter_context(RawClient(running.port))
         another.send(request())
         assert another.reply().body == b"ok"

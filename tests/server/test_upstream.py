@@ -394,6 +394,18 @@ def test_those_that_the_upstream_is_to_end_count_to_the_limit_and_go_first(place
     assert leaving.closed and not kept.closed and place.upstream.open == 2
 
 
+def test_for_a_request_that_waits_an_idle_one_is_closed_and_not_one_that_ends_anyway(
+    place: Place,
+) -> None:
+    kept, _far = place.keep()
+    _, leaving, _other = place.connect()
+    leaving.release(keep=False, leaving=True)
+    _waits = place.connect()
+    place.loop.now += 1.1
+    place.upstream.look()
+    assert kept.closed and not leaving.closed
+
+
 def test_one_that_cannot_be_watched_is_told_at_once(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,4 +114,4 @@ def test_a_worker_that_is_killed_as_it_starts_is_started_once_a_second() -> None
                 assert process.stderr.readline().endswith("ended (signal 9)\n")
         assert time.monotonic() - began > 2 * START_SECONDS
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(20) == 1  # The last ones were killed while it stopped.

@@ -82,6 +82,9 @@ MALFORMED = {
     "a list of lengths": message(OK, b"Content-Length: 3, 4"),
     "a signed length": message(OK, b"Content-Length: -3"),
     "a length with an underscore": message(OK, b"Content-Length: 3_0"),
+    "a length of 19 digits": message(OK, b"Content-Length: " + b"1" * 19),
+    "a length of thousands of digits": message(OK, b"Content-Length: " + b"1" * 5000),
+    "a length that is a digit beyond ASCII": message(OK, b"Content-Length: \xb2"),
     "an empty length": message(OK, b"Content-Length:"),
     "another coding": message(OK, b"Transfer-Encoding: gzip, chunked"),
     "a coding twice": message(OK, b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"),
@@ -96,6 +99,13 @@ def test_a_head_says_the_same_wherever_it_is_split(data: bytes) -> None:
     for at in range(len(data) + 1):
         assert said(data[:at], data[at:]) == whole, at
     assert said(*(data[at : at + 1] for at in range(len(data)))) == whole
+
+
+@pytest.mark.parametrize("body", [b"\r\n", b"\n\r\n", b"b\n\r\n", b"\n\n"])
+def test_a_head_ends_with_its_first_empty_line_and_not_with_one_of_the_body(body: bytes) -> None:
+    for end in (b"\n\n", b"\r\n\n", b"\n\r\n", b"\r\n\r\n"):
+        found = read(OK + end + body)
+        assert found is not None and found[1] == body
 
 
 def test_a_head_may_have_two_thousand_lines() -> None:
@@ -153,6 +163,7 @@ def answer(*lines: bytes, method: str = "GET", first: bytes = OK) -> Answer:
         (OK, [], "GET", UntilClose, False),
         (OK, [b"Content-Length: 2", b"Connection: close"], "GET", Sized, False),
         (b"HTTP/1.0 200 OK", [b"Content-Length: 2"], "GET", Sized, False),
+        (b"HTTP/1.2 200 OK", [b"Content-Length: 2"], "GET", Sized, True),
         (b"HTTP/1.0 200 OK", [b"Content-Length: 2", b"Connection: keep-alive"], "GET", Sized, True),
         # One that must not have a body may send what it announces all the same.
         (OK, [b"Content-Length: 2"], "HEAD", None, False),

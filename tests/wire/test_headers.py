@@ -18,6 +18,7 @@ from wire.headers import (
     line,
     listed,
     remembering,
+    remembering_short,
 )
 from wire.ids import new_id, request_id
 
@@ -43,6 +44,19 @@ def test_a_short_line_is_read_once_and_one_that_cannot_be_read_is_refused_each_t
             lines_of([b"malformed"])
     assert read.count(b"ACCEPT:\t\xe4 b ") == 1
     assert read.count(b"malformed") == read.count(long) == 3
+
+
+def test_what_is_remembered_is_forgotten_before_it_is_too_much() -> None:
+    """Callers choose what is remembered."""
+    read: list[str] = []
+
+    def length(text: str) -> int:
+        read.append(text)
+        return len(text)
+
+    recall = remembering_short(length, most=10)
+    assert [recall(str(number)) for number in (0, *range(25), 0)] == [1] * 11 + [2] * 15 + [1]
+    assert read.count("0") == 2
 
 
 @pytest.mark.parametrize(
