@@ -1205,6 +1205,7 @@ def test_a_file_is_taken_as_spreadsheet_programs_write_it(
     [
         ("First name,Last name,Name,Email,E-Mail", {"First name": "Amy", "Last name": "Smith"}),
         ("Last name,First name,City,Email,E-Mail", {"City": "Rome"}),
+        ("Surname as Name,First name,City,Email,E-Mail", {"City": "Rome"}),
     ],
 )
 def test_a_name_is_said_once_and_the_first_name_first(
@@ -1217,7 +1218,9 @@ def test_a_name_is_said_once_and_the_first_name_first(
     """All columns that may be the name were joined as they came: Amy Smith Amy Smith."""
     cells = {"First name": "Amy", "Last name": "Smith", "Name": "Amy Smith", "City": "Rome"}
     cells |= {"Email": "amy@example.com", "E-Mail": "a@example.com"}
+    cells |= {"Surname as Name": "Smith"}
     row = ",".join(cells[title] for title in titles.split(","))
+    titles = titles.replace("Surname as ", "")
     (tmp_path / "people.csv").write_text(f"{titles}\n{row}\n")
     page = window()
     page.driver.get(f"{fresh.url}/users")
@@ -1232,13 +1235,20 @@ def test_a_name_is_said_once_and_the_first_name_first(
 
 @needs_chromium
 @pytest.mark.parametrize(
-    "header", ['"Full\nname";Email', '"Name (last, first, second)";Email', "\r\n \r\nName;Email"]
+    "header",
+    [
+        '"Full\nname";Email',
+        '"Name (last, first, second)";Email',
+        "\r\n \r\nName;Email",
+        'Name;Email;Size 5"',
+    ],
 )
 def test_titles_of_columns_may_have_separators_and_follow_empty_lines(
     fresh: Service, window: Callable[..., Browser], tmp_path: Path, header: str
 ) -> None:
     """The first line feed ended where the separator was looked for, and quotes were not seen."""
-    (tmp_path / "people.csv").write_text(f"{header}\r\nAnn;ann@example.com\r\n")
+    size = ';"1,2,3,4"' if "Size" in header else ""
+    (tmp_path / "people.csv").write_text(f"{header}\r\nAnn;ann@example.com{size}\r\n")
     page = window()
     page.driver.get(f"{fresh.url}/users")
     page.click("#import")
@@ -1311,11 +1321,14 @@ def test_an_import_that_would_empty_a_field_asks_first(
     ann = fresh.call("POST", "/users", body).json()["id"]
     csv_row, json_row = f"{ann},a@example.com,Ann,Rome\n", {**body, "id": ann}
     files = {
-        "none.csv": "id,email,name,metadata\n" + csv_row.replace("Rome", ""),
+        "none.csv": "id,email,name,metadata\n" + csv_row.replace("Rome", "{}"),
         "some.csv": "id,email,name,City\n" + csv_row,
+        "some-empty.csv": "id,email,name,metadata\n" + csv_row.replace("Rome", ""),
+        "some-short.csv": "id,email,name,metadata\n" + csv_row.replace(",Rome", ""),
         "no-ids.csv": "id,email,name\n,b@example.com,Bea\n",
         "none.ndjson": json.dumps({**json_row, "metadata": {}}),
         "some.ndjson": json.dumps({"id": ann, "email": "a@example.com", "name": "Ann"}),
+        "some-null.ndjson": json.dumps({**json_row, "metadata": None}),
         "no-ids.ndjson": json.dumps({"email": "b@example.com", "name": "Bea"}),
     }
     page = window()
@@ -1698,6 +1711,52 @@ def test_the_list_stays_where_the_next_one_does_not_come(
     page.find("#next").send_keys(Keys.ENTER)
     wait_for(lambda: not page.find("#unlisted").is_displayed())
     first_is(page, "User 050")
+
+
+@needs_chromium
+def test_a_token_that_nobody_has_checked_shows_no_list(
+    start: Callable[..., Service], databases: Databases, window: Callable[..., Browser]
+) -> None:
+    """The list from before came back for any token, where what is in front failed."""
+    service = start(POSTGRES_URI=databases.create(), USERS_TOKEN="right")
+    ann = {"email": "a@example.com", "name": "Ann"}
+    service.call("POST", "/users", ann, {"Authorization": "Bearer right"})
+    front = Front(service)
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    page.fill("#token", "Authorization: Bearer right")
+    page.find("#token").send_keys(Keys.ENTER)
+    page.shows("Ann")
+    front.status = 401
+    page.find("#q").send_keys("x")
+    page.wait("!document.getElementById('token-form').hidden")
+    front.status = 502
+    page.fill("#token", "wrong")
+    page.find("#token").send_keys(Keys.ENTER)
+    page.sees("#unlisted", "the status 502")
+    assert not page.find("#list").is_displayed()
+
+
+@needs_chromium
+def test_a_page_that_comes_too_late_moves_nobody(
+    fresh: Service, front: Front, window: Callable[..., Browser]
+) -> None:
+    three_pages(fresh)
+    page = window()
+    page.driver.get(f"{front.url}/users")
+    first_is(page, "User 000")
+    turned, found = front.hold("after="), front.hold("q=User+00")
+    page.find("#next").send_keys(Keys.ENTER)
+    front.arrived("after=")
+    page.driver.execute_script("scrollTo(0, 0)")
+    page.fill("#q", "User 00")
+    front.arrived("q=User+00")
+    page.driver.execute_async_script("setTimeout(arguments[0], 100)")
+    top = "return document.getElementById('q').getBoundingClientRect().top"
+    assert page.driver.execute_script(top) >= 0
+    turned.set()
+    found.set()
+    page.shows(*(f"User {number:03}" for number in range(10)))
 
 
 @needs_chromium
