@@ -599,7 +599,7 @@ ELSEWHERE = {
     "connections wait, also for `/health/live`": (
         "proxy/test_crowds.py: test_a_process_without_a_free_descriptor_waits_for_one_without_spinning"
     ),
-    "forwarded requests take about one and a half times as much CPU time as before": (
+    "forwarded requests take nearly three times as much CPU time as before": (
         "house/test_compiled.py: test_after_a_change_all_runs_from_source"
     ),
     "requests that come together wait for some seconds; one after the other they are fast": (
