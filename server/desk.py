@@ -131,6 +131,7 @@ class Desk:
             self.lines.append(access_line(head, client.status, client.sent, seconds, caller))
 
     def take_lines(self) -> list[str]:
+        """The lines that have yet to be written: whoever takes them writes them."""
         lines, self.lines = self.lines, []
         return lines
 

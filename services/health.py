@@ -17,16 +17,16 @@ from problems import Problem, SchemaNotMigrated
 
 log = logging.getLogger("gatehouse")
 
-TABLE = f"to_regclass('{User._meta.table_name}')"
+USERS = f"to_regclass('{User._meta.table_name}')"
 # As Python shows this list it is one of SQL, too.
 COLUMNS = [field.column_name for field in User._meta.sorted_fields]
 # One round trip finds the migrations that have been applied, and whether the role has the
 # privileges on the table that it needs. That is NULL if there is no table, or not all its columns.
 PROBE = Statement(
     "SELECT name, NULL FROM migratehistory UNION ALL "
-    f"SELECT NULL, bool_and(has_table_privilege({TABLE}, privilege)) "
+    f"SELECT NULL, bool_and(has_table_privilege({USERS}, privilege)) "
     "FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege "
-    f"WHERE {len(COLUMNS)} = (SELECT count(*) FROM pg_attribute WHERE attrelid = {TABLE} "
+    f"WHERE {len(COLUMNS)} = (SELECT count(*) FROM pg_attribute WHERE attrelid = {USERS} "
     f"AND attname = ANY(ARRAY{COLUMNS}))",
     {},
 )

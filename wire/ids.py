@@ -14,7 +14,8 @@ from typing import Final
 VARIANT: Final = "89ab"
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=:@-]{1,128}")
 
-getrandbits: Final = random.getrandbits  # To look it up would cost as much as to call it.
+# In compiled code it costs as much to look it up as to call it.
+getrandbits: Final = random.getrandbits
 
 _lock = threading.Lock()
 _last = 0

@@ -92,6 +92,15 @@ def free_port() -> int:
             return port
 
 
+def refuses(port: int) -> bool:
+    """Whether nobody is let in at a port of this machine."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return True
+    return False
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 10, what: str = "condition") -> Any:
     """Poll until `condition()` is true and return its value; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds

@@ -28,6 +28,7 @@ from tests.harness import (
     call,
     checkout,
     free_port,
+    refuses,
     request,
     wait_for,
 )
@@ -96,14 +97,6 @@ def under_way(
     finally:
         for client in clients:
             client.close()
-
-
-def refuses(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return True
-    return False
 
 
 def alive(process: psutil.Process) -> bool:
@@ -382,14 +375,6 @@ def test_a_killed_worker_is_replaced(start: Start, upstream: ScriptedUpstream) -
     assert service.stop() == 0
 
 
-def listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 0.2).close()
-    except OSError:
-        return False
-    return True
-
-
 def test_a_worker_that_dies_while_the_service_stops_is_told(
     start: Start, held: HeldUpstream, database: str
 ) -> None:
@@ -397,7 +382,7 @@ def test_a_worker_that_dies_while_the_service_stops_is_told(
     service = start(POSTGRES_URI=database, UPSTREAM_URL=held.url, WORKERS=2)
     with under_way(service, held, [f"/{number}" for number in range(8)]):
         service.process.terminate()
-        wait_for(lambda: not listens(service.port), 10, "the drain")
+        wait_for(lambda: refuses(service.port), 10, "the drain")
         for worker in workers_of(service):
             worker.kill()
         assert service.process.wait(10) == 1

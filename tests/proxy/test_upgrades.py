@@ -32,6 +32,7 @@ from tests.harness import (
     message,
     ok,
     problem,
+    refuses,
     request,
     wait_for,
 )
@@ -1162,7 +1163,7 @@ def test_a_tunnel_that_is_agreed_upon_while_the_service_stops_ends_at_once(
         raw.send(asking())
         theirs, _ = application.next()
         service.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: not listening(service.port), 5, "the service to let nobody in")
+        wait_for(lambda: refuses(service.port), 5, "the service to let nobody in")
         theirs.send(AGREED)
         assert raw.head().startswith(b"HTTP/1.1 101 ")
         ours = Side(raw.sock, raw.buffer)
@@ -1170,14 +1171,6 @@ def test_a_tunnel_that_is_agreed_upon_while_the_service_stops_ends_at_once(
         assert unmasked(theirs.take(8)) == GOING_AWAY
         stop_in_order(service)
         theirs.close()
-
-
-def listening(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 def test_at_sigterm_a_second_close_does_not_disturb_a_closing_that_is_under_way(
